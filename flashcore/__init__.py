@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Layout": "flashcore.layout.csr",
-    "build_layout": "flashcore.layout.csr",
-    "layout_from_page_table": "flashcore.layout.csr",
-    "Plan": "flashcore.plan.types",
-    "PlanStats": "flashcore.plan.stats",
-    "plan": "flashcore.plan.build",
+    "Layout": "flashcore.pager.csr",
+    "build_layout": "flashcore.pager.csr",
+    "layout_from_page_table": "flashcore.pager.csr",
+    "Plan": "flashcore.planner.types",
+    "PlanStats": "flashcore.planner.stats",
+    "plan": "flashcore.planner.build",
     "attention": "flashcore.api",
     "paged_attention": "flashcore.api",
 }
@@ -31,3 +31,24 @@ __all__ = [
     "paged_attention",
     "plan",
 ]
+
+if TYPE_CHECKING:
+    from flashcore.api import attention, paged_attention
+    from flashcore.pager.csr import Layout, build_layout, layout_from_page_table
+    from flashcore.planner.build import plan
+    from flashcore.planner.stats import PlanStats
+    from flashcore.planner.types import Plan
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'flashcore' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
