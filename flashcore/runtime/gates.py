@@ -1,0 +1,133 @@
+"""Static gates: what must hold for the machine code of every shipped kernel. No GPU is needed.
+
+Speed on Hopper dies silently: a kernel that spills, or whose matrix products ptxas has serialised,
+compiles without a word and gives right results. These gates read the SASS instead.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from flashcore.runtime.cache import KernelCache
+from flashcore.runtime.folder import publish
+from flashcore.runtime.inspect import Resources, inspect_entry
+from flashcore.runtime.kernel import Kernel
+from flashcore.runtime.target import Target
+
+SMEM_BYTES_PER_SM90_CTA = 232_448
+# A healthy main loop arrives once per product of tiles, which is many HGMMA. One arrival for each
+# HGMMA is how serialised products look ("C7512" of ptxas, hidden by default).
+HGMMA_PER_ARRIVE = 4
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """The verdict on one kernel. `resources` is None when it did not compile."""
+
+    kernel: str
+    resources: Resources | None
+    violations: list[str] = field(default_factory=list)
+
+
+def violations(resources: Resources) -> list[str]:
+    """Why a kernel with these resources may not ship; empty when it may."""
+    r = resources
+    found = []
+    if r.stack_bytes:
+        found.append(f"stack frame of {r.stack_bytes} bytes")
+    if spills := r.count("LDL", "STL"):
+        found.append(f"{spills} local loads and stores (spills)")
+    hgmma, arrive = r.count("HGMMA"), r.count("WARPGROUP.ARRIVE")
+    if not hgmma:
+        found.append("no HGMMA: the tensor cores are not used")
+    elif arrive * HGMMA_PER_ARRIVE > hgmma:
+        found.append(f"{arrive} WARPGROUP.ARRIVE for {hgmma} HGMMA: serialised products")
+    if not r.count("UTMALDG"):
+        found.append("no UTMALDG: TMA loads are not used")
+    if r.dynamic_smem_bytes is None:
+        found.append("shared memory of the launch is unknown")
+    elif (smem := r.static_smem_bytes + r.dynamic_smem_bytes) > SMEM_BYTES_PER_SM90_CTA:
+        found.append(f"{smem} bytes of shared memory, {SMEM_BYTES_PER_SM90_CTA} allowed")
+    return found
+
+
+def check_kernels(
+    kernels: Sequence[Kernel],
+    folder: Path,
+    target: Target,
+    jobs: int = 2,
+    on_done: Callable[[GateRow], None] = lambda row: None,
+) -> list[GateRow]:
+    """Compile each kernel into the cache at `folder` and judge its SASS, in the order given.
+
+    Kernels and verdicts already in the cache cost nothing. A kernel that does not compile is a
+    violation, not an exception. `on_done` hears of each kernel as it is finished.
+    """
+    rows: dict[int, GateRow] = {}
+    context = multiprocessing.get_context("spawn")  # the DSL keeps state that must not be forked
+    with ProcessPoolExecutor(max_workers=max(1, jobs), mp_context=context) as pool:
+        waiting = {
+            pool.submit(check_kernel, kernel, folder, target): number
+            for number, kernel in enumerate(kernels)
+        }
+        for future in as_completed(waiting):
+            row = rows[waiting[future]] = future.result()
+            on_done(row)
+    return [rows[number] for number in range(len(kernels))]
+
+
+def check_kernel(kernel: Kernel, folder: Path, target: Target) -> GateRow:
+    """The verdict on one kernel; runs in a worker process."""
+    cache = KernelCache.open(folder, target)
+    try:
+        resources = _resources(cache, kernel)
+    except Exception as error:  # whatever the compiler raises is this kernel's verdict
+        text = next(iter(str(error).strip().splitlines()), "")
+        return GateRow(kernel.describe(), None, [f"{type(error).__name__}: {text}"])
+    return GateRow(kernel.describe(), resources, violations(resources))
+
+
+def _resources(cache: KernelCache, kernel: Kernel) -> Resources:
+    """Resources of a kernel, remembered beside its entry: disassembling takes a second."""
+    remembered = cache.path(kernel).with_suffix(".sass.json")
+    entry = cache.ensure(kernel)
+    try:
+        return Resources(**json.loads(remembered.read_text()))
+    except (OSError, ValueError, TypeError):
+        resources = inspect_entry(entry)
+        publish(remembered, json.dumps(asdict(resources)).encode())
+        return resources
+
+
+def format_table(rows: Sequence[GateRow]) -> str:
+    """The verdicts as text: one line per kernel, then one for each violation."""
+    head = f"{'REG':>4} {'STACK':>5} {'SMEM':>7} {'HGMMA':>6} {'ARRIVE':>6} {'UTMALDG':>7} "
+    lines = [head + f"{'SPILL':>5}  kernel"]
+    for row in rows:
+        if row.resources is None:
+            lines.append(" " * (len(head) + 5) + "  " + row.kernel)
+        else:
+            r = row.resources
+            smem = (
+                "?" if r.dynamic_smem_bytes is None else r.static_smem_bytes + r.dynamic_smem_bytes
+            )
+            lines.append(
+                f"{r.registers:>4} {r.stack_bytes:>5} {smem:>7} {r.count('HGMMA'):>6} "
+                f"{r.count('WARPGROUP.ARRIVE'):>6} {r.count('UTMALDG'):>7} "
+                f"{r.count('LDL', 'STL'):>5}  {row.kernel}"
+            )
+        lines += [f"     FAILED: {violation}" for violation in row.violations]
+    failed = sum(bool(row.violations) for row in rows)
+    lines.append(f"{len(rows)} kernels, {failed} failed")
+    return "\n".join(lines)
+
+
+def default_jobs() -> int:
+    """Worker processes that this machine can feed; each takes about 1 GiB."""
+    return max(1, len(os.sched_getaffinity(0)))

@@ -1,0 +1,89 @@
+"""A kernel before it is compiled: its family and its configuration, and the key they give.
+
+A family says how its kernels are compiled and which sources decide what comes out. Adding a kernel
+to the library means adding a family; cache, loader and gates need not know it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from flashcore.runtime.target import Target
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_FORMAT = 1  # of a cache entry; raise it when entry.py or the way of linking changes
+
+
+@dataclass(frozen=True)
+class Family:
+    """All kernels that one compile function makes from one kind of configuration."""
+
+    name: str  # part of symbols and file names: letters, digits, underscores
+    compiler: str  # "module:function"; takes a configuration and no tensor
+    sources: tuple[str, ...]  # files and folders that decide the code, relative to the package
+    root: Path = _PACKAGE
+
+    def resolve_compiler(self) -> Callable[[Any], Any]:
+        """Import the compile function. This imports the CuTe DSL, so only a cache miss does it."""
+        module, _, function = self.compiler.partition(":")
+        resolved: Callable[[Any], Any] = getattr(import_module(module), function)
+        return resolved
+
+
+DENSE = Family(
+    name="dense",
+    compiler="flashcore.runtime.compile:compile_dense",
+    sources=("kernels", "config", "runtime/compile.py"),
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel to compile: a family and a frozen dataclass with every compile-time decision."""
+
+    family: Family
+    config: Any
+
+    def key(self, target: Target) -> str:
+        """Hex sha256 of everything that can change the compiled code."""
+        ingredients = {
+            "format": _FORMAT,
+            "family": [self.family.name, self.family.compiler],
+            "config": [type(self.config).__qualname__, asdict(self.config)],
+            "sources": source_digest(self.family.root, self.family.sources),
+            "target": asdict(target),
+        }
+        text = json.dumps(ingredients, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def describe(self) -> str:
+        """The configuration on one line, fields that are off left out."""
+        fields = asdict(self.config).items()
+        shown = (name if value is True else f"{name}={value}" for name, value in fields if value)
+        return f"{self.family.name} " + " ".join(shown)
+
+
+def symbol_of(kernel: Kernel, key: str) -> str:
+    """Name of the exported function. Unique per key: many kernels live in one process."""
+    return f"flashcore_{kernel.family.name}_{key[:16]}"
+
+
+@lru_cache(maxsize=32)
+def source_digest(root: Path, sources: tuple[str, ...]) -> str:
+    """sha256 over names and contents of the Python files in `sources`; read once per process."""
+    digest = hashlib.sha256()
+    for source in sources:
+        path = root / source
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        for file in files:
+            content = file.read_bytes()
+            digest.update(f"{file.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+            digest.update(content)
+    return digest.hexdigest()

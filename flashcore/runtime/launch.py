@@ -1,0 +1,178 @@
+"""Launch the dense kernel on torch tensors: the hot path of `flashcore.attention` on Hopper.
+
+    tensors ─► plan (remembered per shape: config, compiled function, grid) ─► buffers ─► call
+
+The host is never synchronised and the kernel runs on torch's current stream, so calls can be
+captured in a CUDA graph; the first call of a shape may compile and must come before the capture.
+Arguments are taken as already checked (flashcore.validate).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+from flashcore.config.dense import DenseConfig, DenseProblem, choose, grid_size
+from flashcore.runtime.cache import shared_cache
+from flashcore.runtime.folder import default_folder
+from flashcore.runtime.kernel import DENSE, Kernel
+from flashcore.runtime.load import CompiledFunction
+from flashcore.runtime.target import INSTALL_HINT, MissingRuntimeError, detect_target
+
+_HOPPER_CAPABILITY = (9, 0)
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_MAX_PLANS = 4096  # varying lengths make new plans; beyond this the dictionary starts anew
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything about a launch that its shapes and options decide."""
+
+    function: CompiledFunction
+    needs_scratch: bool
+    num_ctas: int
+
+
+# The fields of DenseProblem in its order, with torch's dtype, and the device.
+_PlanKey = tuple[
+    tuple[torch.dtype, int, int, int, int, int, int],
+    tuple[bool, int, int, bool, bool],
+    tuple[bool, bool],
+    torch.device,
+]
+_plans: dict[_PlanKey, _Plan] = {}
+
+
+def dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of q over k and v: (out like q, contiguous; natural-log LSE or None).
+
+    q is [batch, seqlen_q, heads, head_dim], k and v [batch, seqlen_k, kv_heads, head_dim], bf16 or
+    fp16; or all packed as [total, heads, head_dim] with int32 `cu_seqlens_q` and `cu_seqlens_k` of
+    [batch + 1] and `max_seqlen_q`, the longest query (None: unknown, which only costs empty tiles).
+    The LSE is fp32, [batch, seqlen_q, heads] or [total, heads]. `scale` multiplies the scores,
+    windows are in tokens, -1 for unlimited, `softcap` 0 for none, `sinks` fp32 [heads].
+
+    Raises MissingRuntimeError, UnsafeCacheError or BuildError when the kernel of a new shape cannot
+    be loaded or compiled.
+    """
+    device = q.device
+    out = torch.empty(q.shape, dtype=q.dtype, device=device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=device) if return_lse else None
+    if out.numel() == 0 or k.numel() == 0:  # TMA cannot describe a tensor with no elements
+        return _without_keys(out, lse, sinks)
+    if cu_seqlens_q is None:
+        batch, longest_q, num_heads, head_dim = q.shape
+        longest_k = k.shape[1]
+    else:
+        total_q, num_heads, head_dim = q.shape
+        batch = cu_seqlens_q.shape[0] - 1
+        longest_q = total_q if max_seqlen_q is None else max_seqlen_q
+        # All that the host knows without waiting is a bound; rounded up, so that plans are reused.
+        longest_k = 1 << (k.shape[0] - 1).bit_length()
+    what: _PlanKey = (
+        (q.dtype, head_dim, batch, longest_q, longest_k, num_heads, k.shape[-2]),
+        (causal, window_left, window_right, softcap != 0.0, sinks is not None),
+        (cu_seqlens_q is not None, return_lse),
+        device,
+    )
+    plan = _plans.get(what) or _remember(what)
+    # Counter of the tile scheduler: zeroed on the stream, so that a captured graph zeroes it too.
+    scratch = torch.zeros(1, dtype=torch.int32, device=device) if plan.needs_scratch else None
+    tensors = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, scratch)
+    scalars = (scale, softcap, window_left, window_right, longest_q, plan.num_ctas)
+    if device.index == torch.cuda.current_device():
+        plan.function(*tensors, *scalars)
+    else:
+        with torch.cuda.device(device):
+            plan.function(*tensors, *scalars)
+    return out, lse
+
+
+def prepare_dense(config: DenseConfig) -> CompiledFunction:
+    """The compiled function of `config`, compiled now if no process has done so before."""
+    return shared_cache().function(Kernel(DENSE, config))
+
+
+def available(device: torch.device | str | int) -> tuple[bool, str]:
+    """Whether `device` runs the Hopper kernels, and the reason in words."""
+    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if found.type != "cuda":
+        return False, f"{found} is not a CUDA device"
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device"
+    return _available(torch.cuda.current_device() if found.index is None else found.index)
+
+
+@lru_cache(maxsize=64)
+def _available(index: int) -> tuple[bool, str]:
+    capability = torch.cuda.get_device_capability(index)
+    name = torch.cuda.get_device_name(index)
+    if capability != _HOPPER_CAPABILITY:
+        major, minor = capability
+        return (
+            False,
+            f"{name} has compute capability {major}.{minor}; the kernels need 9.0 (Hopper)",
+        )
+    try:
+        target = detect_target()
+    except MissingRuntimeError as error:
+        return False, str(error)
+    if find_spec("tvm_ffi") is None:
+        return False, f"apache-tvm-ffi is not installed; {INSTALL_HINT}"
+    if find_spec("cutlass") is None and not any(default_folder().glob("*.so")):
+        return False, f"no kernel is compiled yet and the CuTe DSL is missing; {INSTALL_HINT}"
+    return (
+        True,
+        f"{name}: kernels for {target.arch} through CuTe DSL {target.dsl} ({target.toolkit})",
+    )
+
+
+def _remember(what: _PlanKey) -> _Plan:
+    """Make the plan of a launch: choose, load or compile, size the grid."""
+    sizes, options, packing, device = what
+    problem = DenseProblem(_DTYPE_NAMES[sizes[0]], *sizes[1:], *options, *packing)
+    config = choose(problem)
+    plan = _Plan(
+        function=prepare_dense(config),
+        needs_scratch=config.dynamic,
+        num_ctas=grid_size(config, problem, _sm_count(device)),
+    )
+    if len(_plans) >= _MAX_PLANS:
+        _plans.clear()
+    _plans[what] = plan
+    return plan
+
+
+@lru_cache(maxsize=64)
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _without_keys(
+    out: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows that see no key: zeros, and the LSE of nothing, or of the sink alone."""
+    out.zero_()
+    if lse is not None:
+        lse.fill_(float("-inf"))
+        if sinks is not None:
+            lse.copy_(sinks.expand_as(lse))
+    return out, lse
