@@ -1,0 +1,539 @@
+"""Dense attention forward for Hopper: one producer warp, one to three consumer warpgroups.
+
+The schedule is drawn in docs/kernels.md. Everything static is in `DenseConfig`; a feature that is
+off leaves no instruction behind.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA, DenseConfig, illegal_reason
+from flashcore.kernels.parts import loads, matmul, pipelines, scheduler
+from flashcore.kernels.parts.epilogue import store_row
+from flashcore.kernels.parts.mask import View, key_blocks, mask_scores
+from flashcore.kernels.parts.scheduler import SLOT_WORDS, Extent, Slot, Tile
+from flashcore.kernels.parts.softmax import (
+    LOG2_E,
+    finalize,
+    online_softmax,
+    quad_sum,
+    rescale,
+    soft_cap,
+)
+
+try:
+    from cutlass.memory import SmemAllocator
+except ImportError:  # before 4.8
+    from cutlass.utils import SmemAllocator
+
+
+class Scale(NamedTuple):
+    """Factors of a score: to log2 units, and before tanh when there is a soft cap."""
+
+    log2: Float32
+    cap_factor: Float32
+
+
+class Fragments(NamedTuple):
+    """A consumer warpgroup's operands and registers."""
+
+    mma_qk: cute.TiledMma
+    mma_pv: cute.TiledMma
+    tSrQ: cute.Tensor
+    tSrK: cute.Tensor  # by stage
+    tOrV: cute.Tensor  # by stage
+    layout_s: cute.Layout  # of a score accumulator
+    accO: cute.Tensor
+    rP: cute.Tensor
+    row_max: cute.Tensor
+    row_sum: cute.Tensor
+    alpha: cute.Tensor
+
+
+class DenseAttention:
+    """out = softmax(scale q k^T) v by tiles of rows, for one `DenseConfig`."""
+
+    def __init__(self, config: DenseConfig):
+        reason = illegal_reason(config)
+        if reason is not None:
+            raise ValueError(reason)
+        self.config = config
+        self.dtype = {"bf16": BFloat16, "fp16": Float16}[config.dtype]
+        self.warpgroups = config.num_consumer_warpgroups
+        self.turns = config.num_consumer_warpgroups if config.ping_pong else 1
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,  # (batch, seqlen_q, heads, dim), varlen: (total_q, heads, dim)
+        mK: cute.Tensor,  # (batch, seqlen_k, kv_heads, dim), varlen: (total_k, kv_heads, dim)
+        mV: cute.Tensor,  # as mK
+        mO: cute.Tensor,  # as mQ
+        mLSE: cute.Tensor | None,  # fp32 (batch, seqlen_q, heads), varlen: (total_q, heads)
+        mCuQ: cute.Tensor | None,  # int32 (batch + 1,)
+        mCuK: cute.Tensor | None,
+        mSinks: cute.Tensor | None,  # fp32 (heads,)
+        mCounter: cute.Tensor | None,  # int32 (2,), zero before and after every launch
+        softmax_scale: Float32,
+        softcap: Float32,
+        window_left: Int32,
+        window_right: Int32,
+        max_seqlen_q: Int32,
+        num_ctas: Int32,
+        stream,
+    ):
+        c = self.config
+        sQ_l = matmul.smem_layout(self.dtype, c.tile_m, c.head_dim)
+        sKV_l = matmul.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
+        tma_q, gQ = loads.query_copy(c, loads.query_view(c, mQ), sQ_l)
+        tma_k, gK = loads.key_copy(c, loads.key_view(c, mK), sKV_l)
+        tma_v, gV = loads.key_copy(c, loads.key_view(c, mV), sKV_l)
+        mma_qk = matmul.qk_product(self.dtype, self.warpgroups, c.tile_n)
+        mma_pv = matmul.pv_product(self.dtype, self.warpgroups, c.head_dim)
+
+        @cute.struct
+        class Storage:
+            q_barriers: cute.struct.MemRange[Int64, 2]
+            k_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
+            v_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
+            slot_barriers: cute.struct.MemRange[Int64, 2]
+            slot: cute.struct.MemRange[Int32, SLOT_WORDS]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sQ_l)], 1024]
+            k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sKV_l)], 1024]
+            v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sKV_l)], 1024]
+
+        assert Storage.size_in_bytes() <= SMEM_BYTES_PER_SM90_CTA
+        self.Storage = Storage
+
+        heads_q, heads_kv = mQ.shape[-2], mK.shape[-2]
+        if const_expr(c.varlen):
+            batch = mCuQ.shape[0] - 1
+            seqlen_q, seqlen_k, total_k = max_seqlen_q, Int32(0), mK.shape[0]
+        else:
+            batch = mQ.shape[0]
+            seqlen_q, seqlen_k, total_k = mQ.shape[1], mK.shape[1], Int32(0)
+        m_blocks = cute.ceil_div(seqlen_q * c.pack_gqa, c.tile_m)
+        m_blocks = cute.ceil_div(m_blocks, c.cluster_m) * c.cluster_m
+        extent = Extent(
+            m_blocks=Int32(m_blocks),
+            heads=Int32(heads_q // c.pack_gqa),
+            batch=Int32(batch),
+            seqlen_q=Int32(seqlen_q),
+            seqlen_k=Int32(seqlen_k),
+            total_k=Int32(total_k),
+        )
+        self.kernel(
+            tma_q, gQ, tma_k, gK, tma_v, gV, mO, mLSE, mCuQ, mCuK, mSinks, mCounter,
+            extent, Int32(heads_q // heads_kv), softmax_scale, softcap, window_left, window_right,
+            sQ_l, sKV_l, mma_qk, mma_pv,
+        ).launch(
+            grid=[num_ctas, 1, 1],
+            block=[c.threads, 1, 1],
+            cluster=[c.cluster_m, 1, 1] if c.cluster_m > 1 else None,
+            stream=stream,
+            min_blocks_per_mp=1,
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        gQ: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        gK: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        gV: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor | None,
+        mCuQ: cute.Tensor | None,
+        mCuK: cute.Tensor | None,
+        mSinks: cute.Tensor | None,
+        mCounter: cute.Tensor | None,
+        extent: Extent,
+        q_heads_per_kv: Int32,
+        softmax_scale: Float32,
+        softcap: Float32,
+        window_left: Int32,
+        window_right: Int32,
+        sQ_l: cute.ComposedLayout,
+        sKV_l: cute.ComposedLayout,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+    ):
+        c = self.config
+        tidx, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == 0:
+            for atom in (tma_q, tma_k, tma_v):
+                cpasync.prefetch_descriptor(atom)
+        storage = SmemAllocator().allocate(self.Storage)
+        sQ = storage.q.get_tensor(sQ_l.outer, swizzle=sQ_l.inner)
+        sK = storage.k.get_tensor(sKV_l.outer, swizzle=sKV_l.inner)
+        sV = storage.v.get_tensor(sKV_l.outer, swizzle=sKV_l.inner)
+        slot_barriers = storage.slot_barriers.data_ptr()
+        slot = Slot(
+            storage.slot.get_tensor(cute.make_layout(SLOT_WORDS)), slot_barriers, slot_barriers + 1
+        )
+        warps = 4 * self.warpgroups
+        kv_bytes = cute.size_in_bytes(self.dtype, cute.select(sKV_l, mode=[0, 1]))
+        ring_q = pipelines.tma_ring(
+            storage.q_barriers.data_ptr(), 1, cute.size_in_bytes(self.dtype, sQ_l), warps
+        )
+        ring_k, ring_v = (
+            pipelines.tma_ring(barriers.data_ptr(), c.stages, kv_bytes, warps, c.cluster_m)
+            for barriers in (storage.k_barriers, storage.v_barriers)
+        )
+        if warp == 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_init(slot.full, 1)
+                cute.arch.mbarrier_init(slot.empty, warps)
+        cute.arch.mbarrier_init_fence()
+        if const_expr(c.cluster_m > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(c.producer_registers)
+            if warp == 0:
+                self.produce(
+                    tma_q, gQ, tma_k, gK, tma_v, gV, sQ, sK, sV, ring_q, ring_k, ring_v, slot,
+                    extent, q_heads_per_kv, mCuQ, mCuK, mCounter, window_left, window_right,
+                )  # fmt: skip
+        else:
+            cute.arch.setmaxregister_increase(c.consumer_registers)
+            self.consume(
+                mO, mLSE, mSinks, sQ, sK, sV, ring_q, ring_k, ring_v, slot, extent,
+                softmax_scale, softcap, window_left, window_right, mma_qk, mma_pv, tidx - 128,
+            )  # fmt: skip
+
+    @cute.jit
+    def produce(
+        self,
+        tma_q: cute.CopyAtom,
+        gQ: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        gK: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        gV: cute.Tensor,
+        sQ: cute.Tensor,
+        sK: cute.Tensor,
+        sV: cute.Tensor,
+        ring_q,
+        ring_k,
+        ring_v,
+        slot: Slot,
+        extent: Extent,
+        q_heads_per_kv: Int32,
+        mCuQ: cute.Tensor | None,
+        mCuK: cute.Tensor | None,
+        mCounter: cute.Tensor | None,
+        window_left: Int32,
+        window_right: Int32,
+    ):
+        """The producer warp: pick tiles, publish them, keep the rings full."""
+        c = self.config
+        q_state = pipelines.producer_state(1)
+        k_state = pipelines.producer_state(c.stages)
+        v_state = pipelines.producer_state(c.stages)
+        mask = loads.multicast_mask(c)
+        index = scheduler.first_index()
+        batch0, before = Int32(0), Int32(0)
+        slot_phase = Int32(1)
+        m_block = Int32(0)
+        while m_block >= 0:
+            if const_expr(c.varlen):
+                m_block, head, batch, batch0, before = scheduler.locate_varlen(
+                    c, index, batch0, before, extent, mCuQ
+                )
+                q_start, k_start, seqlen_q, seqlen_k = Int32(0), Int32(0), Int32(0), Int32(0)
+                if m_block >= 0:
+                    q_start, k_start = mCuQ[batch], mCuK[batch]
+                    seqlen_q, seqlen_k = mCuQ[batch + 1] - q_start, mCuK[batch + 1] - k_start
+                tile = Tile(head, Int32(0), q_start, seqlen_q, k_start, seqlen_k)
+                words = (m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k)
+            else:
+                m_block, head, batch = scheduler.locate_dense(c, index, extent)
+                zero = Int32(0)
+                tile = Tile(head, batch, zero, extent.seqlen_q, zero, extent.seqlen_k)
+                words = (m_block, head, batch)
+            scheduler.publish(slot, slot_phase, words)
+            slot_phase ^= 1
+            if m_block >= 0:
+                index = scheduler.next_index(c, index, mCounter)
+                low, high, _, _ = key_blocks(
+                    c, m_block, tile.seqlen_q, tile.seqlen_k, window_left, window_right
+                )
+                if high > low:
+                    q_src, q_dst = loads.query_tile(c, tma_q, gQ, sQ, m_block, tile)
+                    kv_head = head // (q_heads_per_kv // c.pack_gqa)
+                    k_src, k_dst = loads.key_tiles(c, tma_k, gK, sK, kv_head, tile, extent.total_k)
+                    v_src, v_dst = loads.key_tiles(c, tma_v, gV, sV, kv_head, tile, extent.total_k)
+                    ring_q.producer_acquire(q_state)
+                    cute.copy(tma_q, q_src, q_dst, tma_bar_ptr=ring_q.producer_get_barrier(q_state))
+                    q_state.advance()
+                    # K runs a block ahead of V: the consumers need K of block n - 1 before V of n.
+                    self.load(tma_k, k_src, k_dst, ring_k, k_state, high - 1, mask)
+                    k_state.advance()
+                    for i in cutlass.range(high - 1 - low, unroll=1):
+                        n = high - 1 - i
+                        self.load(tma_k, k_src, k_dst, ring_k, k_state, n - 1, mask)
+                        k_state.advance()
+                        self.load(tma_v, v_src, v_dst, ring_v, v_state, n, mask)
+                        v_state.advance()
+                    self.load(tma_v, v_src, v_dst, ring_v, v_state, low, mask)
+                    v_state.advance()
+        scheduler.reset_counter(c, mCounter)
+        # A CTA must not exit while a peer still loads into it or signals its barriers.
+        ring_q.producer_tail(q_state)
+        ring_k.producer_tail(k_state)
+        ring_v.producer_tail(v_state)
+
+    @cute.jit
+    def load(self, tma: cute.CopyAtom, src: cute.Tensor, dst: cute.Tensor, ring, state, n, mask):
+        """Start the load of block n into the ring's next stage."""
+        ring.producer_acquire(state)
+        barrier = ring.producer_get_barrier(state)
+        if const_expr(mask is None):
+            cute.copy(tma, src[None, n], dst[None, state.index], tma_bar_ptr=barrier)
+        else:
+            cute.copy(
+                tma, src[None, n], dst[None, state.index], tma_bar_ptr=barrier, mcast_mask=mask
+            )
+
+    @cute.jit
+    def consume(
+        self,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor | None,
+        mSinks: cute.Tensor | None,
+        sQ: cute.Tensor,
+        sK: cute.Tensor,
+        sV: cute.Tensor,
+        ring_q,
+        ring_k,
+        ring_v,
+        slot: Slot,
+        extent: Extent,
+        softmax_scale: Float32,
+        softcap: Float32,
+        window_left: Int32,
+        window_right: Int32,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+        tid: Int32,
+    ):
+        """A consumer warpgroup: 64 rows of every tile, from scores to stores."""
+        c = self.config
+        wg = cute.arch.make_warp_uniform(tid // 128)
+        frag = self.fragments(mma_qk, mma_pv, sQ, sK, sV, wg)
+        if const_expr(c.softcap):
+            scale = Scale(softcap * LOG2_E, softmax_scale / softcap)
+        else:
+            scale = Scale(softmax_scale * LOG2_E, Float32(0.0))
+        lane = tid % 32
+        thread_row = tid // 32 * 16 + lane // 4
+        q_state = pipelines.consumer_state(1)
+        k_state = pipelines.consumer_state(c.stages)
+        v_state = pipelines.consumer_state(c.stages)
+        pipelines.first_turn(wg, self.turns)
+        slot_phase = Int32(0)
+        m_block = Int32(0)
+        while m_block >= 0:
+            m_block = scheduler.await_tile(slot, slot_phase)
+            tile = scheduler.read_tile(c, slot, extent)
+            scheduler.release_tile(slot)
+            slot_phase ^= 1
+            if m_block >= 0:
+                row = m_block * c.tile_m + thread_row
+                view = View(
+                    row, 2 * (lane % 4), tile.seqlen_q, tile.seqlen_k, window_left, window_right
+                )
+                low, high, full_high, full_low = key_blocks(
+                    c, m_block, tile.seqlen_q, tile.seqlen_k, window_left, window_right
+                )
+                frag.accO.fill(0.0)
+                frag.row_max.fill(-Float32.inf)
+                frag.row_sum.fill(0.0)
+                if high > low:
+                    ring_q.consumer_wait(q_state)
+                    self.first_block(frag, view, scale, ring_k, k_state, wg, high - 1)
+                    k_state.advance()
+                    # high-2 .. masked_end: right edge; then no mask; below plain_end: left edge.
+                    masked_end = min(high - 1, max(low, full_high))
+                    plain_end = min(masked_end, max(low, full_low))
+                    if const_expr(c.causal or c.local):
+                        for i in cutlass.range(high - 1 - masked_end, unroll=1):
+                            self.block(
+                                frag, view, scale, ring_k, k_state, ring_v, v_state, wg,
+                                high - 2 - i, True,
+                            )  # fmt: skip
+                            k_state.advance()
+                            v_state.advance()
+                    else:
+                        masked_end, plain_end = high - 1, low
+                    for _ in cutlass.range(masked_end - plain_end, unroll=1):
+                        self.block(
+                            frag, view, scale, ring_k, k_state, ring_v, v_state, wg, 0, False
+                        )
+                        k_state.advance()
+                        v_state.advance()
+                    if const_expr(c.local):
+                        for i in cutlass.range(plain_end - low, unroll=1):
+                            self.block(
+                                frag, view, scale, ring_k, k_state, ring_v, v_state, wg,
+                                plain_end - 1 - i, True,
+                            )  # fmt: skip
+                            k_state.advance()
+                            v_state.advance()
+                    ring_q.consumer_release(q_state)
+                    q_state.advance()
+                    ring_v.consumer_wait(v_state)
+                    tOrV = frag.tOrV[None, None, None, v_state.index]
+                    matmul.issue(mma_pv, frag.accO, frag.rP, tOrV, False)
+                    warpgroup.wait_group(0)
+                    ring_v.consumer_release(v_state)
+                    v_state.advance()
+                self.store(frag, mO, mLSE, mSinks, tile, row, lane, scale)
+
+    @cute.jit
+    def fragments(self, mma_qk, mma_pv, sQ: cute.Tensor, sK: cute.Tensor, sV: cute.Tensor, wg):
+        """Operand descriptors and accumulators of one warpgroup."""
+        c = self.config
+        thr_qk, thr_pv = mma_qk.get_slice(wg * 128), mma_pv.get_slice(wg * 128)
+        sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
+        accO = cute.make_rmem_tensor(thr_pv.partition_shape_C((c.tile_m, c.head_dim)), Float32)
+        accS = cute.make_rmem_tensor(thr_qk.partition_shape_C((c.tile_m, c.tile_n)), Float32)
+        rows = const_expr(2)  # of a thread in 64 rows of a warpgroup
+        return Fragments(
+            mma_qk,
+            mma_pv,
+            mma_qk.make_fragment_A(thr_qk.partition_A(sQ)),
+            mma_qk.make_fragment_B(thr_qk.partition_B(sK)),
+            mma_pv.make_fragment_B(thr_pv.partition_B(sVt)),
+            accS.layout,
+            accO,
+            cute.make_rmem_tensor(matmul.acc_as_operand(accS).layout, self.dtype),
+            cute.make_rmem_tensor(rows, Float32),
+            cute.make_rmem_tensor(rows, Float32),
+            cute.make_rmem_tensor(rows, Float32),
+        )
+
+    @cute.jit
+    def first_block(self, frag: Fragments, view: View, scale: Scale, ring_k, k_state, wg, n):
+        """Scores and softmax of the last block of keys: always masked, nothing to rescale."""
+        ring_k.consumer_wait(k_state)
+        pipelines.take_turn(wg, self.turns)
+        accS = cute.make_rmem_tensor(frag.layout_s, Float32)
+        tSrK = frag.tSrK[None, None, None, k_state.index]
+        matmul.issue(frag.mma_qk, accS, frag.tSrQ, tSrK, True)
+        pipelines.pass_turn(wg, self.turns)
+        warpgroup.wait_group(0)
+        ring_k.consumer_release(k_state)
+        self.softmax(frag, view, scale, accS, n, True, True)
+        frag.rP.store(matmul.acc_as_operand(accS).load().to(self.dtype))
+
+    @cute.jit
+    def block(
+        self,
+        frag: Fragments,
+        view: View,
+        scale: Scale,
+        ring_k,
+        k_state,
+        ring_v,
+        v_state,
+        wg: Int32,
+        n: Int32,
+        masked: cutlass.Constexpr[bool],
+    ):
+        """QK of block n in flight with PV of the block before it; then softmax of block n."""
+        ring_k.consumer_wait(k_state)
+        pipelines.take_turn(wg, self.turns)
+        # A fresh accumulator for each block: with a reused one ptxas serialises every product.
+        accS = cute.make_rmem_tensor(frag.layout_s, Float32)
+        tSrK = frag.tSrK[None, None, None, k_state.index]
+        matmul.issue(frag.mma_qk, accS, frag.tSrQ, tSrK, True)
+        ring_v.consumer_wait(v_state)
+        tOrV = frag.tOrV[None, None, None, v_state.index]
+        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
+        pipelines.pass_turn(wg, self.turns)
+        warpgroup.wait_group(1)
+        ring_k.consumer_release(k_state)
+        moved = self.softmax(frag, view, scale, accS, n, masked, False)
+        warpgroup.wait_group(0)
+        ring_v.consumer_release(v_state)
+        frag.rP.store(matmul.acc_as_operand(accS).load().to(self.dtype))
+        if moved:
+            rescale(matmul.acc_rows_cols(frag.accO), frag.alpha)
+
+    @cute.jit
+    def softmax(
+        self,
+        frag: Fragments,
+        view: View,
+        scale: Scale,
+        accS: cute.Tensor,
+        n: Int32,
+        masked: cutlass.Constexpr[bool],
+        first: cutlass.Constexpr[bool],
+    ):
+        """Cap, mask and exponentiate a block of scores in place."""
+        c = self.config
+        scores = matmul.acc_rows_cols(accS)
+        if const_expr(c.softcap):
+            soft_cap(scores, scale.cap_factor)
+        if const_expr(masked):
+            mask_scores(c, scores, view, n)
+        return online_softmax(
+            scores, frag.row_max, frag.row_sum, frag.alpha, scale.log2, first, c.rescale_log2
+        )
+
+    @cute.jit
+    def store(
+        self,
+        frag: Fragments,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor | None,
+        mSinks: cute.Tensor | None,
+        tile: Tile,
+        row: Int32,
+        lane: Int32,
+        scale: Scale,
+    ):
+        """Normalise this thread's two rows and write them, with their LSE."""
+        c = self.config
+        out = matmul.acc_rows_cols(frag.accO)
+        for r in cutlass.range_constexpr(cute.size(out, mode=[0])):
+            packed_row = row + 8 * r
+            token = packed_row // c.pack_gqa
+            head = tile.head * c.pack_gqa + packed_row % c.pack_gqa
+            visible = token < tile.seqlen_q
+            sink = Float32(0.0)
+            if const_expr(c.sinks):
+                if visible:
+                    sink = mSinks[head]
+            factor, lse = finalize(
+                frag.row_max[r], quad_sum(frag.row_sum[r]), scale.log2, sink, c.sinks
+            )
+            rO = cute.make_rmem_tensor(cute.size(out, mode=[1]), self.dtype)
+            for col in cutlass.range_constexpr(cute.size(out, mode=[1])):
+                rO[col] = (out[r, col] * factor).to(self.dtype)
+            token += tile.q_start
+            mRow = (
+                mO[token, head, None] if const_expr(c.varlen) else mO[tile.batch, token, head, None]
+            )
+            store_row(cute.recast_tensor(rO, Int32), mRow, lane % 4, visible)
+            if const_expr(c.return_lse):
+                if visible and lane % 4 == 0:
+                    if const_expr(c.varlen):
+                        mLSE[token, head] = lse
+                    else:
+                        mLSE[tile.batch, token, head] = lse

@@ -1,0 +1,82 @@
+"""Barriers: the K/V and Q rings, the work slot, and the turns of ping-pong warpgroups."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, const_expr, pipeline
+
+
+class NamedBarrier(IntEnum):
+    """Hardware barrier ids; 0 is sync_threads. TURN + w is the turn of consumer warpgroup w."""
+
+    TURN = 1
+
+
+def tma_ring(
+    barriers: cute.Pointer, stages: int, tx_bytes: int, consumer_warps: int, cluster_m: int = 1
+) -> pipeline.PipelineTmaAsync:
+    """A TMA ring whose consumers release a stage with one arrival per warp.
+
+    With a cluster every CTA's consumers release the stage in every CTA, because each CTA's
+    producer fills its share of all of them.
+    """
+    producer = pipeline.CooperativeGroup(pipeline.Agent.Thread)
+    if cluster_m == 1:
+        consumers = pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps)
+        return pipeline.PipelineTmaAsync.create(
+            barrier_storage=barriers,
+            num_stages=stages,
+            producer_group=producer,
+            consumer_group=consumers,
+            tx_count=tx_bytes,
+            defer_sync=True,
+        )
+    return pipeline.PipelineTmaAsync.create(
+        barrier_storage=barriers,
+        num_stages=stages,
+        producer_group=producer,
+        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 32 * consumer_warps),
+        tx_count=tx_bytes,
+        cta_layout_vmnk=cute.make_layout((1, cluster_m, 1, 1)),
+        mcast_mode_mn=(0, 1),
+        enable_multicast_signaling=True,
+        defer_sync=True,
+    )
+
+
+def producer_state(stages: int):
+    """The producer's position in a ring."""
+    return pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
+
+
+def consumer_state(stages: int):
+    """A consumer's position in a ring."""
+    return pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, stages)
+
+
+@cute.jit
+def first_turn(warpgroup: Int32, warpgroups: cutlass.Constexpr[int]):
+    """Before the work loop: the last warpgroup hands the first turn to warpgroup 0."""
+    if const_expr(warpgroups > 1):
+        if warpgroup == warpgroups - 1:
+            cute.arch.barrier_arrive(barrier_id=int(NamedBarrier.TURN), number_of_threads=256)
+
+
+@cute.jit
+def take_turn(warpgroup: Int32, warpgroups: cutlass.Constexpr[int]):
+    """Wait until it is this warpgroup's turn to issue products."""
+    if const_expr(warpgroups > 1):
+        cute.arch.barrier(barrier_id=int(NamedBarrier.TURN) + warpgroup, number_of_threads=256)
+
+
+@cute.jit
+def pass_turn(warpgroup: Int32, warpgroups: cutlass.Constexpr[int]):
+    """Let the next warpgroup issue; 256 = the 128 threads that wait and the 128 that arrive."""
+    if const_expr(warpgroups > 1):
+        following = Int32(0) if warpgroup == warpgroups - 1 else warpgroup + 1
+        cute.arch.barrier_arrive(
+            barrier_id=int(NamedBarrier.TURN) + following, number_of_threads=256
+        )
