@@ -1,0 +1,1 @@
+"""Stage 2, the planner: CSR layout -> groups, work items and merge lists."""

@@ -1,0 +1,366 @@
+"""`attention` and `paged_attention`: check the arguments, then hand them to the device's path."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+
+from flashcore import ops, validate
+from flashcore.planner.types import Plan
+
+Window = tuple[int, int]
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: Window | None = ...,
+    softcap: float = ...,
+    sinks: torch.Tensor | None = ...,
+    cu_seqlens_q: torch.Tensor | None = ...,
+    cu_seqlens_k: torch.Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: Window | None = ...,
+    softcap: float = ...,
+    sinks: torch.Tensor | None = ...,
+    cu_seqlens_q: torch.Tensor | None = ...,
+    cu_seqlens_k: torch.Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Dense attention: softmax(scale * q k^T) v, exactly as `flashcore.reference` states it.
+
+    Args:
+        q: [batch, seqlen_q, num_q_heads, head_dim], or packed [total_q, num_q_heads, head_dim] with
+            cu_seqlens. fp32, bf16 or fp16; softmax and accumulation are fp32.
+        k, v: [batch, seqlen_k, num_kv_heads, head_dim] or [total_k, num_kv_heads, head_dim], dtype
+            as q. num_q_heads is a multiple of num_kv_heads (MHA, GQA, MQA). Strides are free but
+            for the last axis, which is contiguous.
+        causal: query i sees key j iff j <= i + seqlen_k - seqlen_q (aligned bottom-right).
+        scale: of the scores; 1 / sqrt(head_dim) by default.
+        window: (left, right), keys from i - left to i + right in the same alignment; -1 does not
+            bind.
+        softcap: scores become softcap * tanh(score / softcap); 0 is off.
+        sinks: [num_q_heads], a logit per head that joins the softmax's sum with no value.
+        cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], ends of the packed sequences, 0 first.
+        max_seqlen_q: the longest packed query sequence, where the caller knows it (fewer empty
+            tiles on a GPU; never a different result).
+        return_lse: also return the natural log of the softmax's sum, sinks included.
+
+    Returns:
+        out like q, and with return_lse also lse fp32 [batch, seqlen_q, num_q_heads] or
+        [total_q, num_q_heads]. A query that sees no key gives zeros and -inf (its sink, if any).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it may be.
+    """
+    validate.tensor("q", q, dtypes=validate.FLOAT_DTYPES, ndim=(3, 4))
+    for name, value in (("k", k), ("v", v)):
+        validate.tensor(name, value, dtypes=validate.FLOAT_DTYPES, ndim=q.dim())
+    validate.same_dtype("q", q, k=k, v=v)
+    validate.same_device(
+        "q", q, k=k, v=v, sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+    )
+    validate.contiguous_last_axis(q=q, k=k, v=v)
+    validate.no_grad(q=q, k=k, v=v, sinks=sinks)
+    _check_dense_shapes(q, k, v)
+    longest = _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
+    left, right = _window(window)
+    arguments = (
+        q,
+        k,
+        v,
+        _scale(scale, q.shape[-1]),
+        bool(causal),
+        left,
+        right,
+        _softcap(softcap),
+        _sinks(sinks, q.shape[-2]),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        longest,
+        return_lse,
+    )
+    out, lse = (ops.attention_op if _traced(q) else ops.attention_impl)(*arguments)
+    return (out, lse) if return_lse else out
+
+
+@overload
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: Window | None = ...,
+    softcap: float = ...,
+    sinks: torch.Tensor | None = ...,
+    tree_mask: torch.Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: Window | None = ...,
+    softcap: float = ...,
+    sinks: torch.Tensor | None = ...,
+    tree_mask: torch.Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a batch over a paged KV cache; each run of shared pages is read once.
+
+    Decode (q_len 1), prefill, chunked prefill on a cached prefix and speculative verify may stand
+    in
+    one batch: the queries of a sequence are its last q_len tokens, whose K and V are in the cache
+    already. Meaning: `flashcore.reference.paged_attention_reference`.
+
+    Args:
+        q: [total_q, num_q_heads, head_dim], sequence after sequence as in the plan's q_lens. fp32,
+            bf16 or fp16; softmax and accumulation are fp32.
+        k_pages, v_pages: [num_pages, page_tokens, num_kv_heads, head_dim], dtype as q; any strides
+            with a contiguous last axis, so a [num_pages, num_kv_heads, page_tokens, head_dim] cache
+            is passed as `.transpose(1, 2)`.
+        plan: from `flashcore.plan`, on q's device.
+        scale, window, softcap, sinks: as in `attention`; a window counts from the query's position.
+        causal: query t of a sequence sees keys 0 .. kv_len - q_len + t.
+        tree_mask: bool [total_q, width], width at least the longest q_len: among its sequence's own
+            new tokens, query t sees token j iff tree_mask[t, j]; the cached ones are all visible.
+            It takes the place of `causal`.
+        return_lse: also return the natural log of the softmax's sum, sinks included.
+
+    Returns:
+        out like q, and with return_lse also lse fp32 [total_q, num_q_heads]. A query that sees no
+        key gives zeros and -inf (its sink, if any).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it may be.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a flashcore.Plan, got {type(plan).__name__}")
+    validate.tensor("q", q, dtypes=validate.FLOAT_DTYPES, ndim=3)
+    for name, value in (("k_pages", k_pages), ("v_pages", v_pages)):
+        validate.tensor(name, value, dtypes=validate.FLOAT_DTYPES, ndim=4)
+    validate.same_dtype("q", q, k_pages=k_pages, v_pages=v_pages)
+    validate.same_device(
+        "q", q, k_pages=k_pages, v_pages=v_pages, plan=plan.cols, sinks=sinks, tree_mask=tree_mask
+    )
+    validate.contiguous_last_axis(q=q, k_pages=k_pages, v_pages=v_pages)
+    validate.no_grad(q=q, k_pages=k_pages, v_pages=v_pages, sinks=sinks)
+    _check_paged_shapes(q, k_pages, v_pages, plan)
+    if tree_mask is not None:
+        _check_tree_mask(tree_mask, plan)
+    left, right = _window(window)
+    arguments = (
+        q,
+        k_pages,
+        v_pages,
+        plan.cols,
+        plan.groups,
+        plan.q_tokens,
+        plan.q_positions,
+        plan.q_offsets,
+        plan.work,
+        plan.merge_offsets,
+        plan.merge_partials,
+        plan.num_partial_tokens,
+        _scale(scale, q.shape[-1]),
+        bool(causal),
+        left,
+        right,
+        _softcap(softcap),
+        _sinks(sinks, q.shape[-2]),
+        tree_mask,
+    )
+    out, lse = (ops.paged_attention_op if _traced(q) else ops.paged_attention_impl)(*arguments)
+    return (out, lse) if return_lse else out
+
+
+def _traced(q: torch.Tensor) -> bool:
+    """Wrapped tensors (fake ones), and all under a compiler, go through the dispatcher."""
+    return torch.compiler.is_compiling() or type(q) is not torch.Tensor
+
+
+def _check_dense_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if k.shape != v.shape:
+        raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] < 1:
+        raise ValueError(
+            f"k must have the head_dim of q ({q.shape[-1]}, at least 1), got {k.shape[-1]}"
+        )
+    validate.head_counts(q.shape[-2], k.shape[-2])
+    if q.dim() == 4 and q.shape[0] != k.shape[0]:
+        raise ValueError(f"k must have the batch size of q ({q.shape[0]}), got {k.shape[0]}")
+
+
+def _check_cu_seqlens(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_q: torch.Tensor | None,
+    cu_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+) -> int:
+    """The longest query sequence as far as the host knows it.
+
+    The values are checked where that needs no waiting, which is on the CPU.
+    """
+    if q.dim() == 4:
+        if cu_q is not None or cu_k is not None:
+            raise ValueError("cu_seqlens_q and cu_seqlens_k go with packed q [total_q, heads, dim]")
+        return q.shape[1]
+    if cu_q is None or cu_k is None:
+        raise ValueError("cu_seqlens_q and cu_seqlens_k are needed with packed q, k, v")
+    for name, ends, total in (("cu_seqlens_q", cu_q, len(q)), ("cu_seqlens_k", cu_k, len(k))):
+        validate.tensor(name, ends, dtypes=(torch.int32,), ndim=1)
+        if ends.numel() < 1 or ends.numel() != cu_q.numel():
+            raise ValueError(
+                f"{name} must have batch + 1 elements like cu_seqlens_q ({cu_q.numel()}), "
+                f"got {ends.numel()}"
+            )
+        if ends.device.type == "cpu" and not _traced(q):
+            _check_ends(name, ends, total)
+    if max_seqlen_q is not None:
+        validate.positive_int("max_seqlen_q", max_seqlen_q)
+        if cu_q.device.type == "cpu" and not _traced(q):
+            longest = int(cu_q.diff().max()) if cu_q.numel() > 1 else 0
+            if longest > max_seqlen_q:
+                raise ValueError(
+                    f"max_seqlen_q must be at least the longest sequence of cu_seqlens_q "
+                    f"({longest}), got {max_seqlen_q}"
+                )
+        return max_seqlen_q
+    return len(q)
+
+
+def _check_ends(name: str, ends: torch.Tensor, total: int) -> None:
+    first, last = int(ends[0]), int(ends[-1])
+    if first != 0 or last != total:
+        raise ValueError(
+            f"{name} must go from 0 to {total} (the packed rows), got {first} to {last}"
+        )
+    if ends.numel() > 1 and int(ends.diff().min()) < 0:
+        raise ValueError(f"{name} must not decrease, got {ends.tolist()}")
+
+
+def _check_paged_shapes(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: Plan
+) -> None:
+    expected = (plan.total_q, plan.num_q_heads, plan.head_dim)
+    if tuple(q.shape) != expected:
+        raise ValueError(
+            f"q must have the plan's [total_q, num_q_heads, head_dim] = {expected}, "
+            f"got {tuple(q.shape)}"
+        )
+    pages = (plan.page_tokens, plan.num_kv_heads, plan.head_dim)
+    for name, value in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if tuple(value.shape[1:]) != pages:
+            raise ValueError(
+                f"{name} must have the plan's [num_pages, page_tokens, num_kv_heads, head_dim] = "
+                f"[any, {pages[0]}, {pages[1]}, {pages[2]}], got {tuple(value.shape)}"
+            )
+        if value.shape[0] < plan.num_pages:
+            raise ValueError(
+                f"{name} must have at least {plan.num_pages} pages, since the plan uses the page "
+                f"id {plan.num_pages - 1}; got {value.shape[0]}"
+            )
+
+
+def _check_tree_mask(tree_mask: torch.Tensor, plan: Plan) -> None:
+    validate.tensor("tree_mask", tree_mask, dtypes=(torch.bool,), ndim=2)
+    if tree_mask.shape[0] != plan.total_q or tree_mask.shape[1] < plan.max_q_len:
+        raise ValueError(
+            f"tree_mask must be [total_q, at least the longest q_len] = [{plan.total_q}, "
+            f">= {plan.max_q_len}], got {tuple(tree_mask.shape)}"
+        )
+
+
+def _window(window: Window | None) -> Window:
+    if window is None:
+        return -1, -1
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be None or (left, right), got {window!r}")
+    left, right = window
+    for name, bound in (("left", left), ("right", right)):
+        if isinstance(bound, bool) or not isinstance(bound, int) or bound < -1:
+            raise ValueError(
+                f"window {name} must be an int of at least -1 (no bound), got {bound!r}"
+            )
+    return left, right
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def _softcap(softcap: float) -> float:
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap must be finite and at least 0 (off), got {softcap}")
+    return float(softcap)
+
+
+def _sinks(sinks: torch.Tensor | None, num_q_heads: int) -> torch.Tensor | None:
+    if sinks is None:
+        return None
+    validate.tensor("sinks", sinks, dtypes=validate.FLOAT_DTYPES, ndim=1)
+    if sinks.numel() != num_q_heads:
+        raise ValueError(
+            f"sinks must have one logit per query head ({num_q_heads}), got {sinks.numel()}"
+        )
+    return sinks

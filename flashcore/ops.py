@@ -1,0 +1,153 @@
+"""The torch custom operators flashcore::attention and flashcore::paged_attention.
+
+They take plain tensors and numbers that `api` has checked, so that torch.compile and torch.export
+see one node each with a known output shape. `api` calls the functions behind them directly when
+nothing is being traced, which saves the dispatcher's share of a launch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flashcore.device import dense_path
+from flashcore.eager.dense import dense_attention
+from flashcore.eager.paged import paged_attention as eager_paged_attention
+from flashcore.eager.run import Rules
+
+
+def attention_impl(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out as q, and the LSE, which is empty where it was not asked for."""
+    if dense_path(q.device).name == "hopper":
+        from flashcore.runtime import launch
+
+        out, lse = launch.dense_attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            scale=scale,
+            window_left=window_left,
+            window_right=window_right,
+            softcap=softcap,
+            sinks=sinks,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            return_lse=return_lse,
+        )
+    else:
+        rules = Rules(scale, causal, window_left, window_right, softcap)
+        out, lse = dense_attention(q, k, v, rules, sinks, cu_seqlens_q, cu_seqlens_k)
+    if not return_lse or lse is None:
+        return out, q.new_empty(0, dtype=torch.float32)
+    return out, lse
+
+
+def paged_attention_impl(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    cols: torch.Tensor,
+    groups: torch.Tensor,
+    q_tokens: torch.Tensor,
+    q_positions: torch.Tensor,
+    q_offsets: torch.Tensor,
+    work: torch.Tensor,
+    merge_offsets: torch.Tensor,
+    merge_partials: torch.Tensor,
+    num_partial_tokens: int,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    tree_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out as q, and the LSE [total_q, num_q_heads]."""
+    lengths = q_offsets.diff().long()
+    first = q_offsets[:-1].long().repeat_interleave(lengths)
+    q_index = torch.arange(q.shape[0], device=q.device) - first
+    return eager_paged_attention(
+        q,
+        k_pages,
+        v_pages,
+        cols,
+        groups,
+        q_tokens,
+        q_positions,
+        q_index,
+        merge_offsets,
+        merge_partials,
+        num_partial_tokens,
+        Rules(scale, causal, window_left, window_right, softcap),
+        sinks,
+        tree_mask,
+    )
+
+
+attention_op = torch.library.custom_op(
+    "flashcore::attention", attention_impl, mutates_args=(), device_types=None
+)
+paged_attention_op = torch.library.custom_op(
+    "flashcore::paged_attention", paged_attention_impl, mutates_args=(), device_types=None
+)
+
+
+@attention_op.register_fake
+def _attention_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = q.shape[:-1] if return_lse else (0,)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+@paged_attention_op.register_fake
+def _paged_attention_fake(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    cols: torch.Tensor,
+    groups: torch.Tensor,
+    q_tokens: torch.Tensor,
+    q_positions: torch.Tensor,
+    q_offsets: torch.Tensor,
+    work: torch.Tensor,
+    merge_offsets: torch.Tensor,
+    merge_partials: torch.Tensor,
+    num_partial_tokens: int,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    tree_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)

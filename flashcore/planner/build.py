@@ -1,0 +1,350 @@
+"""`plan`: from a layout and the query lengths to groups, work items and merge lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from flashcore import validate
+from flashcore.pager.csr import Layout
+from flashcore.planner.folding import Costs, Folding, Reason, fold_groups
+from flashcore.planner.sharing import Segments, find_segments
+from flashcore.planner.split import split_tokens
+from flashcore.planner.types import Plan
+from flashcore.planner.work import DIRECT, FIELDS, Group, Work
+
+
+def plan(
+    layout: Layout,
+    *,
+    q_lens: torch.Tensor | Sequence[int] | None = None,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_tokens: int = 128,
+    itemsize: int = 2,
+    tile_m: int = 64,
+    num_workers: int = 0,
+    share: bool = True,
+    fold: bool = True,
+) -> Plan:
+    """Plan the attention of one batch; the result serves every layer.
+
+    Args:
+        layout: from `build_layout` or `layout_from_page_table`.
+        q_lens: [batch] query tokens of each sequence, its last q_len KV tokens being their own;
+            None for one each (decode). Sequences with 0 are left out, whatever pages they hold.
+        num_q_heads, num_kv_heads, head_dim: the model's, as this rank sees them.
+        page_tokens: tokens of a page, as the layout was built with.
+        itemsize: bytes of a K or V element, for the folding rule.
+        tile_m: packed query rows of a work item at most.
+        num_workers: work items that run at the same time (CTAs); KV runs are split to fill them.
+            0: no split.
+        share: False reads every sequence's pages for itself (for comparison; same results).
+        fold: False keeps every group however small.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it may be.
+    """
+    costs = Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize)
+    _check_problem(num_q_heads, num_kv_heads, head_dim, itemsize, tile_m, num_workers)
+    lengths = _check_layout(layout, q_lens, page_tokens)
+    q_offsets = _offsets(lengths)
+    counts = layout.token_counts.long()
+    tokens_before = _offsets(counts)
+    kv_lens = tokens_before[layout.row_offsets[1:].long()]
+    kv_lens = kv_lens - tokens_before[layout.row_offsets[:-1].long()]
+
+    pages = layout.cols
+    if not share:  # every entry a page of its own
+        pages = torch.arange(pages.numel(), dtype=pages.dtype, device=pages.device)
+    found = find_segments(pages, counts, layout.row_offsets, lengths > 0, page_tokens)
+    runs = _runs(found, tokens_before, lengths)
+    folding = fold_groups(
+        found,
+        runs.entries,
+        runs.tokens,
+        runs.members,
+        runs.queries,
+        runs.tokens == runs.entries * page_tokens,
+        costs,
+        enabled=fold,
+    )
+    segments = _fold(found, folding)
+    gathered = _gather_queries(segments, lengths, q_offsets, kv_lens)
+    groups, num_partials = _group_table(
+        segments,
+        tokens_before,
+        gathered,
+        page_tokens,
+        split_rows=(num_q_heads // num_kv_heads, tile_m),
+        num_kv_heads=num_kv_heads,
+        num_workers=num_workers,
+    )
+    merge_offsets, merge_partials = _merge_lists(
+        segments, groups, gathered, lengths, q_offsets, int(q_offsets[-1])
+    )
+    decisions = (runs.tokens, runs.members, folding.children, folding.reason)
+    return Plan(
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_tokens=page_tokens,
+        tile_m=tile_m,
+        total_q=int(q_offsets[-1]),
+        max_q_len=int(lengths.max()) if lengths.numel() else 0,
+        num_pages=int(layout.cols.max()) + 1 if layout.cols.numel() else 0,
+        num_partial_tokens=num_partials,
+        cols=layout.cols,
+        token_counts=layout.token_counts,
+        row_offsets=layout.row_offsets,
+        kv_lens=kv_lens.int(),
+        q_offsets=q_offsets.int(),
+        groups=groups.int(),
+        member_offsets=gathered.member_offsets.int(),
+        member_rows=segments.row[gathered.order].int(),
+        member_starts=segments.kv_start[gathered.order].int(),
+        q_tokens=gathered.tokens.int(),
+        q_positions=gathered.positions.int(),
+        work=_work_list(
+            groups, num_q_heads // num_kv_heads, num_kv_heads, tile_m, page_tokens
+        ).int(),
+        merge_offsets=merge_offsets.int(),
+        merge_partials=merge_partials.int(),
+        decisions=torch.stack(decisions, 1).int(),
+    )
+
+
+class _Runs(NamedTuple):
+    """Per group as found: pages, tokens, members, query tokens of all members."""
+
+    entries: torch.Tensor
+    tokens: torch.Tensor
+    members: torch.Tensor
+    queries: torch.Tensor
+
+
+class _Gathered(NamedTuple):
+    """Members in group order, and their query tokens one after another.
+
+    order: [members] segment of each member. member_offsets: [groups + 1]. segment_begin: [segments]
+    first gathered token of each segment. q_begin: [groups + 1]. tokens, positions: [gathered].
+    """
+
+    order: torch.Tensor
+    member_offsets: torch.Tensor
+    segment_begin: torch.Tensor
+    q_begin: torch.Tensor
+    tokens: torch.Tensor
+    positions: torch.Tensor
+
+
+def _check_problem(
+    num_q_heads: int, num_kv_heads: int, head_dim: int, itemsize: int, tile_m: int, workers: int
+) -> None:
+    validate.head_counts(num_q_heads, num_kv_heads)
+    validate.positive_int("head_dim", head_dim)
+    validate.positive_int("itemsize", itemsize, maximum=8)
+    validate.positive_int("tile_m", tile_m)
+    if workers:
+        validate.positive_int("num_workers", workers)
+
+
+def _check_layout(
+    layout: Layout, q_lens: torch.Tensor | Sequence[int] | None, page_tokens: int
+) -> torch.Tensor:
+    """Query lengths as int64 on the layout's device, after checks of both."""
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a flashcore.Layout, got {type(layout).__name__}")
+    validate.positive_int("page_tokens", page_tokens)
+    if layout.token_counts.numel() and int(layout.token_counts.max()) > page_tokens:
+        raise ValueError(
+            f"page_tokens must be what the layout was built with, got {page_tokens}; "
+            f"a page of the layout holds {int(layout.token_counts.max())} tokens"
+        )
+    batch = layout.row_offsets.numel() - 1
+    device = layout.cols.device
+    if q_lens is None:
+        return torch.ones(batch, dtype=torch.long, device=device)
+    if not isinstance(q_lens, torch.Tensor):
+        q_lens = torch.tensor(list(q_lens), dtype=torch.long, device=device)
+    validate.tensor("q_lens", q_lens, dtypes=validate.INT_DTYPES, ndim=1)
+    validate.same_device("layout", layout.cols, q_lens=q_lens)
+    if q_lens.numel() != batch:
+        raise ValueError(f"q_lens must have one length per row ({batch}), got {q_lens.numel()}")
+    if batch and int(q_lens.min()) < 0:
+        row = validate.first_index(q_lens < 0)
+        raise ValueError(f"q_lens[{row}] must be at least 0, got {int(q_lens[row])}")
+    return q_lens.long()
+
+
+def _offsets(counts: torch.Tensor) -> torch.Tensor:
+    """[0, c0, c0 + c1, ...], int64."""
+    result = torch.zeros(counts.numel() + 1, dtype=torch.long, device=counts.device)
+    torch.cumsum(counts, 0, out=result[1:])
+    return result
+
+
+def _index_within(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For counts [2, 3]: which one, [0, 0, 1, 1, 1], and the place in it, [0, 1, 0, 1, 2]."""
+    which = torch.repeat_interleave(counts)
+    begin = torch.cumsum(counts, 0) - counts
+    return which, torch.arange(which.numel(), device=counts.device) - begin[which]
+
+
+def _runs(segments: Segments, tokens_before: torch.Tensor, q_lens: torch.Tensor) -> _Runs:
+    num_groups = segments.owner.numel()
+    first, count = segments.entry[segments.owner], segments.num_entries[segments.owner]
+    queries = torch.zeros(num_groups, dtype=torch.long, device=first.device)
+    queries.index_add_(0, segments.group, q_lens[segments.row])
+    return _Runs(
+        entries=count,
+        tokens=tokens_before[first + count] - tokens_before[first],
+        members=torch.bincount(segments.group, minlength=num_groups),
+        queries=queries,
+    )
+
+
+def _fold(found: Segments, folding: Folding) -> Segments:
+    """The segments that stay, longer at the head by what their folded ancestors leave them."""
+    folded = folding.reason == Reason.FOLDED
+    keep = ~folded[found.group]
+    group = found.group[keep]
+    new_number = torch.cumsum(~folded, 0) - 1
+    new_segment = torch.cumsum(keep, 0) - 1
+    return Segments(
+        group=new_number[group],
+        row=found.row[keep],
+        entry=found.entry[keep] - folding.extra_entries[group],
+        num_entries=found.num_entries[keep] + folding.extra_entries[group],
+        kv_start=found.kv_start[keep] - folding.extra_tokens[group],
+        owner=new_segment[found.owner[~folded]],
+    )
+
+
+def _gather_queries(
+    segments: Segments, q_lens: torch.Tensor, q_offsets: torch.Tensor, kv_lens: torch.Tensor
+) -> _Gathered:
+    num_groups = segments.owner.numel()
+    order = torch.sort(segments.group, stable=True).indices
+    row = segments.row[order]
+    begin = _offsets(q_lens[row])
+    member_offsets = _offsets(torch.bincount(segments.group, minlength=num_groups))
+    segment_begin = torch.empty_like(order)
+    segment_begin[order] = begin[:-1]
+    member, index = _index_within(q_lens[row])
+    member_row = row[member]
+    position = (kv_lens - q_lens)[member_row] + index - segments.kv_start[order][member]
+    return _Gathered(
+        order=order,
+        member_offsets=member_offsets,
+        segment_begin=segment_begin,
+        q_begin=begin[member_offsets],
+        tokens=q_offsets[member_row] + index,
+        positions=position,
+    )
+
+
+def _group_table(
+    segments: Segments,
+    tokens_before: torch.Tensor,
+    gathered: _Gathered,
+    page_tokens: int,
+    *,
+    split_rows: tuple[int, int],
+    num_kv_heads: int,
+    num_workers: int,
+) -> tuple[torch.Tensor, int]:
+    """The group table, int64, and the number of partial tokens."""
+    group_size, tile_m = split_rows
+    table = torch.zeros(
+        (segments.owner.numel(), FIELDS), dtype=torch.long, device=gathered.tokens.device
+    )
+    entry, count = segments.entry[segments.owner], segments.num_entries[segments.owner]
+    tokens = tokens_before[entry + count] - tokens_before[entry]
+    queries = gathered.q_begin.diff()
+    blocks = (queries * group_size + tile_m - 1) // tile_m
+    total = int((tokens * blocks).sum()) * num_kv_heads
+    split = split_tokens(total, num_workers, page_tokens) // page_tokens
+    splits = torch.ones_like(count) if split == 0 else (count + split - 1) // split
+    per_split = (count + splits - 1) // splits
+    splits = (count + per_split - 1) // per_split
+
+    # Only a group whose query tokens all have this one result may write it to the output.
+    segments_of_row = (
+        torch.bincount(segments.row, minlength=int(segments.row.max()) + 1)
+        if len(segments.row)
+        else segments.row
+    )
+    shared_row = torch.zeros_like(count)
+    shared_row.scatter_reduce_(0, segments.group, segments_of_row[segments.row], "amax")
+    direct = (splits == 1) & (shared_row == 1)
+    partials = torch.where(direct, 0, splits * queries)
+    begin = _offsets(partials)
+
+    table[:, Group.ENTRY] = entry
+    table[:, Group.NUM_ENTRIES] = count
+    table[:, Group.NUM_TOKENS] = tokens
+    table[:, Group.Q_BEGIN] = gathered.q_begin[:-1]
+    table[:, Group.NUM_Q] = queries
+    table[:, Group.SPLIT_ENTRIES] = per_split
+    table[:, Group.NUM_SPLITS] = splits
+    table[:, Group.PARTIAL] = torch.where(direct, DIRECT, begin[:-1])
+    return table, int(begin[-1])
+
+
+def _merge_lists(
+    segments: Segments,
+    groups: torch.Tensor,
+    gathered: _Gathered,
+    q_lens: torch.Tensor,
+    q_offsets: torch.Tensor,
+    total_q: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per query token, its partial tokens in the order of the KV positions, as CSR."""
+    group = groups[segments.group]
+    queries = q_lens[segments.row]
+    segment, item = _index_within(queries * group[:, Group.NUM_SPLITS])
+    # Per segment the splits vary fastest within a token, so a stable sort by token gives the order.
+    splits = group[segment, Group.NUM_SPLITS]
+    token, split = item // splits, item % splits
+    gathered_token = gathered.segment_begin[segment] + token
+    group = group[segment]
+    partial = group[:, Group.PARTIAL] + split * group[:, Group.NUM_Q]
+    partial = partial + gathered_token - group[:, Group.Q_BEGIN]
+    partial = torch.where(group[:, Group.PARTIAL] == DIRECT, DIRECT, partial)
+    query = q_offsets[segments.row[segment]] + token
+    order = torch.sort(query, stable=True).indices
+    return _offsets(torch.bincount(query, minlength=total_q)), partial[order]
+
+
+def _work_list(
+    groups: torch.Tensor, group_size: int, num_kv_heads: int, tile_m: int, page_tokens: int
+) -> torch.Tensor:
+    """Every (group, split, KV head, row block), longest KV run first, neighbours together."""
+    rows = groups[:, Group.NUM_Q] * group_size
+    blocks = (rows + tile_m - 1) // tile_m
+    which, index = _index_within(groups[:, Group.NUM_SPLITS] * num_kv_heads * blocks)
+    group, blocks, rows = groups[which], blocks[which], rows[which]
+    block = index % blocks
+    head = index // blocks % num_kv_heads
+    split = index // (blocks * num_kv_heads)
+    first_entry = split * group[:, Group.SPLIT_ENTRIES]
+    offset = first_entry * page_tokens
+    tokens = torch.minimum(
+        group[:, Group.NUM_TOKENS] - offset, group[:, Group.SPLIT_ENTRIES] * page_tokens
+    )
+    row = block * tile_m
+    partial = group[:, Group.PARTIAL] + split * group[:, Group.NUM_Q] + row // group_size
+    table = torch.zeros((which.numel(), FIELDS), dtype=torch.long, device=groups.device)
+    table[:, Work.KV_HEAD] = head
+    table[:, Work.ROW_BEGIN] = group[:, Group.Q_BEGIN] * group_size + row
+    table[:, Work.NUM_ROWS] = torch.clamp(rows - row, max=tile_m)
+    table[:, Work.ENTRY] = group[:, Group.ENTRY] + first_entry
+    table[:, Work.NUM_TOKENS] = tokens
+    table[:, Work.KV_OFFSET] = offset
+    table[:, Work.PARTIAL] = torch.where(group[:, Group.PARTIAL] == DIRECT, DIRECT, partial)
+    table[:, Work.GROUP] = which
+    return table[torch.sort(tokens, descending=True, stable=True).indices]

@@ -1,0 +1,86 @@
+"""The plan: all that the attention of one batch needs to know, made once for every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from flashcore.planner.stats import PlanStats, plan_stats
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Immutable work description of one batch; all tensors are int32 on one device.
+
+    max_q_len: the longest q_len. num_pages: pages that the pool must have at least (largest id +
+        1).
+    cols, token_counts: [nnz], row_offsets: [batch + 1]: the layout it was made from.
+    kv_lens: [batch] KV tokens of each sequence, its new tokens included.
+    q_offsets: [batch + 1] first query token of each sequence; the last element is total_q.
+    groups: [num_groups, 8], columns `work.Group`.
+    member_offsets: [num_groups + 1]; member_rows, member_starts: [num_members] the sequence, and
+        the tokens of that sequence before the run.
+    q_tokens: [num_gathered] query token of each gathered token.
+    q_positions: [num_gathered] its position in the sequence minus the run's place there: under a
+        causal mask it sees the run's tokens 0 .. q_positions. Negative: none of them.
+    work: [num_items, 8], columns `work.Work`, longest first.
+    merge_offsets: [total_q + 1]; merge_partials: the partial tokens of each query token in the
+        order of the KV positions, or one `work.DIRECT`. An empty list: no keys, so zeros and an LSE
+        of -inf.
+    decisions: [num_groups_found, 4] what folding decided about each group as found: tokens,
+        members, runs that follow, `folding.Reason`.
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_tokens: int
+    tile_m: int
+    total_q: int
+    max_q_len: int
+    num_pages: int
+    num_partial_tokens: int
+    cols: torch.Tensor
+    token_counts: torch.Tensor
+    row_offsets: torch.Tensor
+    kv_lens: torch.Tensor
+    q_offsets: torch.Tensor
+    groups: torch.Tensor
+    member_offsets: torch.Tensor
+    member_rows: torch.Tensor
+    member_starts: torch.Tensor
+    q_tokens: torch.Tensor
+    q_positions: torch.Tensor
+    work: torch.Tensor
+    merge_offsets: torch.Tensor
+    merge_partials: torch.Tensor
+    decisions: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.cols.device
+
+    @property
+    def batch(self) -> int:
+        return self.kv_lens.numel()
+
+    def stats(self) -> PlanStats:
+        """What the plan reads, shares and folds, and why. Waits for the device."""
+        return plan_stats(self)
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan on another device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                values[name] = value.to(device)
+        return Plan(**values)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan(batch={self.batch}, total_q={self.total_q}, groups={self.groups.shape[0]}, "
+            f"work={self.work.shape[0]}, partial_tokens={self.num_partial_tokens}, "
+            f"heads={self.num_q_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"page_tokens={self.page_tokens}, device={self.device})"
+        )

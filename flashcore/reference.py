@@ -1,0 +1,183 @@
+"""The specification: attention written directly, one sequence and one formula at a time.
+
+Slow on purpose. Everything else in the library is tested against these functions, and they are
+tested against torch's scaled_dot_product_attention. They compute in float64 unless told otherwise.
+
+For query i of a sequence with `seqlen_q` queries and `seqlen_k` keys, its position is
+p = i + seqlen_k - seqlen_q: the queries are the last tokens of the sequence. Key j is visible iff
+    causal:     j <= p
+    window:     p - left <= j <= p + right                    (a bound of -1 does not bind)
+    tree_mask:  j belongs to the sequence's cached part (j < seqlen_k - seqlen_q),
+                or tree_mask[i, j - (seqlen_k - seqlen_q)]    (takes the place of causal)
+and with s = scale * q . k, softcapped as softcap * tanh(s / softcap) where softcap > 0,
+    out = sum_j exp(s_j - lse) v_j,    lse = log(sum_j exp(s_j) [+ exp(sink)]).
+A query that sees no key gives zeros and an lse of -inf (its sink where there is one). What stands
+in keys and values that no query of the sequence may see has no influence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from flashcore.pager.csr import Layout
+
+Window = tuple[int, int]
+
+
+def sequence_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence: q [seqlen_q, num_q_heads, head_dim], k and v [seqlen_k, num_kv_heads,
+    head_dim].
+
+    tree_mask: bool [seqlen_q, at least seqlen_q]. Returns out as q, and lse [seqlen_q,
+        num_q_heads].
+    """
+    group = q.shape[1] // k.shape[1]
+    visible = visible_keys(q.shape[0], k.shape[0], causal, window, tree_mask).to(q.device)
+    seen = visible.any(0)[:, None, None]
+    k = torch.where(seen, k, 0).repeat_interleave(group, 1)
+    v = torch.where(seen, v, 0).repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -math.inf)
+    terms = scores
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[:, None, None].expand(-1, q.shape[0], 1)
+        terms = torch.cat([scores, sink], 2)
+    lse = torch.logsumexp(terms, 2)
+    # exp(-inf - -inf) is not a number; a query with an empty sum has no weights at all.
+    weights = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[:, :, None])
+    return torch.einsum("hqk,khd->qhd", weights, v), lse.T
+
+
+def visible_keys(
+    seqlen_q: int,
+    seqlen_k: int,
+    causal: bool,
+    window: Window | None = None,
+    tree_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """bool [seqlen_q, seqlen_k], by the rules at the head of this file."""
+    cached = seqlen_k - seqlen_q
+    position = torch.arange(seqlen_q)[:, None] + cached
+    key = torch.arange(seqlen_k)[None, :]
+    visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool)
+    if tree_mask is not None:
+        new = (key - cached).clamp(0, max(seqlen_q - 1, 0)).expand(seqlen_q, -1)
+        visible &= (key < cached) | tree_mask.cpu()[:seqlen_q, :].gather(1, new)
+    elif causal:
+        visible &= key <= position
+    if window is not None:
+        left, right = window
+        if left >= 0:
+            visible &= key >= position - left
+        if right >= 0:
+            visible &= key <= position + right
+    return visible
+
+
+def attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `flashcore.attention` means; arguments as there. Returns (out, lse) in `dtype`."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if q.dim() == 4:
+        bounds: list[tuple[Any, Any]] = [(b, b) for b in range(q.shape[0])]
+    else:
+        assert cu_seqlens_q is not None
+        assert cu_seqlens_k is not None
+        ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        bounds = [
+            (slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1]))
+            for b in range(len(ends_q) - 1)
+        ]
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:-1], -math.inf, dtype=dtype).to(q.device)
+    for rows, keys in bounds:
+        out[rows], lse[rows] = sequence_attention(
+            q[rows],
+            k[keys],
+            v[keys],
+            causal=causal,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+    return out, lse
+
+
+def paged_attention_reference(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    layout: Layout,
+    q_lens: Sequence[int],
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `flashcore.paged_attention` means, from the layout itself: no groups, no plan.
+
+    Arguments as there, with `layout` and `q_lens` in place of the plan. Returns (out, lse) in
+    `dtype`.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    lse = torch.full(q.shape[:-1], -math.inf, dtype=dtype, device=q.device)
+    row_offsets = layout.row_offsets.tolist()
+    first = 0
+    for row, q_len in enumerate(q_lens):
+        entries = range(row_offsets[row], row_offsets[row + 1])
+        chosen = [(int(layout.cols[e]), int(layout.token_counts[e])) for e in entries]
+        tokens = slice(first, first + q_len)
+        first += q_len
+        if not chosen or not q_len:
+            if sinks is not None:
+                lse[tokens] = sinks.to(dtype)
+            continue
+        k = torch.cat([k_pages[page, :count] for page, count in chosen]).to(dtype)
+        v = torch.cat([v_pages[page, :count] for page, count in chosen]).to(dtype)
+        out[tokens], lse[tokens] = sequence_attention(
+            q[tokens].to(dtype),
+            k,
+            v,
+            causal=causal,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            tree_mask=None if tree_mask is None else tree_mask[tokens],
+        )
+    return out, lse

@@ -1,0 +1,115 @@
+"""Host-side checks of arguments: each failure is one error naming the argument, what came, what may
+come.
+
+Checks that must look at the contents of a tensor on an accelerator wait for that device; they run
+in the pager and the planner, once per batch, and never in an attention call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+INT_DTYPES = (torch.int32, torch.int64)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INT32_MAX = 2**31 - 1
+
+
+def positive_int(name: str, value: object, *, maximum: int | None = None) -> int:
+    """`value` as an int of at least 1, or a TypeError/ValueError naming `name`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1 or (maximum is not None and value > maximum):
+        upper = "" if maximum is None else f" and at most {maximum}"
+        raise ValueError(f"{name} must be at least 1{upper}, got {value}")
+    return value
+
+
+def head_counts(num_q_heads: int, num_kv_heads: int) -> int:
+    """Query heads per KV head (the GQA group), or an error where they do not divide."""
+    positive_int("num_q_heads", num_q_heads)
+    positive_int("num_kv_heads", num_kv_heads)
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"num_q_heads must be a multiple of num_kv_heads, got {num_q_heads} and {num_kv_heads}"
+        )
+    return num_q_heads // num_kv_heads
+
+
+def tensor(
+    name: str, value: object, *, dtypes: Sequence[torch.dtype], ndim: int | Sequence[int]
+) -> torch.Tensor:
+    """`value` if it is a tensor of an allowed dtype and rank."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must have dtype {allowed}, got {got}")
+    ranks = (ndim,) if isinstance(ndim, int) else tuple(ndim)
+    if value.dim() not in ranks:
+        allowed = " or ".join(map(str, ranks))
+        raise ValueError(f"{name} must have {allowed} dimensions, got shape {tuple(value.shape)}")
+    return value
+
+
+def same_device(
+    reference_name: str, reference: torch.Tensor, **others: torch.Tensor | None
+) -> None:
+    """All `others` live where `reference` lives."""
+    for name, value in others.items():
+        if value is not None and value.device != reference.device:
+            raise ValueError(
+                f"{name} must be on the device of {reference_name} ({reference.device}), "
+                f"got {value.device}"
+            )
+
+
+def same_dtype(reference_name: str, reference: torch.Tensor, **others: torch.Tensor) -> None:
+    """All `others` have the dtype of `reference`."""
+    for name, value in others.items():
+        if value.dtype != reference.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {reference_name} ({reference.dtype}), "
+                f"got {value.dtype}"
+            )
+
+
+def contiguous_last_axis(**values: torch.Tensor) -> None:
+    """The last axis (head_dim) of each tensor has stride 1."""
+    for name, value in values.items():
+        if value.shape[-1] > 1 and value.stride(-1) != 1:
+            raise ValueError(
+                f"{name} must have a contiguous last axis (stride 1), got strides {value.stride()}"
+            )
+
+
+def first_index(mask: torch.Tensor) -> int:
+    """Position of the first true element of a 1-D mask that has one."""
+    return int(mask.nonzero()[0, 0])
+
+
+def page_ids(name: str, ids: torch.Tensor, num_pages: int | None) -> None:
+    """Every id is in 0 .. num_pages - 1 (below 2**31 where the pool size is not known)."""
+    if ids.numel() == 0:
+        return
+    limit = INT32_MAX if num_pages is None else num_pages
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0:
+        raise ValueError(f"{name} holds the page id {low}; page ids must be at least 0")
+    if high >= limit:
+        what = "2**31 - 1" if num_pages is None else f"num_pages = {num_pages}"
+        raise ValueError(f"{name} holds the page id {high}; page ids must be below {what}")
+
+
+def no_grad(**values: torch.Tensor | None) -> None:
+    """Inference only: a tensor that asks for gradients would silently get none."""
+    if not torch.is_grad_enabled():
+        return
+    for name, value in values.items():
+        if value is not None and value.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient; flashcore computes the forward pass only: "
+                "call it under torch.no_grad() or pass a detached tensor"
+            )
