@@ -24,6 +24,8 @@ from flashcore.runtime.target import INSTALL_HINT, MissingRuntimeError, detect_t
 
 _HOPPER_CAPABILITY = (9, 0)
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TMA_BYTES = 16
+_TMA_ELEMENTS = 8  # of bf16 or fp16
 _MAX_PLANS = 4096  # varying lengths make new plans; beyond this the dictionary starts anew
 
 
@@ -44,6 +46,7 @@ _PlanKey = tuple[
     torch.device,
 ]
 _plans: dict[_PlanKey, _Plan] = {}
+_scratch: dict[tuple[int, int], torch.Tensor] = {}  # by device index and stream handle
 
 
 def dense_attention(
@@ -68,12 +71,33 @@ def dense_attention(
     fp16; or all packed as [total, heads, head_dim] with int32 `cu_seqlens_q` and `cu_seqlens_k` of
     [batch + 1] and `max_seqlen_q`, the longest query (None: unknown, which only costs empty tiles).
     The LSE is fp32, [batch, seqlen_q, heads] or [total, heads]. `scale` multiplies the scores,
-    windows are in tokens, -1 for unlimited, `softcap` 0 for none, `sinks` fp32 [heads].
+    windows are in tokens, -1 for unlimited, `softcap` 0 for none, `sinks` [heads], any float dtype.
 
-    Raises MissingRuntimeError, UnsafeCacheError or BuildError when the kernel of a new shape cannot
-    be loaded or compiled.
+    Raises NotImplementedError for a dtype and ValueError for a stride that the kernel cannot take;
+    MissingRuntimeError, UnsafeCacheError or BuildError when the kernel of a new shape cannot be
+    loaded or compiled.
     """
     device = q.device
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return dense_attention(
+                q,
+                k,
+                v,
+                causal=causal,
+                scale=scale,
+                window_left=window_left,
+                window_right=window_right,
+                softcap=softcap,
+                sinks=sinks,
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_k,
+                max_seqlen_q=max_seqlen_q,
+                return_lse=return_lse,
+            )
+    q, k, v = _tma_ready("q", q), _tma_ready("k", k), _tma_ready("v", v)
+    if sinks is not None and sinks.dtype is not torch.float32:
+        sinks = sinks.float()
     out = torch.empty(q.shape, dtype=q.dtype, device=device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=device) if return_lse else None
     if out.numel() == 0 or k.numel() == 0:  # TMA cannot describe a tensor with no elements
@@ -94,16 +118,56 @@ def dense_attention(
         device,
     )
     plan = _plans.get(what) or _remember(what)
-    # Counter of the tile scheduler: zeroed on the stream, so that a captured graph zeroes it too.
-    scratch = torch.zeros(1, dtype=torch.int32, device=device) if plan.needs_scratch else None
+    scratch = _scheduler_scratch(device.index) if plan.needs_scratch else None
     tensors = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, scratch)
     scalars = (scale, softcap, window_left, window_right, longest_q, plan.num_ctas)
-    if device.index == torch.cuda.current_device():
-        plan.function(*tensors, *scalars)
-    else:
-        with torch.cuda.device(device):
-            plan.function(*tensors, *scalars)
+    plan.function(*tensors, *scalars)
     return out, lse
+
+
+def _tma_ready(name: str, value: torch.Tensor) -> torch.Tensor:
+    """`value` if TMA can address it as it lies, else the same data with legal strides, or an error.
+
+    TMA wants 16 bytes: of the first element's address, and of every stride but the last.
+    """
+    strides = value.stride()
+    mixed = 0
+    for stride in strides[:-1]:
+        mixed |= stride
+    if not mixed % _TMA_ELEMENTS and strides[-1] == 1 and not value.data_ptr() % _TMA_BYTES:
+        return value
+    if strides[-1] != 1 and value.shape[-1] != 1:
+        raise ValueError(f"{name} must have a contiguous last axis, got strides {strides}")
+    if value.data_ptr() % _TMA_BYTES:
+        raise ValueError(
+            f"{name} must start at an address divisible by {_TMA_BYTES}, got a view at storage "
+            f"offset {value.storage_offset()} (elements); call {name}.contiguous()"
+        )
+    for axis, stride in enumerate(strides[:-1]):
+        if stride % _TMA_ELEMENTS and value.shape[axis] != 1:
+            raise ValueError(
+                f"{name} has stride {stride} in dimension {axis}; the Hopper kernel takes multiples "
+                f"of {_TMA_ELEMENTS} elements; call {name}.contiguous()"
+            )
+    # The stride of an axis with one element means nothing to torch, and yet TMA checks it.
+    legal = [s if s % _TMA_ELEMENTS == 0 else _TMA_ELEMENTS for s in strides[:-1]]
+    return value.as_strided(value.shape, [*legal, 1])
+
+
+def _scheduler_scratch(device_index: int) -> torch.Tensor:
+    """The tile counters, int32 [2]: zero, and left at zero by every launch that uses them.
+
+    Launches on one stream follow each other, so one buffer for each stream is enough. A captured
+    graph may be replayed beside that stream and gets a buffer of its own, zeroed by the graph.
+    """
+    stream = torch._C._cuda_getCurrentRawStream(device_index)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=f"cuda:{device_index}")
+    found = _scratch.get((device_index, stream))
+    if found is None:
+        found = torch.zeros(2, dtype=torch.int32, device=f"cuda:{device_index}")
+        _scratch[device_index, stream] = found
+    return found
 
 
 def prepare_dense(config: DenseConfig) -> CompiledFunction:
@@ -148,6 +212,8 @@ def _available(index: int) -> tuple[bool, str]:
 def _remember(what: _PlanKey) -> _Plan:
     """Make the plan of a launch: choose, load or compile, size the grid."""
     sizes, options, packing, device = what
+    if sizes[0] not in _DTYPE_NAMES:
+        raise NotImplementedError(f"q has dtype {sizes[0]}; the Hopper kernel takes bf16 and fp16")
     problem = DenseProblem(_DTYPE_NAMES[sizes[0]], *sizes[1:], *options, *packing)
     config = choose(problem)
     plan = _Plan(
