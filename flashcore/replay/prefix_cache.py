@@ -1,0 +1,151 @@
+"""A prefix cache over KV pages: a radix tree of full prompt pages, references and LRU eviction.
+
+A page is in one of four states: free; private (held by one request, unknown to the tree); cached
+and referenced; cached and unreferenced. Only the last may be evicted.
+
+Requests hold whole paths, from the root down. So an unreferenced page has unreferenced children
+only, and those were released before it or together with it. Queueing the pages of one release
+from the deepest up therefore keeps every child ahead of its parent, and one ordered queue gives
+both the LRU order and "children before parents".
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashcore.replay.trace import HASH_BLOCK_TOKENS, Request
+
+PageIds = NDArray[np.int32]
+PageKey = int | tuple[int, ...]
+
+ROOT = -1
+MAX_PAGES = 2**28
+
+
+def check_page_tokens(page_tokens: int) -> None:
+    """Raise ValueError unless page edges and the edges of 512-token hash blocks nest."""
+    divides = 1 <= page_tokens <= HASH_BLOCK_TOKENS and HASH_BLOCK_TOKENS % page_tokens == 0
+    if not divides and (page_tokens < 1 or page_tokens % HASH_BLOCK_TOKENS):
+        raise ValueError(
+            f"page_tokens is {page_tokens}; it must divide {HASH_BLOCK_TOKENS} "
+            f"or be a multiple of {HASH_BLOCK_TOKENS}, the tokens of one hash block"
+        )
+
+
+def prompt_page_keys(request: Request, page_tokens: int) -> Sequence[PageKey]:
+    """One key for each full page of the prompt: the hash id, or ids, of the blocks it is made of.
+
+    Together with the page before it, the key says what a page holds. The tokens after the last
+    full page have no key: they are never shared.
+    """
+    full_pages = request.input_tokens // page_tokens
+    ids = request.hash_ids
+    if page_tokens > HASH_BLOCK_TOKENS:
+        blocks = page_tokens // HASH_BLOCK_TOKENS
+        return [ids[page * blocks : (page + 1) * blocks] for page in range(full_pages)]
+    pages_per_block = HASH_BLOCK_TOKENS // page_tokens
+    return [ids[page // pages_per_block] for page in range(full_pages)]
+
+
+class PrefixCache:
+    """A pool of `num_pages` KV pages with ids 0 .. num_pages - 1."""
+
+    def __init__(self, num_pages: int) -> None:
+        if not 1 <= num_pages <= MAX_PAGES:
+            raise ValueError(f"num_pages is {num_pages}; it must be 1 to {MAX_PAGES}")
+        self.num_pages = num_pages
+        self.evictions = 0
+        self.references: NDArray[np.int32] = np.zeros(num_pages, np.int32)
+        self._never_taken = 0  # this page and all after it are free
+        self._freed: list[int] = []
+        self._children: dict[tuple[int, PageKey], int] = {}  # (parent page, key) -> page
+        self._edges: dict[int, tuple[int, PageKey]] = {}  # the same, from the page
+        self._unreferenced: OrderedDict[int, None] = OrderedDict()  # the next to evict first
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that hold nothing."""
+        return self.num_pages - self._never_taken + len(self._freed)
+
+    @property
+    def evictable_pages(self) -> int:
+        """Cached pages that no request holds."""
+        return len(self._unreferenced)
+
+    def match(self, keys: Sequence[PageKey]) -> PageIds:
+        """Page ids of the longest cached prefix of `keys`; changes nothing."""
+        pages: list[int] = []
+        parent = ROOT
+        for key in keys:
+            page = self._children.get((parent, key))
+            if page is None:
+                break
+            pages.append(page)
+            parent = page
+        return np.array(pages, np.int32)
+
+    def obtainable_beside(self, held: PageIds) -> int:
+        """Pages that could be taken, free or evicted, once the pages `held` are held."""
+        idle = int(np.count_nonzero(self.references[held] == 0))
+        return self.free_pages + self.evictable_pages - idle
+
+    def hold(self, pages: PageIds) -> None:
+        """Add a reference to each page of a matched path, which keeps them from eviction."""
+        for page in pages[self.references[pages] == 0].tolist():
+            del self._unreferenced[page]
+        self.references[pages] += 1
+
+    def extend(self, parent: int, keys: Sequence[PageKey]) -> PageIds:
+        """Take one page for each key, cached as a path below `parent`, with one reference each.
+
+        Raises ValueError when the first key is cached already (match and hold it instead), and
+        MemoryError as `take` does.
+        """
+        if keys and (parent, keys[0]) in self._children:
+            raise ValueError(f"key {keys[0]} below page {parent} is cached already; hold it")
+        pages = self.take(len(keys))
+        for page, key in zip(pages.tolist(), keys, strict=True):
+            self._children[parent, key] = page
+            self._edges[page] = (parent, key)
+            parent = page
+        return pages
+
+    def take(self, count: int) -> PageIds:
+        """Take `count` private pages with one reference each, evicting when too few are free.
+
+        Raises MemoryError, and takes none, when free and evictable pages do not suffice.
+        """
+        obtainable = self.free_pages + self.evictable_pages
+        if count > obtainable:
+            raise MemoryError(f"{count} pages wanted, {obtainable} free or evictable")
+        while self.free_pages < count:
+            self._evict_oldest()
+        pages = np.array([self._take_free() for _ in range(count)], np.int32)
+        self.references[pages] = 1
+        return pages
+
+    def release(self, pages: PageIds) -> None:
+        """Drop one reference of each page, given in sequence order; private pages become free."""
+        self.references[pages] -= 1
+        idle = pages[self.references[pages] == 0].tolist()
+        for page in reversed(idle):
+            if page in self._edges:
+                self._unreferenced[page] = None
+            else:
+                self._freed.append(page)
+
+    def _take_free(self) -> int:
+        if self._freed:
+            return self._freed.pop()
+        self._never_taken += 1
+        return self._never_taken - 1
+
+    def _evict_oldest(self) -> None:
+        page, _ = self._unreferenced.popitem(last=False)
+        del self._children[self._edges.pop(page)]
+        self._freed.append(page)
+        self.evictions += 1

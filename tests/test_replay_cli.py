@@ -1,0 +1,208 @@
+"""`flashcore replay`: exit status, what goes to which stream, JSON keys, plot, sampled timings."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashcore.cli import replay
+from flashcore.cli.progress import ProgressBar
+
+SAMPLE = Path(__file__).parent / "data" / "sample_trace.jsonl"
+FAST = ("--sample-every", "0")
+
+
+def run(*options: str | Path) -> int:
+    parser = argparse.ArgumentParser(prog="flashcore replay")
+    replay.add_arguments(parser)
+    return replay.run(parser.parse_args([str(option) for option in options]))
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *options: str | Path) -> dict[str, Any]:
+    assert run(SAMPLE, "--json", *options) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    report = json.loads(out)  # one object and nothing else
+    assert isinstance(report, dict)
+    return report
+
+
+def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    return err
+
+
+def test_json_figures_of_the_sample(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capsys, "--requests", "2", "--prefill-chunk", "4096", *FAST)
+    assert (report["requests"], report["completed"], report["refused"]) == (2, 2, 0)
+    assert report["steps"] == 3
+    assert report["tokens_per_sequence"] == 2560 + 2562 + 2564
+    assert report["tokens_once"] == 1536 + 1538 + 1540
+    assert report["reuse"] == pytest.approx(7686 / 4614)
+    assert report["bytes_once"] == 4614 * 32 * 8 * 128 * 2 * 2
+    assert report["share_of_pages_shared"] == pytest.approx(24 / 40)
+    assert report["pages_staged"] == 14
+    assert report["cache_hit_rate"] == pytest.approx(1024 / 2560)
+    assert report["per_step"]["batch"]["mean"] == 2
+    assert report["per_step"]["reuse"]["max"] == pytest.approx(2560 / 1536)
+    assert report["samples"]["count"] == 0
+    assert report["samples"]["layout_ms"] is None
+
+
+def test_table_names_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(SAMPLE, "--cache-tokens", "2000", *FAST) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "6 completed, 0 refused" in out
+    assert "15 pages of 128 tokens" in out
+    for label in ("reuse", "pages shared", "pages staged", "batch (sequences)"):
+        assert label in out
+
+
+@pytest.mark.parametrize(
+    ("options", "pages"),
+    [
+        ((), 4096),
+        (("--cache-pages", "77"), 77),
+        (("--cache-tokens", "1300"), 10),
+        (("--cache-gib", "2", "--page-tokens", "64"), 256),
+        (("--cache-gib", "1", "--model-shape", "16x4x64", "--element-bytes", "1"), 1024),
+    ],
+)
+def test_cache_sizes(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], pages: int
+) -> None:
+    assert run_json(capsys, *options, *FAST)["settings"]["cache_pages"] == pages
+
+
+@pytest.mark.parametrize("page_tokens", ["16", "1024"])
+def test_sampled_steps_are_timed_and_agree(
+    capsys: pytest.CaptureFixture[str], page_tokens: str
+) -> None:
+    samples = run_json(capsys, "--sample-every", "7", "--page-tokens", page_tokens)["samples"]
+    assert samples["count"] > 10
+    assert samples["disagreements"] == 0
+    assert samples["layout_ms"]["min"] > 0
+    assert samples["plan_ms"]["min"] > 0
+    assert samples["plan_reuse"]["min"] >= 1
+    assert samples["attention_ms"] is None
+
+
+def test_attention_is_timed_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    samples = run_json(
+        capsys, "--sample-every", "50", "--attention", "--heads", "2x1x32", "--cache-pages", "64"
+    )["samples"]
+    assert samples["attention_ms"]["min"] > 0
+    assert samples["heads"] == "2x1x32"
+
+
+def test_plot_and_csv(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot, table = tmp_path / "reuse.png", tmp_path / "steps.csv"
+    report = run_json(capsys, "--plot", plot, "--steps-csv", table, *FAST)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert len(table.read_text().splitlines()) == report["steps"] + 1
+
+
+def test_bad_line_gives_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    lines = SAMPLE.read_text().splitlines()
+    bad.write_text("\n".join([*lines[:3], lines[3].replace("1536", "-1536")]))
+    assert run(bad) == 2
+    error = one_error_line(capsys)
+    assert error.startswith(f"flashcore replay: {bad}, line 4: input_length is -1536;")
+
+
+def test_missing_file_gives_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("no/such/file.jsonl") == 2
+    assert "no/such/file.jsonl: cannot read the trace" in one_error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--page-tokens", "100"), "page_tokens is 100; it must divide 512"),
+        (("--cache-tokens", "100"), "the cache holds 100 tokens; one page of 128 is the least"),
+        (("--cache-gib", "1e9"), "it must be 1 to 268435456"),
+        (("--heads", "3x2x64"), "3 query heads, no multiple of 2"),
+        (("--plot", "no/such/folder/a.png"), "there is no folder no/such/folder"),
+        (("--plot", "reuse.txt"), "must end in .png, .pdf or .svg"),
+        (("--steps-csv", "."), "it is a folder"),
+        (("--cache-pages", "1", "--steps-csv", "/dev/null"), "every request was refused"),
+        (("--steps-csv", "n" * 300), "cannot write nnn"),
+    ],
+)
+def test_options_that_cannot_be_carried_out(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], problem: str
+) -> None:
+    assert run(SAMPLE, *FAST, *options) == 2
+    assert problem in one_error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--requests", "0"),
+        ("--requests", "x"),
+        ("--cache-gib", "nan"),
+        ("--step-ms", "0"),
+        ("--time-scale", "-1"),
+        ("--model-shape", "32x8"),
+        ("--heads", "4x0x64"),
+        ("--cache-pages", "5", "--cache-tokens", "700"),
+    ],
+)
+def test_options_out_of_range_exit_with_2(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(SAMPLE, *options)
+    assert stopped.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_all_requests_refused_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capsys, "--cache-pages", "1")
+    assert (report["refused"], report["completed"], report["steps"]) == (6, 0, 0)
+    assert report["reuse"] == 1
+    assert run(SAMPLE, "--cache-pages", "1") == 0
+    assert "6 refused" in capsys.readouterr().out
+
+
+def test_help_and_parsing_load_neither_torch_nor_matplotlib() -> None:
+    code = (
+        "import sys, flashcore.cli.replay, flashcore.replay.trace as t;"
+        f"t.read_trace({str(SAMPLE)!r});"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_only_on_a_terminal_or_when_asked() -> None:
+    def drawn(stream: io.StringIO, shown: bool | None) -> str:
+        with ProgressBar("replay", 3, shown=shown, stream=stream) as bar:
+            bar.update(3)
+        return stream.getvalue()
+
+    assert drawn(io.StringIO(), None) == ""
+    assert drawn(Terminal(), False) == ""
+    for text in (drawn(Terminal(), None), drawn(io.StringIO(), True)):
+        assert "replay [############################] 3/3" in text
+        assert text.endswith("\r")
+        assert text.split("\r")[-2].strip() == ""  # the line is cleared
