@@ -23,6 +23,6 @@ class TileConfig:
 
 def compile_tile(config: TileConfig) -> Any:
     """Compile the tile kernel; imports the CuTe DSL."""
-    import toy_kernels_device
+    from tests import toy_kernels_device
 
     return toy_kernels_device.compile_tile(config)

@@ -11,7 +11,8 @@ from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from cutlass.utils import LayoutEnum, SmemAllocator
-from toy_kernels import TileConfig
+
+from tests.toy_kernels import TileConfig
 
 _TILE = 64
 

@@ -146,8 +146,8 @@ def _tma_ready(name: str, value: torch.Tensor) -> torch.Tensor:
     for axis, stride in enumerate(strides[:-1]):
         if stride % _TMA_ELEMENTS and value.shape[axis] != 1:
             raise ValueError(
-                f"{name} has stride {stride} in dimension {axis}; the Hopper kernel takes multiples "
-                f"of {_TMA_ELEMENTS} elements; call {name}.contiguous()"
+                f"{name} has stride {stride} in dimension {axis}; the Hopper kernel takes "
+                f"multiples of {_TMA_ELEMENTS} elements; call {name}.contiguous()"
             )
     # The stride of an axis with one element means nothing to torch, and yet TMA checks it.
     legal = [s if s % _TMA_ELEMENTS == 0 else _TMA_ELEMENTS for s in strides[:-1]]

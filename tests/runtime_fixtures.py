@@ -1,0 +1,87 @@
+"""A kernel family that compiles with the C compiler, so that cache tests take milliseconds.
+
+Its shared objects speak the same calling convention as the real ones and are loaded by the same
+loader; the function returns `value` of its configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from flashcore.runtime.kernel import Family
+from flashcore.runtime.target import Target
+
+TESTS = Path(__file__).resolve().parent
+COMPILE_LOG = "FLASHCORE_TEST_COMPILE_LOG"  # a file that gets one line for each compilation
+
+TARGET = Target(arch="sm_90a", host="x86_64", toolkit="cu13", dsl="4.8.1", tvm_ffi="0.1.11")
+
+needs_loader = pytest.mark.skipif(
+    find_spec("tvm_ffi") is None
+    or find_spec("nvidia_cutlass_dsl") is None
+    or shutil.which("gcc") is None,
+    reason="needs apache-tvm-ffi, the CuTe DSL's runtime library and gcc",
+)
+needs_dsl = pytest.mark.skipif(
+    find_spec("cutlass") is None or find_spec("tvm_ffi") is None,
+    reason="needs the CuTe DSL (extra gpu)",
+)
+
+_SOURCE = """
+#include <stdint.h>
+typedef struct {{ int32_t type_index; uint32_t pad; int64_t value; }} Any;
+__attribute__((visibility("default")))
+int32_t __tvm_ffi_{symbol}(void* self, const Any* args, int32_t count, Any* result) {{
+    result->type_index = 1; /* kTVMFFIInt */
+    result->value = {value};
+    return 0;
+}}
+"""
+
+
+@dataclass(frozen=True)
+class ConstantConfig:
+    value: int = 7
+    broken: bool = False  # the compiler raises
+    unloadable: bool = False  # the shared object wants a symbol that nothing has
+
+
+class CompiledConstant:
+    """What a compile function returns, as far as the runtime uses it."""
+
+    ir_module = ""
+
+    def __init__(self, config: ConstantConfig) -> None:
+        self._config = config
+
+    def export_to_c(self, object_file_path: str, function_name: str) -> None:
+        source = Path(object_file_path).with_suffix(".c")
+        text = _SOURCE.format(symbol=function_name, value=self._config.value)
+        if self._config.unloadable:
+            text += "extern int nowhere(void); int (*keep)(void) = nowhere;\n"
+        source.write_text(text)
+        subprocess.run(["gcc", "-c", "-fPIC", "-o", object_file_path, str(source)], check=True)
+
+
+def compile_constant(config: ConstantConfig) -> CompiledConstant:
+    if log := os.environ.get(COMPILE_LOG):
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()} {config.value}\n")
+    if config.broken:
+        raise ValueError("this configuration cannot be compiled")
+    return CompiledConstant(config)
+
+
+CONSTANT = Family(
+    "constant", "tests.runtime_fixtures:compile_constant", ("runtime_fixtures.py",), TESTS
+)
+TILE = Family(
+    "tile", "tests.toy_kernels:compile_tile", ("toy_kernels.py", "toy_kernels_device.py"), TESTS
+)
