@@ -1,0 +1,125 @@
+"""Random batches with hostile contents, shared by tests and benchmarks of the torch path.
+
+Whatever no sequence may read is poisoned: NaN in every cache row past a sequence's end and in every
+page that nobody uses, absurd ids in unused slots of the page table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+import flashcore
+
+ABSURD_PAGE = 2_147_480_000
+
+
+@dataclass
+class Batch:
+    """One batch as a serving engine would hand it over."""
+
+    page_table: torch.Tensor  # [batch, max_pages] int32
+    kv_lens: list[int]
+    q_lens: list[int]
+    page_tokens: int
+    num_pages: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    seed: int = 0
+    layout: flashcore.Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layout = flashcore.layout_from_page_table(
+            self.page_table,
+            torch.tensor(self.kv_lens, dtype=torch.int32),
+            page_tokens=self.page_tokens,
+            num_pages=self.num_pages,
+        )
+
+    def plan(self, **options: object) -> flashcore.Plan:
+        return flashcore.plan(
+            self.layout,
+            q_lens=self.q_lens,
+            num_q_heads=self.num_q_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            page_tokens=self.page_tokens,
+            **options,
+        )
+
+    def tensors(self, dtype: torch.dtype = torch.float32, poison: bool = True):
+        """q, k_pages, v_pages; NaN wherever no sequence has a token."""
+        rng = torch.Generator().manual_seed(self.seed)
+        shape = (self.num_pages, self.page_tokens, self.num_kv_heads, self.head_dim)
+        k, v = torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
+        q = torch.randn(sum(self.q_lens), self.num_q_heads, self.head_dim, generator=rng)
+        if poison:
+            held = torch.zeros(self.num_pages, dtype=torch.long)
+            cols, counts = self.layout.cols.long(), self.layout.token_counts.long()
+            held.scatter_reduce_(0, cols, counts, "amax")
+            dead = torch.arange(self.page_tokens) >= held[:, None]
+            k[dead], v[dead] = float("nan"), float("nan")
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+
+    def tree_mask(self) -> torch.Tensor:
+        """Random ancestors among a sequence's new tokens; each token sees itself."""
+        rng = torch.Generator().manual_seed(self.seed + 1)
+        width = max(self.q_lens, default=0) + 1
+        mask = torch.rand(sum(self.q_lens), width, generator=rng) < 0.5
+        own = torch.cat(
+            [torch.arange(n) for n in self.q_lens] or [torch.zeros(0, dtype=torch.long)]
+        )
+        mask[torch.arange(len(own)), own] = True
+        return mask
+
+
+def prefix_tree(
+    rng: np.random.Generator, batch: int, columns: int, num_pages: int, full_pages: list[int]
+) -> np.ndarray:
+    """Rows that copy a stretch of an earlier row, in front or in the middle, and go on alone."""
+    table = np.empty((batch, columns), dtype=np.int64)
+    for row in range(batch):
+        table[row] = rng.integers(0, num_pages, columns)
+        if row and rng.random() < 0.8:
+            source = int(rng.integers(0, row))
+            length = int(rng.integers(0, full_pages[source] + 1))
+            begin = 0 if rng.random() < 0.7 else int(rng.integers(0, length + 1))
+            shift = 0 if rng.random() < 0.8 else int(rng.integers(0, 3))
+            to = min(columns, begin + shift + length - begin)
+            table[row, begin + shift : to] = table[source, begin : to - shift]
+            if rng.random() < 0.1:
+                table[row] = table[source]
+    return table
+
+
+@st.composite
+def batches(draw: st.DrawFn, max_batch: int = 6, decode_only: bool = False) -> Batch:
+    """Batches over few pages, so that accidental sharing, repeats and partial pages are common."""
+    seed = draw(st.integers(0, 2**31 - 1))
+    rng = np.random.default_rng(seed)
+    batch = draw(st.integers(0, max_batch))
+    page_tokens = draw(st.sampled_from([1, 2, 4, 16]))
+    # Few pages: rows collide and repeat pages. Many: sharing is only what the tree makes.
+    num_pages = draw(st.sampled_from([3, 12, 400]))
+    columns = draw(st.integers(1, 9))
+    kv_lens = [int(rng.integers(0, columns * page_tokens + 1)) for _ in range(batch)]
+    table = prefix_tree(rng, batch, columns, num_pages, [n // page_tokens for n in kv_lens])
+    for row, length in enumerate(kv_lens):
+        table[row, -(-length // page_tokens) :] = ABSURD_PAGE * (1 if rng.random() < 0.5 else -1)
+    longest = 1 if decode_only else draw(st.sampled_from([1, 2, 5]))
+    q_lens = [int(rng.integers(0, longest + 1)) for _ in range(batch)]
+    heads = draw(st.sampled_from([(1, 1), (4, 4), (6, 2), (5, 1), (8, 2)]))
+    return Batch(
+        torch.from_numpy(table).reshape(batch, columns).int(),
+        kv_lens,
+        q_lens,
+        page_tokens,
+        num_pages,
+        *heads,
+        head_dim=draw(st.sampled_from([3, 8, 16])),
+        seed=seed,
+    )

@@ -1,0 +1,107 @@
+"""The custom operators under torch's own checks, torch.compile and torch.export; the import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import flashcore
+from tests.test_paged_attention import shared_batch
+
+
+def test_import_is_quick_and_light():
+    """No torch, no NVIDIA wheel before a name is used."""
+    code = (
+        "import sys, flashcore; "
+        "heavy = {'torch', 'numpy', 'cutlass', 'tvm_ffi', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy; "
+        "assert 'attention' in dir(flashcore); "
+        "flashcore.attention; assert 'cutlass' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="module 'flashcore' has no attribute 'atention'"):
+        _ = flashcore.atention
+
+
+def test_every_public_name_loads():
+    for name in flashcore.__all__:
+        assert getattr(flashcore, name) is not None
+
+
+def dense_arguments(packed: bool) -> tuple:
+    q, k = torch.randn(2, 5, 4, 16), torch.randn(2, 7, 2, 16)
+    ends = (None, None)
+    if packed:
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        ends = (torch.tensor([0, 5, 10]).int(), torch.tensor([0, 7, 14]).int())
+    return (q, k, k.clone(), 0.25, True, 3, -1, 2.0, torch.randn(4), *ends, 5, True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck_dense(packed):
+    torch.library.opcheck(torch.ops.flashcore.attention.default, dense_arguments(packed))
+
+
+def test_opcheck_paged():
+    batch = shared_batch()
+    plan = batch.plan()
+    q, k, v = batch.tensors()
+    names = "cols groups q_tokens q_positions q_offsets work merge_offsets merge_partials"
+    tensors = [getattr(plan, name) for name in names.split()]
+    arguments = (q, k, v, *tensors, plan.num_partial_tokens, 0.1, True, -1, -1, 0.0, None, None)
+    torch.library.opcheck(torch.ops.flashcore.paged_attention.default, arguments)
+
+
+def test_compile_sees_one_node():
+    batch = shared_batch()
+    q, k, v = batch.tensors()
+    plan = batch.plan()
+
+    def layer(q, k, v):
+        out, lse = flashcore.paged_attention(q * 2, k, v, plan, return_lse=True)
+        return out + 1, lse
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(q, k, v), layer(q, k, v), strict=True):
+        assert torch.equal(a, b)
+
+    x = torch.randn(2, 5, 4, 16)
+    dense = torch.compile(
+        lambda x: flashcore.attention(x, x, x, causal=True), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(dense(x), flashcore.attention(x, x, x, causal=True))
+
+
+def test_export_sees_one_node():
+    batch = shared_batch()
+    q, k, v = batch.tensors()
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plan = batch.plan()
+
+        def forward(self, q, k, v):
+            return flashcore.paged_attention(q, k, v, self.plan)
+
+    program = torch.export.export(Layer(), (q, k, v))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert "flashcore.paged_attention.default" in targets
+    assert torch.equal(program.module()(q, k, v), Layer()(q, k, v))
+
+
+def test_fake_tensors_get_shapes():
+    with FakeTensorMode():
+        q, k = torch.empty(2, 5, 4, 16).half(), torch.empty(2, 7, 2, 16).half()
+        out, lse = flashcore.attention(q, k, k, return_lse=True)
+    assert out.shape == q.shape
+    assert out.dtype == torch.float16
+    assert lse.shape == (2, 5, 4)
+    assert lse.dtype == torch.float32

@@ -1,0 +1,320 @@
+"""Groups, folding, work items and merge lists against brute force."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flashcore
+from flashcore.planner.folding import Costs, Reason
+from flashcore.planner.split import split_tokens
+from flashcore.planner.work import DIRECT, Group, Work
+from tests import oracle
+from tests.cases import Batch, batches
+from tests.test_layout import rows_of
+
+
+def active_rows(batch: Batch) -> list[list[tuple[int, int]]]:
+    rows = rows_of(batch.layout)
+    return [row if n else [] for row, n in zip(rows, batch.q_lens, strict=True)]
+
+
+def members_of(plan: flashcore.Plan, group: int) -> list[tuple[int, int]]:
+    """(row, tokens before the run) of each member."""
+    span = slice(int(plan.member_offsets[group]), int(plan.member_offsets[group + 1]))
+    return list(
+        zip(plan.member_rows[span].tolist(), plan.member_starts[span].tolist(), strict=True)
+    )
+
+
+def run_of(plan: flashcore.Plan, group: int) -> tuple[tuple[int, int], ...]:
+    row = plan.groups[group].tolist()
+    span = slice(row[Group.ENTRY], row[Group.ENTRY] + row[Group.NUM_ENTRIES])
+    cols, counts = plan.cols[span].tolist(), plan.token_counts[span].tolist()
+    return tuple(zip(cols, counts, strict=True))
+
+
+@settings(max_examples=400, deadline=None)
+@given(batches())
+def test_groups_against_oracle(batch: Batch):
+    plan = batch.plan(fold=False)
+    rows = active_rows(batch)
+    expected = oracle.groups(rows, batch.page_tokens)
+    assert plan.groups.shape[0] == len(expected)
+    for number, run in enumerate(expected):
+        assert run_of(plan, number) == run.pages
+        starts = [(r, sum(n for _, n in rows[r][:i])) for r, i in run.members]
+        assert members_of(plan, number) == starts
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches(), st.booleans(), st.booleans(), st.sampled_from([0, 3, 40]))
+def test_members_partition_every_sequence(batch: Batch, fold: bool, share: bool, workers: int):
+    """Folded or not: each sequence is covered once, in order, by runs that hold its own pages."""
+    plan = batch.plan(fold=fold, share=share, num_workers=workers, itemsize=8)
+    rows = active_rows(batch)
+    covered: dict[int, list[tuple[int, tuple[tuple[int, int], ...]]]] = {}
+    for group in range(plan.groups.shape[0]):
+        run = run_of(plan, group)
+        assert all(count == batch.page_tokens for _, count in run[:-1])
+        assert int(plan.groups[group, Group.NUM_TOKENS]) == sum(n for _, n in run)
+        for row, start in members_of(plan, group):
+            covered.setdefault(row, []).append((start, run))
+    for row, entries in enumerate(rows):
+        pieces = sorted(covered.get(row, []))
+        assert [entry for _, run in pieces for entry in run] == entries
+        position = 0
+        for start, run in pieces:
+            assert start == position
+            position += sum(n for _, n in run)
+
+
+def folding_by_recursion(batch: Batch, costs: Costs) -> list[tuple[int, ...]]:
+    """Expected sets of (row, pages before the run) of the groups kept, from the tree of groups."""
+    rows = active_rows(batch)
+    runs = oracle.groups(rows, batch.page_tokens)
+    at = {place: run for run in runs for place in run.members}
+    before: dict[oracle.Run, set[oracle.Run | None]] = {run: set() for run in runs}
+    after: dict[oracle.Run, list[oracle.Run | None]] = {run: [] for run in runs}
+    for run in runs:
+        for r, i in run.members:
+            follower = at.get((r, i + len(run.pages)))
+            after[run].append(follower)
+            if follower is not None:
+                before[follower].add(run)
+    for run in runs:
+        if any(i == 0 for _, i in run.members):
+            before[run].add(None)
+
+    def only_parent(run: oracle.Run) -> oracle.Run | None:
+        return next(iter(before[run])) if len(before[run]) == 1 else None
+
+    def absorbed(run: oracle.Run) -> int:
+        parent = only_parent(run)
+        if parent is None or not folded(parent):
+            return 0
+        return sum(n for _, n in parent.pages) + absorbed(parent)
+
+    def folded(run: oracle.Run) -> bool:
+        followers = after[run]
+        exact = (
+            len(run.members) > 1
+            and run.pages[-1][1] == batch.page_tokens
+            and all(f is not None and only_parent(f) == run for f in followers)
+        )
+        if not exact:
+            return False
+        tokens = sum(n for _, n in run.pages)
+        queries = sum(batch.q_lens[r] for r, _ in run.members)
+        again = (len(set(followers)) - 1) * (tokens + absorbed(run)) * costs.kv_token
+        # A fold that does not pay without the ancestors' pages is never considered with them.
+        return again <= queries * costs.partial_token
+
+    kept = [run for run in runs if not folded(run)]
+    return [(sum(n for _, n in run.pages) + absorbed(run), len(run.members)) for run in kept]
+
+
+@settings(max_examples=400, deadline=None)
+@given(batches(max_batch=8), st.sampled_from([1, 2, 8]))
+def test_folding_against_recursion(batch: Batch, itemsize: int):
+    plan = batch.plan(itemsize=itemsize)
+    costs = Costs.of(batch.num_q_heads, batch.num_kv_heads, batch.head_dim, itemsize)
+    found = list(
+        zip(
+            plan.groups[:, Group.NUM_TOKENS].tolist(),
+            plan.member_offsets.diff().tolist(),
+            strict=True,
+        )
+    )
+    assert found == folding_by_recursion(batch, costs)
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches(), st.booleans(), st.sampled_from([0, 2, 500]), st.sampled_from([1, 5, 64]))
+def test_merge_lists_and_work(batch: Batch, fold: bool, workers: int, tile_m: int):
+    plan = batch.plan(fold=fold, num_workers=workers, tile_m=tile_m)
+    group_size = batch.num_q_heads // batch.num_kv_heads
+    expected: dict[int, list[tuple[int, int]]] = {t: [] for t in range(plan.total_q)}
+    owner_of_partial: dict[int, int] = {}
+    rows_left: dict[tuple[int, int, int, int], int] = {}
+    for number, row in enumerate(plan.groups.tolist()):
+        lists = zip(members_of(plan, number), _queries(batch, plan, number), strict=True)
+        place = row[Group.Q_BEGIN]
+        for (seq, start), tokens in lists:
+            for token in tokens:
+                assert int(plan.q_tokens[place]) == token
+                own = token - int(plan.q_offsets[seq])
+                position = batch.kv_lens[seq] - batch.q_lens[seq] + own - start
+                assert int(plan.q_positions[place]) == position
+                for split in range(row[Group.NUM_SPLITS]):
+                    begin = start + split * row[Group.SPLIT_ENTRIES] * batch.page_tokens
+                    partial = row[Group.PARTIAL]
+                    if partial != DIRECT:
+                        partial += split * row[Group.NUM_Q] + place - row[Group.Q_BEGIN]
+                        assert owner_of_partial.setdefault(partial, token) == token
+                    expected[token].append((begin, partial))
+                place += 1
+        assert place == row[Group.Q_BEGIN] + row[Group.NUM_Q]
+        for split in range(row[Group.NUM_SPLITS]):
+            for head in range(batch.num_kv_heads):
+                for r in range(row[Group.NUM_Q] * group_size):
+                    rows_left[number, split, head, row[Group.Q_BEGIN] * group_size + r] = 0
+    assert sorted(owner_of_partial) == list(range(plan.num_partial_tokens))
+    for token in range(plan.total_q):
+        span = slice(int(plan.merge_offsets[token]), int(plan.merge_offsets[token + 1]))
+        assert plan.merge_partials[span].tolist() == [p for _, p in sorted(expected[token])]
+    _check_work(batch, plan, rows_left, tile_m)
+
+
+def _queries(batch: Batch, plan: flashcore.Plan, group: int) -> list[range]:
+    ends = plan.q_offsets.tolist()
+    return [range(ends[row], ends[row + 1]) for row, _ in members_of(plan, group)]
+
+
+def _check_work(batch: Batch, plan: flashcore.Plan, rows_left: dict, tile_m: int) -> None:
+    """Every (group, split, head, packed row) is in one item, with the right keys and target."""
+    group_size = batch.num_q_heads // batch.num_kv_heads
+    tokens = plan.work[:, Work.NUM_TOKENS].tolist()
+    assert tokens == sorted(tokens, reverse=True)
+    for item in plan.work.tolist():
+        group = plan.groups[item[Work.GROUP]].tolist()
+        split = item[Work.KV_OFFSET] // (group[Group.SPLIT_ENTRIES] * batch.page_tokens)
+        assert item[Work.ENTRY] == group[Group.ENTRY] + split * group[Group.SPLIT_ENTRIES]
+        rest = group[Group.NUM_TOKENS] - item[Work.KV_OFFSET]
+        assert item[Work.NUM_TOKENS] == min(rest, group[Group.SPLIT_ENTRIES] * batch.page_tokens)
+        assert item[Work.NUM_TOKENS] > 0
+        assert 1 <= item[Work.NUM_ROWS] <= tile_m
+        if group[Group.PARTIAL] == DIRECT:
+            assert item[Work.PARTIAL] == DIRECT
+        else:
+            gathered = item[Work.ROW_BEGIN] // group_size - group[Group.Q_BEGIN]
+            first = group[Group.PARTIAL] + split * group[Group.NUM_Q]
+            assert item[Work.PARTIAL] == first + gathered
+        for row in range(item[Work.ROW_BEGIN], item[Work.ROW_BEGIN] + item[Work.NUM_ROWS]):
+            rows_left[item[Work.GROUP], split, item[Work.KV_HEAD], row] += 1
+    assert set(rows_left.values()) <= {1}
+
+
+def tree(prefix_pages: int, tails: int, tail_pages: int, page_tokens: int = 16) -> flashcore.Layout:
+    table = torch.arange(tails * (prefix_pages + tail_pages)).view(tails, -1)
+    table[:, :prefix_pages] = table[0, :prefix_pages]
+    lens = torch.full((tails,), table.shape[1] * page_tokens)
+    return flashcore.layout_from_page_table(table, lens, page_tokens=page_tokens)
+
+
+def plan_tree(layout: flashcore.Layout, **options) -> flashcore.Plan:
+    shape = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_tokens": 16}
+    return flashcore.plan(layout, **{**shape, **options})
+
+
+def test_a_long_prefix_is_read_once_and_a_page_is_given_back():
+    kept = plan_tree(tree(prefix_pages=64, tails=16, tail_pages=4)).stats()
+    assert kept.num_shared_groups == 1
+    assert kept.largest_fan_out == 16
+    assert kept.tokens_once == (64 + 16 * 4) * 16 == kept.tokens_unique
+    assert kept.reuse == pytest.approx(16 * 68 / 128)
+    assert kept.bytes_once(torch.bfloat16) == kept.tokens_once * 2 * 8 * 128 * 2
+    assert kept.num_folded == 0
+
+    # One page of one token in front of 16 sequences saves 15 tokens and costs 16 partial rows.
+    folded = plan_tree(tree(1, 16, 64, page_tokens=1), page_tokens=1)
+    stats = folded.stats()
+    assert stats.num_folded == 1
+    assert stats.tokens_once == stats.tokens_per_sequence == 16 * 65
+    assert folded.num_partial_tokens == 0
+    assert "partial results would cost more" in next(iter(k for k in stats.reasons if "fold" in k))
+
+
+def test_inactive_sequences_do_not_break_a_shared_run():
+    layout = tree(prefix_pages=8, tails=3, tail_pages=1)
+    table = layout.cols.view(3, 9).clone()
+    table[1, 4] = 100  # this row parts from the others in the middle of their prefix
+    lens = torch.full((3,), 9 * 16)
+    layout = flashcore.layout_from_page_table(table, lens, page_tokens=16)
+    shared = plan_tree(layout, q_lens=[1, 0, 1], fold=False)
+    assert shared.stats().num_shared_groups == 1
+    assert plan_tree(layout, fold=False).stats().num_shared_groups == 3
+
+
+def test_sharing_at_different_positions_is_found():
+    table = torch.tensor([[0, 5, 6, 7, 1], [5, 6, 7, 2, 3]])
+    layout = flashcore.layout_from_page_table(table, torch.tensor([80, 80]), page_tokens=16)
+    plan = plan_tree(layout, fold=False)
+    shared = [g for g in range(plan.groups.shape[0]) if len(members_of(plan, g)) == 2]
+    assert [run_of(plan, g) for g in shared] == [((5, 16), (6, 16), (7, 16))]
+    assert members_of(plan, shared[0]) == [(0, 16), (1, 0)]
+
+
+def test_share_off_reads_every_sequence_alone():
+    layout = tree(prefix_pages=64, tails=4, tail_pages=1)
+    stats = plan_tree(layout, share=False).stats()
+    assert stats.reuse == 1.0
+    assert stats.num_groups == 4
+    assert stats.largest_fan_out == 1
+
+
+def test_plan_is_immutable_and_moves():
+    plan = plan_tree(tree(2, 2, 1))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.total_q = 3
+    there = plan.to("meta")
+    assert {t.device.type for t in vars(there).values() if isinstance(t, torch.Tensor)} == {"meta"}
+    assert there.total_q == plan.total_q
+
+
+@given(st.integers(1, 10**9), st.integers(2, 200), st.integers(1, 300))
+def test_splits_are_whole_pages_and_tiles(total, workers, page_tokens):
+    tokens = split_tokens(total, workers, page_tokens)
+    assert tokens % page_tokens == 0
+    assert tokens >= 512
+    assert tokens * workers * 4 >= total
+    assert page_tokens > 128 or tokens >= 128
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_every_reason_occurs(reason):
+    """Each outcome of folding has a batch that brings it about."""
+    table, lens, options = {
+        Reason.PRIVATE: ([[0, 1]], [32], {}),
+        Reason.KEPT: ([[0, 1], [0, 2]], [32, 32], {"num_q_heads": 1, "num_kv_heads": 1}),
+        Reason.FOLDED: ([[0, 1], [0, 2]], [32, 32], {"q_lens": [16, 16]}),
+        Reason.KEPT_LAST: ([[0, 1], [0, 2]], [32, 16], {"q_lens": [16, 16]}),
+        Reason.KEPT_PARTIAL_PAGE: ([[0, 1], [0, 1]], [20, 20], {"q_lens": [16, 16]}),
+        Reason.KEPT_BRANCHING: ([[0, 1], [0, 1], [2, 1]], [32, 32, 32], {"q_lens": [16] * 3}),
+        Reason.KEPT_ALL: ([[0, 1], [0, 2]], [32, 32], {"fold": False}),
+    }[reason]
+    layout = flashcore.layout_from_page_table(
+        torch.tensor(table), torch.tensor(lens), page_tokens=16
+    )
+    plan = plan_tree(layout, **options)
+    assert reason in plan.decisions[:, 3].tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_q_heads": 5, "num_kv_heads": 2}, ValueError, "num_q_heads must be a multiple of"),
+        ({"num_kv_heads": 0}, ValueError, "num_kv_heads must be at least 1, got 0"),
+        ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
+        ({"head_dim": 64.0}, TypeError, "head_dim must be an int, got float"),
+        ({"page_tokens": 8}, ValueError, "page_tokens must be what .* got 8; .* holds 16 tokens"),
+        ({"q_lens": [1]}, ValueError, r"q_lens must have one length per row \(2\), got 1"),
+        ({"q_lens": [1, -2]}, ValueError, r"q_lens\[1\] must be at least 0, got -2"),
+        ({"q_lens": torch.ones(2)}, TypeError, "q_lens must have dtype int32, int64, got float32"),
+        ({"tile_m": 0}, ValueError, "tile_m must be at least 1, got 0"),
+        ({"num_workers": -1}, ValueError, "num_workers must be at least 1, got -1"),
+        ({"itemsize": 9}, ValueError, "itemsize must be at least 1 and at most 8, got 9"),
+    ],
+)
+def test_plan_names_what_is_wrong(options, error, message):
+    with pytest.raises(error, match=message):
+        plan_tree(tree(1, 2, 1), **options)
+
+
+def test_plan_wants_a_layout():
+    with pytest.raises(TypeError, match=r"layout must be a flashcore\.Layout, got tuple"):
+        plan_tree(tuple(tree(1, 2, 1)))
