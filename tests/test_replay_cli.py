@@ -53,6 +53,10 @@ def test_json_figures_of_the_sample(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["pages_staged"] == 14
     assert report["cache_hit_rate"] == pytest.approx(1024 / 2560)
     assert report["per_step"]["batch"]["mean"] == 2
+    staged = report["per_step"]["pages_staged"]  # 12, 2 and 0
+    assert [staged[name] for name in ("p10", "p50", "p90", "max")] == pytest.approx(
+        [0.4, 2, 10, 12]
+    )
     assert report["per_step"]["reuse"]["max"] == pytest.approx(2560 / 1536)
     assert report["samples"]["count"] == 0
     assert report["samples"]["layout_ms"] is None
@@ -109,6 +113,8 @@ def test_plot_and_csv(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     pytest.importorskip("matplotlib")
     plot, table = tmp_path / "reuse.png", tmp_path / "steps.csv"
     report = run_json(capsys, "--plot", plot, "--steps-csv", table, *FAST)
+    assert len(table.read_text().splitlines()) == report["steps"] + 1
+    report = run_json(capsys, "--requests", "1", "--plot", plot, "--steps-csv", table, *FAST)
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert len(table.read_text().splitlines()) == report["steps"] + 1
 

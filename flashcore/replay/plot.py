@@ -30,12 +30,15 @@ def draw_plot(log: StepLog, report: Report, path: str | PathLike[str]) -> None:
     seconds = log.column("time_ms") / 1000.0
     unit, in_units = ("min", seconds / 60) if np.ptp(seconds) > 600 else ("s", seconds)
     bins = _bins(in_units)
-    figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    _draw_reuse(upper, bins, step_reuse(log), report["reuse"])
-    _draw_batch(lower, bins, log)
-    lower.set_xlabel(f"simulated time ({unit})")
-    for axes in (upper, lower):
+    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1.4))
+    _draw_reuse(panels[0], bins, step_reuse(log), report["reuse"])
+    _draw_filled(panels[1], bins, log.column("batch"), "running\nsequences", _BATCH_COLOUR)
+    shared = 100.0 * log.column("pages_shared") / log.column("pages_used")
+    _draw_filled(panels[2], bins, shared, "pages shared\n(% of pages used)", _SHARED_COLOUR)
+    panels[-1].set_xlabel(f"simulated time ({unit})")
+    figure.align_ylabels(panels)
+    for axes in panels:
         axes.grid(alpha=0.25)
         axes.margins(x=0.01)
     figure.suptitle(_title(report), fontsize=11)
@@ -75,25 +78,18 @@ def _draw_reuse(axes: Any, bins: list[_Bin], reuse: NDArray[np.float64], overall
     axes.plot(time, _means(bins, reuse), color=_REUSE_COLOUR, lw=1.4, label="mean of the steps")
     axes.axhline(overall, color="black", lw=0.8, ls="--", label=f"overall {overall:.3f}")
     axes.set_ylabel("KV reuse\n(tokens per sequence / once)")
-    axes.legend(loc="upper right", fontsize=8)
+    # Above the panel, where it can hide no peak.
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
 
 
-def _draw_batch(axes: Any, bins: list[_Bin], log: StepLog) -> None:
-    time = [one.time for one in bins]
-    (batch,) = axes.plot(
-        time, _means(bins, log.column("batch")), color=_BATCH_COLOUR, lw=1.4, label="batch"
-    )
-    axes.set_ylabel("running sequences")
+def _draw_filled(
+    axes: Any, bins: list[_Bin], values: NDArray[Any], label: str, colour: str
+) -> None:
+    time, means = [one.time for one in bins], _means(bins, values)
+    axes.plot(time, means, color=colour, lw=1.3)
+    axes.fill_between(time, means, color=colour, alpha=0.12, lw=0)
+    axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
-    right = axes.twinx()
-    share = 100.0 * log.column("pages_shared") / log.column("pages_used")
-    (shared,) = right.plot(
-        time, _means(bins, share), color=_SHARED_COLOUR, lw=1.1, label="pages shared"
-    )
-    right.set_ylabel("pages shared (% of pages used)", color=_SHARED_COLOUR)
-    right.tick_params(axis="y", colors=_SHARED_COLOUR)
-    right.set_ylim(bottom=0)
-    axes.legend(handles=[batch, shared], loc="upper right", fontsize=8)
 
 
 def _title(report: Report) -> str:
