@@ -16,7 +16,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    """`actual` is finite where `expected` is, infinite alike elsewhere, and within `dtype`'s limit."""
+    """`actual` is finite where `expected` is, infinite alike elsewhere, within `dtype`'s limit."""
     assert actual.shape == expected.shape
     finite = torch.isfinite(expected)
     wrong = (torch.isfinite(actual) != finite).nonzero()

@@ -1,0 +1,52 @@
+# make demo, make test: set up what they need in .venv, then run. On a machine with an NVIDIA GPU the
+# same two install the GPU path as well. To use a Python that has everything: make test PY=python3
+
+VENV ?= .venv
+PYTHON ?= python3
+PY ?= $(VENV)/bin/python
+
+# Where a GPU answers, torch comes with CUDA and in whatever version is current; elsewhere one version
+# is pinned, which keeps the set-up reproducible.
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+TORCH := $(if $(HAS_GPU),torch,torch==2.13.0)
+
+ifeq ($(filter command line environment,$(origin PY)),)
+READY := $(VENV)/.ready
+DEV_READY := $(VENV)/.dev-ready
+endif
+
+.PHONY: demo test test-gpu lint types bench-cpu clean
+
+demo: $(READY)
+	$(PY) -m flashcore demo
+
+test: $(DEV_READY) lint types
+	$(PY) -m pytest tests --ignore=tests/gpu
+	$(if $(HAS_GPU),$(PY) -m pytest tests/gpu)
+
+test-gpu: $(DEV_READY)
+	$(PY) -m pytest tests/gpu
+
+lint: $(DEV_READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(DEV_READY)
+	$(PY) -m mypy
+
+# The figures of the README's CPU table; takes a few minutes, wants an idle machine.
+bench-cpu: $(DEV_READY)
+	$(PY) benchmarks/cpu.py
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".$(if $(HAS_GPU),[gpu])"
+	touch $@
+
+$(VENV)/.dev-ready: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

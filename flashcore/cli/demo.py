@@ -1,0 +1,135 @@
+"""`flashcore demo`: what reading shared pages once is worth, on this machine, in a few seconds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from flashcore.bench.shared_prefix import Problem
+    from flashcore.planner.stats import PlanStats
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command; the defaults need no file and no GPU."""
+    parser.add_argument("--sequences", type=int, default=8, help="sequences (default %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="KV tokens of each sequence (default %(default)s)"
+    )
+    parser.add_argument(
+        "--shared",
+        type=float,
+        default=0.7,
+        help="share of all tokens that repeat another sequence's (default %(default)s)",
+    )
+    parser.add_argument("--q-heads", type=int, default=8, help="default %(default)s")
+    parser.add_argument("--kv-heads", type=int, default=2, help="default %(default)s")
+    parser.add_argument("--head-dim", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--page-tokens", type=int, default=128, help="default %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default %(default)s")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if any)")
+    parser.add_argument("--rounds", type=int, default=10, help="timed rounds (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build, lay out, plan, run both ways, compare with the reference, print."""
+    import torch
+
+    from flashcore import validate
+    from flashcore.bench.shared_prefix import Problem, interleaved_ms, make
+
+    for name in ("sequences", "tokens", "q_heads", "kv_heads", "head_dim", "page_tokens", "rounds"):
+        validate.positive_int("--" + name.replace("_", "-"), getattr(args, name))
+    validate.head_counts(args.q_heads, args.kv_heads)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = Problem(
+        args.sequences,
+        args.tokens,
+        args.shared,
+        args.q_heads,
+        args.kv_heads,
+        args.head_dim,
+        args.page_tokens,
+        getattr(torch, DTYPES[args.dtype]),
+        _usable(device),
+        args.seed,
+    )
+    with torch.inference_mode():
+        instance = make(problem)
+        stats = instance.plan().stats()
+        once, alone = instance.deduplicated(), instance.per_sequence()
+        exact = instance.reference()
+        error = float((once().double() - exact).abs().max())
+        times = interleaved_ms({"dense": alone, "sparse": once}, args.rounds, device)
+    result = {
+        "dense_tokens": stats.tokens_per_sequence,
+        "unique_tokens": stats.tokens_once,
+        "reuse": round(stats.reuse, 3),
+        "dense_ms": round(times["dense"], 3),
+        "sparse_ms": round(times["sparse"], 3),
+        "speedup": round(times["dense"] / times["sparse"], 2),
+        "max_abs_error": error,
+        "device": _device_name(device),
+    }
+    print(json.dumps(result) if args.json else _table(problem, stats, result))
+    return 0
+
+
+def _usable(device: str) -> str:
+    """The device if torch can put a tensor there, else a ValueError that says why not."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used: {reason}") from None
+    return device
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return device
+
+
+def _table(problem: Problem, stats: PlanStats, result: dict[str, Any]) -> str:
+    dtype: torch.dtype = problem.dtype
+    dense_bytes, once_bytes = stats.bytes_per_sequence(dtype), stats.bytes_once(dtype)
+    rows = [
+        ("KV tokens read", f"{result['dense_tokens']:,}", f"{result['unique_tokens']:,}"),
+        ("KV bytes read", _mib(dense_bytes), _mib(once_bytes)),
+        ("time", f"{result['dense_ms']:.2f} ms", f"{result['sparse_ms']:.2f} ms"),
+    ]
+    lines = [
+        f"Decode of {problem.sequences} sequences x {problem.tokens} tokens, "
+        f"{problem.num_q_heads} query and {problem.num_kv_heads} KV heads of {problem.head_dim}, "
+        f"pages of {problem.page_tokens}, {str(dtype).removeprefix('torch.')}, {result['device']}",
+        "",
+        f"{'':16}{'per sequence':>16}{'once per batch':>16}{'ratio':>9}",
+    ]
+    ratios = (result["reuse"], dense_bytes / max(once_bytes, 1), result["speedup"])
+    for (label, dense, once), ratio in zip(rows, ratios, strict=True):
+        lines.append(f"{label:16}{dense:>16}{once:>16}{ratio:>8.2f}x")
+    lines += [
+        "",
+        "per sequence: torch scaled_dot_product_attention on each sequence's gathered K and V",
+        f"{stats.num_groups} groups, {stats.num_shared_groups} shared, largest fan-out "
+        f"{stats.largest_fan_out}; largest error against float64 {result['max_abs_error']:.1e}",
+    ]
+    return "\n".join(lines)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

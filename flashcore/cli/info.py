@@ -1,0 +1,73 @@
+"""`flashcore info`: what is installed, what devices there are, and which path each one takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import warnings
+from importlib import metadata
+from typing import Any
+
+import flashcore
+
+PACKAGES = ("torch", "numpy", "nvidia-cutlass-dsl", "apache-tvm-ffi", "sglang", "matplotlib")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Collect and print."""
+    report = collect()
+    print(json.dumps(report) if args.json else _text(report))
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """versions: package -> version or None; devices: name, and path and reason of each function."""
+    import torch
+
+    from flashcore.device import dense_path, paged_path
+
+    names = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = []
+    with warnings.catch_warnings():
+        # The report itself says which path is taken and why.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for name in names:
+            device = torch.device(name)
+            described = platform.processor() or platform.machine()
+            if device.type == "cuda":
+                major, minor = torch.cuda.get_device_capability(device)
+                described = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+            paths = {"attention": dense_path(device), "paged_attention": paged_path(device)}
+            devices.append(
+                {
+                    "device": name,
+                    "name": described,
+                    "paths": {key: path._asdict() for key, path in paths.items()},
+                }
+            )
+    versions = {"flashcore": flashcore.__version__, "python": platform.python_version()}
+    return {"versions": versions | {p: _version(p) for p in PACKAGES}, "devices": devices}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines = [
+        f"{name:20}{version or 'not installed'}" for name, version in report["versions"].items()
+    ]
+    for device in report["devices"]:
+        lines += ["", f"{device['device']}: {device['name']}"]
+        for function, path in device["paths"].items():
+            lines.append(f"  {function:18}{path['name']:8}{path['reason']}")
+    return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""`flashcore COMMAND`: picks the command's module and turns expected failures into one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import import_module
+
+import flashcore
+
+COMMANDS = {
+    "demo": ("flashcore.cli.demo", "a batch with a shared prefix, read once and per sequence"),
+    "replay": ("flashcore.cli.replay", "how much a real trace's batches share"),
+    "info": ("flashcore.cli.info", "versions, devices, and which path each one takes"),
+}
+
+
+def parser_for(command: str | None) -> argparse.ArgumentParser:
+    """The parser; only the named command's module is imported, so that help stays quick."""
+    parser = argparse.ArgumentParser(
+        prog="flashcore",
+        description="Attention for LLM serving that reads each shared KV page once per batch.",
+    )
+    parser.add_argument("--version", action="version", version=f"flashcore {flashcore.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary)
+        if name == command:
+            home = import_module(module)
+            home.add_arguments(sub)
+            sub.set_defaults(run=home.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, 1 for a failed check, 2 for bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = next((word for word in argv if not word.startswith("-")), None)
+    args = parser_for(command).parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (ValueError, TypeError) as error:
+        print(f"flashcore {args.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader went away (`flashcore demo | head`): nothing more to say, and no traceback from
+        # the interpreter's own flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"flashcore {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
