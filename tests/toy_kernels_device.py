@@ -10,9 +10,14 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
-from cutlass.utils import LayoutEnum, SmemAllocator
 
 from tests.toy_kernels import TileConfig
+
+try:
+    from cutlass.memory import SmemAllocator
+    from cutlass.tensor_utils import LayoutEnum
+except ImportError:  # before 4.8
+    from cutlass.utils import LayoutEnum, SmemAllocator
 
 _TILE = 64
 

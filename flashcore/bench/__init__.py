@@ -1,1 +1,1 @@
-"""Benchmarks that ship with the package: named problems, peers, timing, reports."""
+"""Benchmarks: our kernels and their peers, timed in turn on the same tensors."""

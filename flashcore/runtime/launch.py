@@ -120,7 +120,9 @@ def dense_attention(
     plan = _plans.get(what) or _remember(what)
     scratch = _scheduler_scratch(device.index) if plan.needs_scratch else None
     tensors = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, scratch)
-    scalars = (scale, softcap, window_left, window_right, longest_q, plan.num_ctas)
+    # A causal window is a window that ends at the query itself.
+    right = 0 if causal else window_right
+    scalars = (scale, softcap, window_left, right, longest_q, plan.num_ctas)
     plan.function(*tensors, *scalars)
     return out, lse
 

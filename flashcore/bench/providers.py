@@ -1,0 +1,184 @@
+"""Our kernel and its peers behind one interface. Every peer is optional.
+
+`Provider.prepare` is outside the timing: it may make views and allocate what a caller would keep.
+What it returns is called in the timed loop and does the whole of one attention call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from flashcore.bench.problems import DenseProblem
+
+if TYPE_CHECKING:
+    import torch
+
+Call = Callable[[], "torch.Tensor"]  # out [batch, seqlen, heads, head_dim]
+Prepare = Callable[[DenseProblem, "torch.Tensor", "torch.Tensor", "torch.Tensor"], Call]
+
+
+class UnsupportedError(Exception):
+    """A provider cannot run a problem; the message says why."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation. Several may be builds of the same kernel."""
+
+    name: str  # unique
+    kernel: str  # flashcore, fa3, fa4, cudnn or fa2
+    version: str
+    prepare: Prepare
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # around the timed loop
+
+
+def dense_providers() -> tuple[list[Provider], dict[str, str]]:
+    """(providers that can be imported, name of each other -> why not)."""
+    makers = {
+        "flashcore": _flashcore,
+        "fa3_fwd": _fa3_fwd,
+        "sgl_kernel": _sgl_kernel,
+        "fa4": _fa4,
+        "cudnn": _cudnn,
+        "fa2": _fa2,
+    }
+    found, missing = [], {}
+    for name, make in makers.items():
+        try:
+            found.append(make())
+        except (
+            Exception
+        ) as error:  # peers fail to import in many ways: absent, wrong GPU, wrong ABI
+            first_line = next(iter(str(error).splitlines()), "")
+            missing[name] = f"{type(error).__name__}: {first_line}"
+    return found, missing
+
+
+def _flashcore() -> Provider:
+    from flashcore import __version__
+    from flashcore.runtime.launch import available, dense_attention
+
+    usable, reason = available("cuda")
+    if not usable:
+        raise UnsupportedError(reason)
+
+    def prepare(problem: DenseProblem, q: Any, k: Any, v: Any) -> Call:
+        scale = problem.head_dim**-0.5
+
+        def call() -> torch.Tensor:
+            return dense_attention(
+                q,
+                k,
+                v,
+                causal=problem.causal,
+                scale=scale,
+                window_left=-1,
+                window_right=-1,
+                softcap=0.0,
+                sinks=None,
+                cu_seqlens_q=None,
+                cu_seqlens_k=None,
+                max_seqlen_q=None,
+                return_lse=False,
+            )[0]
+
+        return call
+
+    return Provider("flashcore", "flashcore", __version__, prepare)
+
+
+def _fa3_fwd() -> Provider:
+    attend = import_module("fa3_fwd_interface").flash_attn_func
+
+    def prepare(problem: DenseProblem, q: Any, k: Any, v: Any) -> Call:
+        if problem.dtype != "bf16":
+            raise UnsupportedError("this build of FlashAttention-3 has bf16 only")
+        return lambda: _first(attend(q, k, v, causal=problem.causal))
+
+    return Provider("fa3_fwd", "fa3", _version("fa3-fwd"), prepare)
+
+
+def _sgl_kernel() -> Provider:
+    import torch
+
+    attend = import_module("sgl_kernel.flash_attn").flash_attn_varlen_func
+
+    def prepare(problem: DenseProblem, q: Any, k: Any, v: Any) -> Call:
+        ends = torch.arange(problem.batch + 1, device=q.device, dtype=torch.int32) * problem.seqlen
+        packed = [t.flatten(0, 1) for t in (q, k, v)]
+        longest = problem.seqlen
+
+        def call() -> torch.Tensor:
+            out = _first(attend(*packed, ends, ends, longest, longest, causal=problem.causal))
+            return out.view(q.shape)
+
+        return call
+
+    return Provider("sgl_kernel", "fa3", _version("sglang-kernel", "sgl-kernel"), prepare)
+
+
+def _fa4() -> Provider:
+    attend = import_module("flash_attn.cute").flash_attn_func
+
+    def prepare(problem: DenseProblem, q: Any, k: Any, v: Any) -> Call:
+        return lambda: _first(attend(q, k, v, causal=problem.causal))
+
+    return Provider("fa4", "fa4", _version("flash-attn-4", "fa4", "flash-attn"), prepare)
+
+
+def _cudnn() -> Provider:
+    import torch
+
+    number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    if number is None:
+        raise UnsupportedError("torch was built without cuDNN")
+    return _torch_sdpa("cudnn", "CUDNN_ATTENTION", str(number))
+
+
+def _fa2() -> Provider:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnsupportedError("torch sees no CUDA device")
+    return _torch_sdpa("fa2", "FLASH_ATTENTION", f"torch {torch.__version__}")
+
+
+def _torch_sdpa(name: str, backend: str, number: str) -> Provider:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    chosen = getattr(SDPBackend, backend)
+
+    def prepare(problem: DenseProblem, q: Any, k: Any, v: Any) -> Call:
+        qt, kt, vt = (t.transpose(1, 2) for t in (q, k, v))
+        grouped = problem.heads != problem.kv_heads
+
+        def call() -> torch.Tensor:
+            out = scaled_dot_product_attention(
+                qt, kt, vt, is_causal=problem.causal, enable_gqa=grouped
+            )
+            return out.transpose(1, 2)
+
+        return call
+
+    return Provider(name, name, number, prepare, lambda: sdpa_kernel(chosen))
+
+
+def _first(result: Any) -> torch.Tensor:
+    """The output, where a library also returns the LSE."""
+    out: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return out
+
+
+def _version(*distributions: str) -> str:
+    for distribution in distributions:
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "unknown"

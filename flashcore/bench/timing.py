@@ -1,0 +1,98 @@
+"""Interleaved timing: each round gives every provider its turn on the same tensors.
+
+A GPU under load lowers its clocks within seconds. Timing one provider after the other would charge
+that to whoever came last; in turns, every provider sees the same clocks.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something to time: `call` runs one attention, `context` is entered around each sample."""
+
+    name: str
+    call: Callable[[], Any]
+    context: Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call over all rounds."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    rounds: int
+    calls_per_round: int
+
+
+def time_interleaved(
+    contestants: Sequence[Contestant],
+    *,
+    rounds: int,
+    sample_ms: float,
+    elapsed_ms: Callable[[Contestant, int], float],
+) -> dict[str, Timing]:
+    """Median time of each contestant.
+
+    A sample is as many calls as last `sample_ms`, so that the host's cost of a call hides behind
+    the work before it. `elapsed_ms(contestant, calls)` takes one sample and returns its length.
+    """
+    calls = {}
+    for contestant in contestants:
+        elapsed_ms(contestant, 2)  # the first calls compile, load and allocate
+        estimate = elapsed_ms(contestant, 3) / 3
+        calls[contestant.name] = max(1, min(1000, round(sample_ms / max(estimate, 1e-3))))
+    samples: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for turn in range(rounds):
+        shift = turn % max(1, len(contestants))  # nobody always follows the same one
+        for contestant in (*contestants[shift:], *contestants[:shift]):
+            number = calls[contestant.name]
+            samples[contestant.name].append(elapsed_ms(contestant, number) / number)
+    return {name: _summary(values, calls[name]) for name, values in samples.items()}
+
+
+def cuda_elapsed_ms(contestant: Contestant, calls: int) -> float:
+    """Time `calls` calls with CUDA events on the current stream."""
+    import torch
+
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    with contestant.context():
+        contestant.call()  # back to this contestant's data in the L2, and its code in the caches
+        start.record()
+        for _ in range(calls):
+            contestant.call()
+        end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def host_us_per_call(call: Callable[[], Any], calls: int = 200) -> float:
+    """Microseconds of host time of one call, the GPU not waited for."""
+    import time
+
+    import torch
+
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    spent = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return spent / calls * 1e6
+
+
+def _summary(values: list[float], calls: int) -> Timing:
+    ordered = sorted(values)
+    tenth = (len(ordered) - 1) // 10
+    return Timing(
+        statistics.median(ordered), ordered[tenth], ordered[-1 - tenth], len(ordered), calls
+    )

@@ -1,0 +1,282 @@
+"""The launch path with a stand-in for the compiled kernel: arguments, plans, buffers, bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flashcore.config.dense import DenseConfig
+from flashcore.runtime import launch
+from flashcore.runtime.kernel import DENSE, Kernel
+
+
+class Recorder:
+    """Takes the place of the disk cache and of every function in it."""
+
+    def __init__(self) -> None:
+        self.configs: list[DenseConfig] = []
+        self.calls: list[tuple[Any, ...]] = []
+
+    def function(self, kernel: Kernel) -> Any:
+        assert kernel.family is DENSE
+        self.configs.append(kernel.config)
+        return lambda *arguments: self.calls.append(arguments)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """CPU tensors pass for tensors of the current GPU, which has 132 SMs."""
+    recorder = Recorder()
+    monkeypatch.setattr(launch, "shared_cache", lambda: recorder)
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "_sm_count", lambda device: 132)
+    monkeypatch.setattr(launch, "_scheduler_scratch", lambda index: "scratch")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    return recorder
+
+
+def tensors(*shape: int, kv_heads: int | None = None) -> tuple[torch.Tensor, ...]:
+    q = torch.zeros(*shape, dtype=torch.bfloat16)
+    kv = (*shape[:-2], kv_heads or shape[-2], shape[-1])
+    return q, torch.zeros(*kv, dtype=torch.bfloat16), torch.zeros(*kv, dtype=torch.bfloat16)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "causal": False,
+        "scale": 0.125,
+        "window_left": -1,
+        "window_right": -1,
+        "softcap": 0.0,
+        "sinks": None,
+        "cu_seqlens_q": None,
+        "cu_seqlens_k": None,
+        "max_seqlen_q": None,
+        "return_lse": False,
+    }
+    return launch.dense_attention(q, k, v, **{**defaults, **options})
+
+
+def test_argument_order(recorder: Recorder) -> None:
+    q, k, v = tensors(2, 300, 4, 128)
+    out, lse = attend(q, k, v, return_lse=True)
+    assert recorder.calls[0][:3] == (q, k, v)
+    assert recorder.calls[0][3] is out
+    assert recorder.calls[0][4] is lse
+    # cu_seqlens_q, cu_seqlens_k, sinks, then scratch where tiles come from a counter
+    assert recorder.calls[0][5:8] == (None, None, None)
+    # scale, softcap, window, longest query, CTAs: 2 * 4 heads * 3 tiles of 128 rows
+    assert recorder.calls[0][9:] == (0.125, 0.0, -1, -1, 300, 24)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (lse.shape, lse.dtype) == (torch.Size([2, 300, 4]), torch.float32)
+
+
+def test_lse_only_on_request(recorder: Recorder) -> None:
+    assert attend(*tensors(1, 64, 2, 64))[1] is None
+    assert recorder.configs[0].return_lse is False
+
+
+def test_packed(recorder: Recorder) -> None:
+    q, k, v = tensors(1000, 8, 64, kv_heads=2)
+    ends = torch.tensor([0, 400, 400, 1000], dtype=torch.int32)
+    out, lse = attend(
+        q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=600, return_lse=True
+    )
+    assert recorder.configs[0].varlen
+    assert recorder.calls[0][5:7] == (ends, ends)
+    assert recorder.calls[0][13] == 600
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:2])
+
+
+def test_packed_with_unknown_longest_query_uses_the_total(recorder: Recorder) -> None:
+    q, k, v = tensors(1000, 2, 64)
+    ends = torch.tensor([0, 400, 1000], dtype=torch.int32)
+    attend(q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    assert recorder.calls[0][13] == 1000
+
+
+def test_scratch_exactly_where_the_kernel_wants_it(recorder: Recorder) -> None:
+    for causal in (False, True):
+        attend(*tensors(1, 256, 2, 64), causal=causal)
+    for config, call in zip(recorder.configs, recorder.calls, strict=True):
+        assert (call[8] is not None) == config.dynamic
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "window"),
+    [
+        ({"causal": True}, {"causal": True, "local": False}, (-1, 0)),
+        ({"causal": True, "window_left": 9}, {"causal": False, "local": True}, (9, 0)),
+        ({"causal": True, "window_right": 9}, {"causal": True, "local": False}, (-1, 0)),
+        ({"window_left": 9, "window_right": 4}, {"causal": False, "local": True}, (9, 4)),
+    ],
+)
+def test_causal_bounds_the_window_on_the_right(
+    recorder: Recorder, options: dict[str, Any], config: dict[str, bool], window: tuple[int, int]
+) -> None:
+    attend(*tensors(1, 64, 2, 64), **options)
+    assert {name: getattr(recorder.configs[0], name) for name in config} == config
+    assert recorder.calls[0][11:13] == window
+
+
+def test_options_reach_the_configuration(recorder: Recorder) -> None:
+    sinks = torch.zeros(2, dtype=torch.bfloat16)
+    attend(*tensors(1, 64, 2, 64), softcap=20.0, sinks=sinks)
+    assert recorder.configs[0].softcap
+    assert recorder.configs[0].sinks
+    assert recorder.calls[0][7].dtype == torch.float32
+    assert recorder.calls[0][10] == 20.0
+
+
+def test_a_shape_is_planned_once(recorder: Recorder) -> None:
+    for _ in range(3):
+        attend(*tensors(2, 128, 4, 64))
+    attend(*tensors(2, 128, 4, 64), scale=0.5, softcap=0.0)
+    assert (len(recorder.configs), len(recorder.calls)) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": (3, 128, 4, 64)},
+        {"shape": (2, 129, 4, 64)},
+        {"shape": (2, 128, 2, 64)},
+        {"shape": (2, 128, 4, 128)},
+        {"kv_heads": 2},
+        {"causal": True},
+        {"window_left": 5},
+        {"softcap": 1.0},
+        {"sinks": torch.zeros(4)},
+        {"return_lse": True},
+    ],
+    ids=str,
+)
+def test_a_change_makes_a_new_plan(recorder: Recorder, change: dict[str, Any]) -> None:
+    attend(*tensors(2, 128, 4, 64))
+    options = dict(change)
+    shape, kv_heads = options.pop("shape", (2, 128, 4, 64)), options.pop("kv_heads", None)
+    attend(*tensors(*shape, kv_heads=kv_heads), **options)
+    assert len(recorder.configs) == 2
+
+
+def test_packed_lengths_do_not_multiply_plans(recorder: Recorder) -> None:
+    ends = torch.tensor([0, 10], dtype=torch.int32)
+    for total in (520, 700, 1024):
+        q, k, v = tensors(total, 2, 64)
+        attend(q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=64)
+    assert len(recorder.configs) == 1
+
+
+def test_plans_are_bounded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_MAX_PLANS", 3)
+    for length in range(1, 9):
+        attend(*tensors(1, length, 1, 64))
+    assert len(launch._plans) <= 3
+
+
+# ---------------------------------------------------------------- nothing to attend to
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 2, 64), (2, 0, 2, 64)])
+def test_no_queries_launches_nothing(recorder: Recorder, shape: tuple[int, ...]) -> None:
+    out, lse = attend(*tensors(*shape), return_lse=True)
+    assert out.shape == shape
+    assert lse.shape == shape[:-1]
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, -2.0])])
+def test_no_keys_gives_zeros(recorder: Recorder, sinks: torch.Tensor | None) -> None:
+    q, _, _ = tensors(2, 3, 2, 64)
+    k = v = torch.zeros(2, 0, 2, 64, dtype=torch.bfloat16)
+    out, lse = attend(q, k, v, sinks=sinks, return_lse=True)
+    expected = torch.full((2,), float("-inf")) if sinks is None else sinks
+    assert torch.equal(out, torch.zeros_like(q))
+    assert torch.equal(lse, expected.expand(2, 3, 2))
+    assert recorder.calls == []
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_dtype_is_named(recorder: Recorder) -> None:
+    q, k, v = (t.float() for t in tensors(1, 8, 2, 64))
+    with pytest.raises(NotImplementedError, match=r"q has dtype torch\.float32.* bf16 and fp16"):
+        attend(q, k, v)
+
+
+@pytest.mark.parametrize("head_dim", [4, 100, 264])
+def test_head_dim_is_named(recorder: Recorder, head_dim: int) -> None:
+    base = torch.zeros(1, 8, 2, 512, dtype=torch.bfloat16)
+    q = base[..., :head_dim]
+    with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8.* got {head_dim}"):
+        attend(q, q, q)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (lambda: torch.zeros(2, 9, 2, 132)[..., :64], r"stride 264|stride 132"),
+        (lambda: torch.zeros(2, 9, 2, 72)[..., 4:68], "must start at an address divisible by 16"),
+        (lambda: torch.zeros(2, 9, 2, 128)[..., ::2], "must have a contiguous last axis"),
+    ],
+    ids=["row stride", "first element", "last axis"],
+)
+def test_layout_that_tma_cannot_take_is_named(
+    recorder: Recorder, name: str, view: Any, message: str
+) -> None:
+    arguments = dict(zip("qkv", tensors(2, 9, 2, 64), strict=True))
+    arguments[name] = _same_layout(view())
+    with pytest.raises(ValueError, match=message) as raised:
+        attend(**arguments)
+    assert str(raised.value).startswith(f"{name} ")
+    assert recorder.calls == []
+
+
+def _same_layout(view: torch.Tensor) -> torch.Tensor:
+    """`view` in bf16 with its strides and storage offset kept."""
+    storage = torch.zeros(view.untyped_storage().nbytes() // 4, dtype=torch.bfloat16)
+    return storage.as_strided(view.shape, view.stride(), view.storage_offset())
+
+
+def test_stride_of_an_axis_of_one_element_is_repaired(recorder: Recorder) -> None:
+    q, k, v = tensors(1, 16, 2, 64)
+    odd = q.as_strided(q.shape, (1, 128, 64, 1))
+    attend(odd, k, v)
+    passed = recorder.calls[0][0]
+    assert passed.data_ptr() == q.data_ptr()
+    assert all(stride % 8 == 0 for stride in passed.stride()[:-1])
+
+
+def test_legal_views_are_passed_as_they_are(recorder: Recorder) -> None:
+    packed = torch.zeros(2, 16, 3, 4, 64, dtype=torch.bfloat16)
+    q, k, v = packed.unbind(2)
+    attend(q, k, v)
+    assert recorder.calls[0][0] is q
+    assert recorder.calls[0][1] is k
+
+
+# ---------------------------------------------------------------- where it runs
+
+
+def test_cpu_is_not_available() -> None:
+    assert launch.available("cpu") == (False, "cpu is not a CUDA device")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the message for a machine without a GPU")
+def test_no_gpu_is_not_available() -> None:
+    assert launch.available("cuda") == (False, "torch sees no CUDA device")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 1), (10, 0)])
+def test_other_gpus_are_not_available(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    usable, reason = launch._available.__wrapped__(0)
+    assert not usable
+    assert f"Some GPU has compute capability {capability[0]}.{capability[1]}" in reason

@@ -1,0 +1,137 @@
+"""The machine code of every shipped kernel, and proof that the gate fails where it should.
+
+A first run compiles all shipped configurations (minutes on two cores); the results stay in the
+user's cache, keyed by sources and versions, so the next run takes seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from flashcore.config import dense
+from flashcore.runtime.folder import default_folder
+from flashcore.runtime.gates import (
+    GateRow,
+    check_kernel,
+    check_kernels,
+    default_jobs,
+    format_table,
+    violations,
+)
+from flashcore.runtime.inspect import Resources, extract_cubins
+from flashcore.runtime.kernel import DENSE, Kernel
+from flashcore.runtime.target import detect_target
+from tests.runtime_fixtures import TILE, needs_dsl
+from tests.toy_kernels import TileConfig
+
+needs_disassembler = pytest.mark.skipif(
+    find_spec("nvidia") is None, reason="needs nvidia-cuda-nvdisasm and nvidia-cuda-cuobjdump"
+)
+pytestmark = [needs_dsl, needs_disassembler]
+
+
+@pytest.mark.skipif(not hasattr(dense, "shipped_dense_configs"), reason="no kernel ships yet")
+def test_every_shipped_kernel_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels = [Kernel(DENSE, config) for config in dense.shipped_dense_configs()]
+    assert kernels
+    rows = check_kernels(kernels, default_folder(), detect_target(), default_jobs())
+    table = format_table(rows)
+    with capsys.disabled():
+        print("\n" + table)
+    assert [row.kernel for row in rows if row.violations] == [], table
+
+
+# Each row plants one fault in a kernel that is otherwise right.
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (TileConfig(), []),
+        (TileConfig(fence_each=True), ["serialised products"]),
+        (TileConfig(tma=False), ["no UTMALDG"]),
+        (TileConfig(tensor_cores=False), ["no HGMMA"]),
+        (TileConfig(local_array=32), ["stack frame", "local loads and stores"]),
+        (TileConfig(extra_smem_bytes=230_000), ["bytes of shared memory, 232448 allowed"]),
+        (TileConfig(steps=-1), ["Error"]),
+    ],
+    ids=["good", "serialised", "no TMA", "no WGMMA", "spills", "shared memory", "no kernel"],
+)
+def test_planted_fault_is_found(tmp_path: Path, config: TileConfig, expected: list[str]) -> None:
+    row = check_kernel(Kernel(TILE, config), tmp_path, detect_target())
+    assert len(row.violations) == len(expected), row.violations
+    for violation, words in zip(row.violations, expected, strict=True):
+        assert words in violation
+
+
+def test_planted_dense_configuration_fails(tmp_path: Path) -> None:
+    """A dense kernel with fewer registers than its tiles need, among good ones."""
+    good = dense.choose(dense.DenseProblem("bf16", 64, 1, 128, 128, 1, 1))
+    bad = spilling_config()
+    rows = check_kernels(
+        [Kernel(DENSE, good), Kernel(DENSE, bad)], tmp_path, detect_target(), jobs=2
+    )
+    assert [bool(row.violations) for row in rows] == [False, True]
+    assert "spills" in " ".join(rows[1].violations)
+    assert "FAILED: " in format_table(rows)
+    assert format_table(rows).endswith("2 kernels, 1 failed")
+
+
+def spilling_config() -> dense.DenseConfig:
+    from dataclasses import replace
+
+    base = dense.choose(dense.DenseProblem("bf16", 128, 1, 4096, 4096, 1, 1))
+    bad = replace(base, tile_n=176, stages=1)
+    assert dense.illegal_reason(bad) is None
+    return bad
+
+
+def test_verdict_is_remembered(tmp_path: Path) -> None:
+    kernel, target = Kernel(TILE, TileConfig()), detect_target()
+    first = check_kernel(kernel, tmp_path, target)
+    (remembered,) = tmp_path.glob("*.sass.json")
+    assert check_kernel(kernel, tmp_path, target) == first
+    remembered.write_text("{}")  # of another version, or damaged
+    assert check_kernel(kernel, tmp_path, target) == first
+    assert remembered.read_text() != "{}"
+
+
+def test_no_gpu_code_is_an_error_not_a_pass(tmp_path: Path) -> None:
+    assert extract_cubins(Path(sys.executable).read_bytes()[:4096]) == []
+    from tests.runtime_fixtures import CONSTANT, ConstantConfig
+
+    row = check_kernel(Kernel(CONSTANT, ConstantConfig()), tmp_path, detect_target())
+    assert row.resources is None
+    assert "no GPU code" in row.violations[0]
+
+
+@pytest.mark.parametrize(
+    ("hgmma", "arrive", "serialised"), [(32, 4, False), (32, 8, False), (32, 9, True)]
+)
+def test_limit_of_arrivals(hgmma: int, arrive: int, serialised: bool) -> None:
+    resources = Resources(
+        registers=168,
+        stack_bytes=0,
+        static_smem_bytes=0,
+        dynamic_smem_bytes=232_448,
+        opcodes={"HGMMA.64x128x16.F32.BF16": hgmma, "WARPGROUP.ARRIVE": arrive, "UTMALDG.4D": 4},
+    )
+    assert bool(violations(resources)) is serialised
+
+
+def test_unknown_shared_memory_fails() -> None:
+    resources = Resources(168, 0, 0, None, {"HGMMA": 8, "WARPGROUP.ARRIVE": 1, "UTMALDG": 1})
+    assert violations(resources) == ["shared memory of the launch is unknown"]
+
+
+def test_counting_does_not_match_longer_names() -> None:
+    resources = Resources(1, 0, 0, 0, {"LDL": 1, "LDL.64": 2, "LDLX": 4})
+    assert resources.count("LDL") == 3
+
+
+def test_table_names_kernels_that_did_not_compile() -> None:
+    table = format_table([GateRow("dense bad", None, ["ValueError: no"])])
+    assert "dense bad" in table
+    assert "FAILED: ValueError: no" in table
