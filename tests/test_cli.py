@@ -26,7 +26,7 @@ def test_demo_json_has_the_keys_and_true_figures(capsys):
         "max_abs_error",
         "device",
     ]
-    # 0.5 of 288 tokens repeated means a prefix of 0.75 * 96 = 72 tokens; whole pages make it 64 or 80.
+    # 0.5 of 288 tokens repeated is a prefix of 0.75 * 96 = 72 tokens; whole pages make it 64 or 80.
     assert result["dense_tokens"] == 288
     assert result["unique_tokens"] in (288 - 2 * 64, 288 - 2 * 80)
     assert result["reuse"] == pytest.approx(288 / result["unique_tokens"], abs=1e-3)
@@ -36,7 +36,7 @@ def test_demo_json_has_the_keys_and_true_figures(capsys):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_demo_table_names_both_ways(capsys, dtype):
-    assert main([*SMALL, "--device", "cpu", "--dtype", dtype]) == 0
+    assert main([*SMALL, "--device", "cpu", "--shared", "0.5", "--dtype", dtype]) == 0
     out = capsys.readouterr().out
     for words in ("per sequence", "once per batch", "KV tokens read", "largest error against"):
         assert words in out
@@ -93,9 +93,10 @@ def test_unknown_command_is_status_2(capsys):
 
 def test_a_closed_pipe_is_no_traceback():
     done = subprocess.run(
-        f"{sys.executable} -m flashcore {' '.join(SMALL)} --device cpu | true",
+        f"{sys.executable} -m flashcore {' '.join(SMALL)} --shared 0 --device cpu | true",
         shell=True,
         capture_output=True,
         text=True,
     )
     assert "Traceback" not in done.stderr
+    assert "flashcore demo:" not in done.stderr

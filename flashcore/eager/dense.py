@@ -50,11 +50,16 @@ def _one_sequence(
     if seqlen_q == 0 or seqlen_k == 0:
         return
     group = num_q_heads // num_kv_heads
-    queries = q.reshape(seqlen_q, num_kv_heads, group, dim).transpose(0, 1)
+    scaled = (q.float() * rules.scale).view(seqlen_q, num_kv_heads, group, dim).transpose(0, 1)
     keys, values = k.transpose(0, 1), v.transpose(0, 1)
     positions = torch.arange(seqlen_q, device=q.device) + (seqlen_k - seqlen_q)
-    result = attend_run(
-        queries, positions, seqlen_k, lambda a, b: (keys[:, a:b], values[:, a:b]), rules
+    attend_run(
+        scaled,
+        positions,
+        seqlen_k,
+        lambda begin, end: (keys[:, begin:end], values[:, begin:end]),
+        rules,
+        None,
+        out,
+        lse,
     )
-    out.copy_(result[0])
-    lse.copy_(result[1])

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from flashcore.eager import run
 from flashcore.eager.merge import apply_sinks, merge_partials
 from flashcore.eager.run import Rules, Tree, attend_run
 from flashcore.planner.work import DIRECT, Group
@@ -35,16 +36,21 @@ def paged_attention(
     """
     total_q, num_q_heads, dim = q.shape
     page_tokens, num_kv_heads = k_pages.shape[1], k_pages.shape[2]
-    shape = (num_q_heads, dim)
-    out = torch.zeros(total_q, *shape, dtype=torch.float32, device=q.device)
+    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.full((total_q, num_q_heads), -math.inf, dtype=torch.float32, device=q.device)
-    partial_out = torch.empty(num_partial_tokens, *shape, dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(num_partial_tokens, num_q_heads, device=q.device)
-    pages = cols.long()
-    for row in groups.tolist():
+    partial_out = out.new_empty(num_partial_tokens, num_q_heads, dim)
+    partial_lse = out.new_empty(num_partial_tokens, num_q_heads)
+    pages, gathered_tokens, gathered_positions = cols.long(), q_tokens.long(), q_positions.long()
+    scaled = (q.float() * rules.scale).view(total_q, num_kv_heads, num_q_heads // num_kv_heads, dim)
+    table = groups.tolist()
+    # A chunk that begins inside a page (a window does that) touches one page more.
+    longest = max((row[Group.NUM_ENTRIES] for row in table), default=0)
+    most = min(longest, run.KEYS_PER_CHUNK // page_tokens + 2)
+    gather_k, gather_v = _Gather(k_pages, most), _Gather(v_pages, most)
+    for row in table:
         gathered = slice(row[Group.Q_BEGIN], row[Group.Q_BEGIN] + row[Group.NUM_Q])
-        tokens, positions = q_tokens[gathered].long(), q_positions[gathered].long()
-        queries = q[tokens].view(len(tokens), num_kv_heads, -1, dim).transpose(0, 1)
+        tokens, positions = gathered_tokens[gathered], gathered_positions[gathered]
+        queries = scaled[tokens].transpose(0, 1)
         tree = None
         if tree_mask is not None:
             tree = Tree(tree_mask[tokens], positions - q_index[tokens])
@@ -57,23 +63,35 @@ def paged_attention(
                 ids = pages[first + begin // page_tokens : first + -(-end // page_tokens)]
                 skip = begin % page_tokens
                 keys = slice(skip, skip + end - begin)
-                return _gather(k_pages, ids)[:, keys], _gather(v_pages, ids)[:, keys]
+                return gather_k(ids)[:, keys], gather_v(ids)[:, keys]
 
-            shifted = None if tree is None else Tree(tree.mask, tree.first_key - offset)
-            result = attend_run(queries, positions - offset, num_keys, load, rules, shifted)
-            if row[Group.PARTIAL] == DIRECT:
-                out[tokens], lse[tokens] = result
+            direct = row[Group.PARTIAL] == DIRECT
+            if direct:
+                result = out.new_empty(len(tokens), num_q_heads, dim)
+                logs = out.new_empty(len(tokens), num_q_heads)
             else:
                 begin = row[Group.PARTIAL] + split * row[Group.NUM_Q]
-                where = slice(begin, begin + row[Group.NUM_Q])
-                partial_out[where], partial_lse[where] = result
+                result = partial_out[begin : begin + row[Group.NUM_Q]]
+                logs = partial_lse[begin : begin + row[Group.NUM_Q]]
+            shifted = None if tree is None else Tree(tree.mask, tree.first_key - offset)
+            attend_run(queries, positions - offset, num_keys, load, rules, shifted, result, logs)
+            if direct:
+                out[tokens], lse[tokens] = result, logs
     merge_partials(partial_out, partial_lse, merge_offsets, merge_list, out, lse)
     if sinks is not None:
         apply_sinks(out, lse, sinks)
     return out.to(q.dtype), lse
 
 
-def _gather(pages: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """[num_kv_heads, tokens, head_dim] view of a copy of the named pages."""
-    chosen = pages.index_select(0, ids)
-    return chosen.flatten(0, 1).transpose(0, 1)
+class _Gather:
+    """Copies pages of one pool into one buffer: far quicker than fresh memory each time."""
+
+    def __init__(self, pages: torch.Tensor, most: int) -> None:
+        self.pages = pages
+        self.buffer = torch.empty(most, *pages.shape[1:], dtype=pages.dtype, device=pages.device)
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """[num_kv_heads, tokens, head_dim] view of the named pages, until the next call."""
+        chosen = self.buffer[: ids.numel()]
+        torch.index_select(self.pages, 0, ids, out=chosen)
+        return chosen.flatten(0, 1).transpose(0, 1)

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-KEYS_PER_CHUNK = 8192
-"""Bounds the gathered copy of K and V; short chunks pay more in calls than they win in cache."""
+KEYS_PER_CHUNK = 4096
+"""Keys taken at a time: the gathered copies stay in the cache; shorter chunks pay more in calls."""
 
 SCORES_PER_CHUNK = 1 << 24
 """fp32 scores alive at a time (64 MiB): bounds memory for long prefills."""
 
 LoadKeys = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
-"""(begin, end) -> K and V of these keys, [num_kv_heads, end - begin, head_dim]."""
+"""(begin, end) -> K and V of these keys, [num_kv_heads, end - begin, head_dim], good until the next
+call."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,17 @@ def attend_run(
     num_keys: int,
     load: LoadKeys,
     rules: Rules,
-    tree: Tree | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised result and LSE of queries over one run of keys.
+    tree: Tree | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Normalised result and LSE of queries over one run of keys, written into out and lse.
 
-    q: [num_kv_heads, n, g, head_dim]; g query heads share a KV head. positions: [n], the key each
-    query stands at on the run's scale. Returns out [n, num_kv_heads * g, head_dim] fp32 and
-    lse [n, num_kv_heads * g] fp32, zeros and -inf where no key is visible.
+    q: [num_kv_heads, n, g, head_dim] fp32, multiplied by the scale; g query heads share a KV head.
+    positions: [n], the key each query stands at on the run's scale. out: [n, num_kv_heads * g,
+    head_dim] and lse: [n, num_kv_heads * g], fp32; zeros and -inf where no key is visible.
     """
-    heads, n, group, dim = q.shape
-    out = torch.zeros(n, heads * group, dim, dtype=torch.float32, device=q.device)
-    lse = torch.full((n, heads * group), -math.inf, dtype=torch.float32, device=q.device)
+    heads, n, group, _ = q.shape
     keys = min(num_keys, KEYS_PER_CHUNK)
     rows = max(1, SCORES_PER_CHUNK // max(1, heads * group * keys))
     for begin in range(0, n, rows):
@@ -62,7 +63,6 @@ def attend_run(
         _attend_rows(
             q[:, part], positions[part], num_keys, load, rules, rows_tree, out[part], lse[part]
         )
-    return out, lse
 
 
 def _attend_rows(
@@ -76,30 +76,28 @@ def _attend_rows(
     lse: torch.Tensor,
 ) -> None:
     heads, n, group, dim = q.shape
-    low, high = key_bounds(positions, num_keys, rules, tree)
-    # Keys that none of these rows may see are not read: they may hold anything.
-    first, last = int(low.min()), int(high.max())
+    bounds, first, last = _bounds(positions, num_keys, rules, tree)
     if first >= last:
+        out.zero_()
+        lse.fill_(-math.inf)
         return
-    unmasked = tree is None and int(low.max()) <= first and int(high.min()) >= last
-    scaled = (q.float() * rules.scale).reshape(heads, n * group, dim)
+    queries = q.reshape(heads, n * group, dim)
     peak: torch.Tensor | None = None
-    total = torch.zeros((), device=q.device)
-    acc = total
+    total = acc = queries
     for begin in range(first, last, KEYS_PER_CHUNK):
         end = min(begin + KEYS_PER_CHUNK, last)
         k, v = load(begin, end)
-        scores = torch.matmul(scaled, k.float().transpose(1, 2))
+        scores = torch.matmul(queries, k.float().transpose(1, 2))
         if rules.softcap > 0:
             scores = scores.div_(rules.softcap).tanh_().mul_(rules.softcap)
-        if not unmasked:
-            hidden = ~visible(low, high, begin, end, tree)
+        if bounds is not None:
+            hidden = ~visible(*bounds, begin, end, tree)
             scores.view(heads, n, group, -1).masked_fill_(hidden[:, None, :], -math.inf)
         new_peak = scores.amax(-1, keepdim=True)
         if peak is not None:
             new_peak = torch.maximum(new_peak, peak)
         # A row that has seen nothing yet has the peak -inf; 0 keeps its weights exp(-inf) = 0.
-        safe = new_peak if unmasked else new_peak.masked_fill(new_peak == -math.inf, 0.0)
+        safe = new_peak if bounds is None else new_peak.masked_fill(new_peak == -math.inf, 0.0)
         weights = scores.sub_(safe).exp_()
         chunk_total, chunk_acc = weights.sum(-1, keepdim=True), torch.matmul(weights, v.float())
         if peak is None:
@@ -109,9 +107,27 @@ def _attend_rows(
             total, acc = total * old + chunk_total, acc * old + chunk_acc
         peak = new_peak
     assert peak is not None
-    acc = acc / (total if unmasked else total.masked_fill(total == 0, 1.0))
-    out.copy_(acc.view(heads, n, group, dim).transpose(0, 1).reshape(out.shape))
-    lse.copy_((peak + total.log()).view(heads, n, group).transpose(0, 1).reshape(lse.shape))
+    acc = acc / (total if bounds is None else total.masked_fill(total == 0, 1.0))
+    out.view(n, heads, group, dim).copy_(acc.view(heads, n, group, dim).transpose(0, 1))
+    logs = peak + total.log()
+    lse.view(n, heads, group).copy_(logs.view(heads, n, group).transpose(0, 1))
+
+
+def _bounds(
+    positions: torch.Tensor, num_keys: int, rules: Rules, tree: Tree | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, int, int]:
+    """The keys each query may see, None where all see all; and the keys [first, last) to read.
+
+    Keys that none of the queries may see are not read: they may hold anything.
+    """
+    unbounded = tree is None and rules.window_left < 0 and rules.window_right < 0
+    if unbounded and (not rules.causal or int(positions.min()) >= num_keys - 1):
+        return None, 0, num_keys
+    low, high = key_bounds(positions, num_keys, rules, tree)
+    first, last = int(low.min()), int(high.max())
+    if tree is None and int(low.max()) <= first and int(high.min()) >= last:
+        return None, first, last
+    return (low, high), first, last
 
 
 def key_bounds(

@@ -1,0 +1,74 @@
+"""Fills the tables of README.md from the JSON files in results/: python benchmarks/report.py
+
+Each table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test checks that what stands
+there is what the files say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+def cpu_table(data: dict[str, Any]) -> str:
+    """Figures of cpu.json as Markdown."""
+    shared, alone = data["decode_shared"], data["decode_nothing_shared"]
+    seconds, error = data["seconds_64x131072"], data["relative_error"]
+    rows = [
+        ("", "torch SDPA per sequence", "flashcore", "ratio"),
+        ("---", "---", "---", "---"),
+        _decode_row("decode, 70 % of the tokens shared", shared),
+        _decode_row("decode, nothing shared", alone),
+    ]
+    for name in error:
+        label = f"error against float64, {name}"
+        theirs, ours = error[name]["sdpa"], error[name]["flashcore"]
+        rows.append((label, f"{theirs:.1e}", f"{ours:.1e}", f"{theirs / ours:.2f}"))
+    for name, label in (
+        ("build_layout", "layout of 64 x 131072 tokens"),
+        ("plan", "plan of the same"),
+    ):
+        rows.append((label, "", f"{seconds[name] * 1e3:.1f} ms", ""))
+    if "replay_2000" in data:
+        run = data["replay_2000"]
+        label = "replay of 2,000 requests of a real trace"
+        rows.append((label, "", f"{run['seconds']:.1f} s, {run['peak_mib']:.0f} MiB", ""))
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    versions = data["versions"]
+    return (
+        f"{table}\n\n{data['cpu']}, {data['threads']} threads, torch {versions['torch']}, "
+        f"Python {versions['python']}, {data['date'][:10]}, commit {data['commit']}; "
+        f"`{data['command']}`"
+    )
+
+
+def _decode_row(label: str, run: dict[str, Any]) -> tuple[str, str, str, str]:
+    q_heads, kv_heads, dim = run["heads"]
+    shape = f"{run['sequences']} x {run['tokens']}, {q_heads}/{kv_heads} heads of {dim}, fp32"
+    times = (f"{run[key]:.2f} ms" for key in ("sdpa_ms", "flashcore_ms"))
+    return (f"{label} ({shape})", *times, f"{run['ratio']:.2f}")  # type: ignore[return-value]
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {"cpu": ("cpu.json", cpu_table)}
+
+
+def filled(text: str) -> str:
+    """README text with every known table made anew."""
+    for name, (file, table) in TABLES.items():
+        path = HERE / "results" / file
+        if not path.exists():
+            continue
+        body = table(json.loads(path.read_text()))
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.S)
+        text = pattern.sub(lambda m, body=body: m[1] + body + m[2], text)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))
