@@ -13,6 +13,9 @@ COMMANDS = {
     "demo": ("flashcore.cli.demo", "a batch with a shared prefix, read once and per sequence"),
     "replay": ("flashcore.cli.replay", "how much a real trace's batches share"),
     "info": ("flashcore.cli.info", "versions, devices, and which path each one takes"),
+    "compile": ("flashcore.cli.compile_cmd", "fill the kernel cache ahead of time"),
+    "check": ("flashcore.cli.check", "self-test of the kernels on this machine's GPU"),
+    "bench": ("flashcore.cli.bench", "our kernels beside every peer that is installed"),
 }
 
 
