@@ -147,6 +147,23 @@ def test_failed_compilation_leaves_nothing(tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.iterdir() if path.name != "compiled.log"] == [".lock"]
 
 
+def test_sources_edited_during_a_compilation_are_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source.py").write_text("before = 1\n")
+    kernel = Kernel(replace(CONSTANT, sources=("source.py",), root=tmp_path), ConstantConfig())
+
+    def edit(*_: object) -> bytes:
+        (tmp_path / "source.py").write_text("after = 1\n")
+        return pack(b"code", {"key": "k"})
+
+    monkeypatch.setattr("flashcore.runtime.cache.build_entry", edit)
+    cache = KernelCache.open(tmp_path / "cache", TARGET)
+    with pytest.raises(BuildError, match="changed during a compilation"):
+        cache.ensure(kernel)
+    assert not list(cache.folder.glob("*.so"))
+
+
 def test_interrupted_write_is_invisible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(descriptor: int) -> None:
         raise OSError("disk full")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 from flashcore.config.dense import DenseConfig
 from flashcore.runtime import launch
+from flashcore.runtime.cache import KernelCache
 from flashcore.runtime.kernel import DENSE, Kernel
+from tests.runtime_fixtures import needs_dsl
 
 
 class Recorder:
@@ -257,6 +260,79 @@ def test_legal_views_are_passed_as_they_are(recorder: Recorder) -> None:
     attend(q, k, v)
     assert recorder.calls[0][0] is q
     assert recorder.calls[0][1] is k
+
+
+# ---------------------------------------------------------------- the real function
+
+
+class PretendCuda:
+    """A CPU tensor that tells DLPack it lies on GPU 0."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+    def __dlpack__(self, **options: Any) -> Any:
+        capsule = self.value.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        # DLTensor: the data pointer, then the device type.
+        ctypes.c_int32.from_address(pointer(capsule, b"dltensor") + 8).value = 2
+        return capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+
+@needs_dsl
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would launch on addresses of the host")
+@pytest.mark.parametrize(
+    ("shape", "kv_heads", "options"),
+    [
+        ((2, 300, 4, 128), 4, {"return_lse": True}),
+        ((1, 1, 8, 128), 1, {"causal": True}),
+        ((1, 300, 1, 40), 1, {"sinks": torch.zeros(1), "window_left": 5, "causal": True}),
+        ((300, 4, 64), 2, {"cu_seqlens": (0, 100, 300), "causal": True, "return_lse": True}),
+    ],
+    ids=["batched", "decode", "padded, every axis 1", "packed"],
+)
+def test_compiled_function_takes_what_the_launch_passes(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    kv_heads: int,
+    options: dict[str, Any],
+) -> None:
+    """The function checks its arguments before it asks for a driver, which is not there."""
+    import tvm_ffi
+
+    cache = KernelCache.open()
+
+    class Checked(Recorder):
+        def function(self, kernel: Kernel) -> Any:
+            compiled = cache.function(kernel)
+
+            def call(*arguments: Any) -> None:
+                compiled(
+                    *(
+                        tvm_ffi.from_dlpack(PretendCuda(a)) if isinstance(a, torch.Tensor) else a
+                        for a in arguments
+                    )
+                )
+
+            return call
+
+    checked = Checked()
+    monkeypatch.setattr(launch, "shared_cache", lambda: checked)
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "_sm_count", lambda device: 132)
+    zeros = torch.zeros(2, dtype=torch.int32)
+    monkeypatch.setattr(launch, "_scheduler_scratch", lambda index: zeros)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    options = dict(options)
+    if "cu_seqlens" in options:
+        ends = torch.tensor(options.pop("cu_seqlens"), dtype=torch.int32)
+        options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 200}
+    with pytest.raises(RuntimeError, match="InsufficientDriver"):
+        attend(*tensors(*shape, kv_heads=kv_heads), **options)
 
 
 # ---------------------------------------------------------------- where it runs

@@ -11,10 +11,10 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flashcore.runtime.build import build_entry
+from flashcore.runtime.build import BuildError, build_entry
 from flashcore.runtime.entry import CorruptEntryError, Entry, unpack
 from flashcore.runtime.folder import default_folder, exclusive_lock, open_folder, publish
-from flashcore.runtime.kernel import Kernel
+from flashcore.runtime.kernel import Kernel, source_digest
 from flashcore.runtime.load import CompiledFunction, load_function
 from flashcore.runtime.target import MissingRuntimeError, Target, detect_target
 
@@ -90,6 +90,11 @@ class KernelCache:
             if found is not None:
                 return found
             data = build_entry(kernel, self.target, path.stem)
+            source_digest.cache_clear()
+            if self.path(kernel) != path:
+                raise BuildError(
+                    "the sources of flashcore changed during a compilation; start anew"
+                )
             publish(path, data)
             self.compiled += 1
         return unpack(data)

@@ -105,6 +105,21 @@ def _resources(cache: KernelCache, kernel: Kernel) -> Resources:
         return resources
 
 
+def representative(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """A few of `kernels` that together have every value of every field of their configurations.
+
+    For checks that cannot afford all, such as a second version of the DSL.
+    """
+    wanted = [(kernel, set(asdict(kernel.config).items())) for kernel in kernels]
+    missing = set().union(*(values for _, values in wanted)) if wanted else set()
+    chosen = []
+    while missing:
+        kernel, values = max(wanted, key=lambda pair: len(pair[1] & missing))
+        chosen.append(kernel)
+        missing -= values
+    return chosen
+
+
 def format_table(rows: Sequence[GateRow]) -> str:
     """The verdicts as text: one line per kernel, then one for each violation."""
     head = f"{'REG':>4} {'STACK':>5} {'SMEM':>7} {'HGMMA':>6} {'ARRIVE':>6} {'UTMALDG':>7} "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -64,10 +64,15 @@ class Kernel:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def describe(self) -> str:
-        """The configuration on one line, fields that are off left out."""
-        fields = asdict(self.config).items()
-        shown = (name if value is True else f"{name}={value}" for name, value in fields if value)
-        return f"{self.family.name} " + " ".join(shown)
+        """The configuration on one line, fields at their default left out."""
+        words = []
+        for field in fields(self.config):
+            value = getattr(self.config, field.name)
+            if value == field.default:
+                continue
+            switch = field.name if value else f"no {field.name}"
+            words.append(switch if isinstance(value, bool) else f"{field.name}={value}")
+        return " ".join([self.family.name, *words])
 
 
 def symbol_of(kernel: Kernel, key: str) -> str:

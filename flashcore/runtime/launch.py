@@ -98,7 +98,7 @@ def dense_attention(
     q, k, v = _tma_ready("q", q), _tma_ready("k", k), _tma_ready("v", v)
     if sinks is not None and sinks.dtype is not torch.float32:
         sinks = sinks.float()
-    out = torch.empty(q.shape, dtype=q.dtype, device=device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=device) if return_lse else None
     if out.numel() == 0 or k.numel() == 0:  # TMA cannot describe a tensor with no elements
         return _without_keys(out, lse, sinks)

@@ -1,0 +1,201 @@
+"""`flashcore compile` and `flashcore check` on a machine with no GPU."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from flashcore.cli import check, compile_cmd
+from flashcore.config import dense
+from flashcore.reference import attention_reference
+from flashcore.runtime import launch
+from flashcore.runtime.gates import representative
+from flashcore.runtime.kernel import Kernel
+from tests.runtime_fixtures import CONSTANT, ConstantConfig, needs_dsl
+
+GOOD = dense.choose(dense.DenseProblem("bf16", 64, 1, 128, 128, 1, 1))
+ILLEGAL = replace(GOOD, tile_n=24)
+
+
+def parse(command: ModuleType, *words: str) -> Any:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def ship(monkeypatch: pytest.MonkeyPatch, *configs: dense.DenseConfig) -> None:
+    monkeypatch.setattr(dense, "shipped_dense_configs", lambda: list(configs), raising=False)
+
+
+# ---------------------------------------------------------------- compile
+
+
+@needs_dsl
+def test_compile_fills_the_cache_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ship(monkeypatch, GOOD)
+    words = ("--cache-dir", str(tmp_path), "--jobs", "1")
+    said = []
+    for extra in ("--list", None, "--list", None):
+        assert compile_cmd.run(parse(compile_cmd, *words, *([extra] if extra else []))) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0].startswith("missing dense dtype=bf16 head_dim=64")
+    assert said[1].startswith("1 compiled, 0 already there, 0 failed")
+    assert said[2].startswith("cached  dense dtype=bf16 head_dim=64")
+    assert said[3].startswith("0 compiled, 1 already there, 0 failed")
+
+
+@needs_dsl
+@pytest.mark.parametrize("gate", [False, True])
+def test_compile_reports_a_kernel_that_fails(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    gate: bool,
+) -> None:
+    ship(monkeypatch, ILLEGAL)
+    words = ["--cache-dir", str(tmp_path), "--jobs", "1", *(["--gate"] if gate else [])]
+    assert compile_cmd.run(parse(compile_cmd, *words)) == 1
+    said = capsys.readouterr()
+    assert "tile_n 24: 16 to 256, step 16" in said.out + said.err
+    assert "1 failed" in said.out
+
+
+@needs_dsl
+def test_compile_refuses_a_shared_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ship(monkeypatch, GOOD)
+    tmp_path.chmod(0o777)
+    assert compile_cmd.run(parse(compile_cmd, "--cache-dir", str(tmp_path))) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("flashcore compile: cache folder")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "many"])
+def test_compile_rejects_a_bad_number_of_jobs(jobs: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(compile_cmd, "--jobs", jobs)
+    assert stopped.value.code == 2
+
+
+# ---------------------------------------------------------------- check
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the message for a machine without a GPU")
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), "torch sees no CUDA device"),
+        (("--device", "cpu"), "cpu is not a CUDA device"),
+        (("--device", "toaster"), "toaster"),
+    ],
+)
+def test_check_without_a_gpu_is_one_line(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], reason: str
+) -> None:
+    assert check.run(parse(check, *words)) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("flashcore check: no Hopper GPU to test: ")
+    assert reason in said.err
+    assert (said.err.count("\n"), said.out) == (1, "")
+
+
+def test_check_of_no_case_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.run(parse(check, "--only", "no such case")) == 2
+    assert "no case has 'no such case' in its name" in capsys.readouterr().err
+
+
+def test_cases_reach_every_feature() -> None:
+    cases = check.cases()
+    assert len({case.name for case in cases}) == len(cases)
+    assert {case.dtype for case in cases} == {"bf16", "fp16"}
+    assert {64, 96, 128, 192, 256} <= {case.head_dim for case in cases}
+    assert any(case.packed for case in cases)
+    assert any(case.sinks for case in cases)
+    assert any(case.softcap for case in cases)
+    assert any(case.heads[0] != case.heads[1] for case in cases)
+
+
+def stand_in(fault: str) -> Any:
+    """The reference in the kernel's place, rounded as the kernel rounds, with a fault."""
+    calls = [0]
+
+    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        calls[0] += 1
+        assert options.pop("return_lse")
+        del options["max_seqlen_q"]
+        window = (options.pop("window_left"), options.pop("window_right"))
+        out, lse = attention_reference(q, k, v, window=window, **options)
+        out, lse = out.to(q.dtype), lse.float()
+        if fault == "values":
+            out = out * 1.02
+        if fault == "lse":
+            lse = lse + 0.01
+        if fault == "NaN":
+            out = out.clone()
+            out.view(-1)[5] = float("nan")
+        if fault == "unstable" and calls[0] % 2:
+            out = out.clone()
+            out.view(-1)[0] += 0.01
+        return out, lse
+
+    return attend
+
+
+SMALL = [
+    check.Case("batched", ((70, 90),), 40, heads=(4, 2), causal=True, softcap=9.0, sinks=True),
+    check.Case("packed", ((3, 5), (0, 4), (6, 0)), 64, packed=True, window=(2, 2)),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        ("", ""),
+        ("values", "the output is wrong"),
+        ("NaN", "the output is wrong"),
+        ("lse", "the LSE is wrong"),
+        ("unstable", "two runs differ"),
+    ],
+)
+def test_check_finds_faults(
+    monkeypatch: pytest.MonkeyPatch, case: check.Case, fault: str, problem: str
+) -> None:
+    monkeypatch.setattr(launch, "dense_attention", stand_in(fault))
+    assert check._run_case(case, 0, "cpu")[0] == problem
+
+
+def test_check_reports_a_case_that_raises(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> tuple[str, str]:
+        raise RuntimeError("the launch failed\nwith details")
+
+    assert check._report("a case", fails) is False
+    said = capsys.readouterr().out
+    assert said.startswith("FAILED a case")
+    assert said.rstrip().endswith("RuntimeError: the launch failed")
+
+
+# ---------------------------------------------------------------- the subset
+
+
+def test_representative_subset_has_every_value() -> None:
+    kernels = [
+        Kernel(CONSTANT, ConstantConfig(value, broken, False))
+        for value in range(5)
+        for broken in (False, True)
+    ]
+    chosen = representative(kernels)
+    assert {kernel.config.value for kernel in chosen} == set(range(5))
+    assert {kernel.config.broken for kernel in chosen} == {False, True}
+    assert len(chosen) == 5
+    assert representative([]) == []

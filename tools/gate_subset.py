@@ -1,0 +1,35 @@
+"""Compile a representative subset of the shipped kernels with this Python's CuTe DSL and gate it.
+
+    python tools/gate_subset.py [--jobs N]
+
+For a DSL version beside the one of the development environment; needs no torch and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flashcore.config.dense import shipped_dense_configs
+from flashcore.runtime.cache import KernelCache
+from flashcore.runtime.gates import check_kernels, default_jobs, format_table, representative
+from flashcore.runtime.kernel import DENSE, Kernel
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=default_jobs(), help="processes")
+    args = parser.parse_args()
+    cache = KernelCache.open()
+    kernels = representative([Kernel(DENSE, config) for config in shipped_dense_configs()])
+    rows = check_kernels(kernels, cache.folder, cache.target, args.jobs)
+    print(f"CuTe DSL {cache.target.dsl} {cache.target.toolkit}")
+    print(format_table(rows))
+    return 1 if any(row.violations for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
