@@ -30,12 +30,35 @@ class Batch:
     num_kv_heads: int
     head_dim: int
     seed: int = 0
+    ragged: bool = False  # pages in the middle of a sequence may be partial, as in a token map
     layout: flashcore.Layout = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.ragged:
+            self._lay_out_by_tokens()
+            return
         self.layout = flashcore.layout_from_page_table(
             self.page_table,
             torch.tensor(self.kv_lens, dtype=torch.int32),
+            page_tokens=self.page_tokens,
+            num_pages=self.num_pages,
+        )
+
+    def _lay_out_by_tokens(self) -> None:
+        """Give each page a random number of its tokens; equal (page, tokens) stay common."""
+        rng = np.random.default_rng(self.seed)
+        usual = rng.integers(1, self.page_tokens + 1, self.num_pages)
+        rows = []
+        for row, length in enumerate(self.kv_lens):
+            pages = self.page_table[row, : -(-length // self.page_tokens)].tolist()
+            full = [self.page_tokens if rng.random() < 0.6 else int(usual[p]) for p in pages]
+            rows.append([p for p, n in zip(pages, full, strict=True) for _ in range(n)])
+        self.kv_lens = [len(row) for row in rows]
+        ends = torch.tensor([0, *self.kv_lens]).cumsum(0)
+        self.layout = flashcore.build_layout(
+            torch.tensor([p for row in rows for p in row], dtype=torch.int32),
+            ends[:-1],
+            ends[1:],
             page_tokens=self.page_tokens,
             num_pages=self.num_pages,
         )
@@ -97,7 +120,7 @@ def prefix_tree(
 
 
 @st.composite
-def batches(draw: st.DrawFn, max_batch: int = 6, decode_only: bool = False) -> Batch:
+def batches(draw: st.DrawFn, max_batch: int = 6, ragged: bool | None = None) -> Batch:
     """Batches over few pages, so that accidental sharing, repeats and partial pages are common."""
     seed = draw(st.integers(0, 2**31 - 1))
     rng = np.random.default_rng(seed)
@@ -110,7 +133,7 @@ def batches(draw: st.DrawFn, max_batch: int = 6, decode_only: bool = False) -> B
     table = prefix_tree(rng, batch, columns, num_pages, [n // page_tokens for n in kv_lens])
     for row, length in enumerate(kv_lens):
         table[row, -(-length // page_tokens) :] = ABSURD_PAGE * (1 if rng.random() < 0.5 else -1)
-    longest = 1 if decode_only else draw(st.sampled_from([1, 2, 5]))
+    longest = draw(st.sampled_from([1, 2, 5]))
     q_lens = [int(rng.integers(0, longest + 1)) for _ in range(batch)]
     heads = draw(st.sampled_from([(1, 1), (4, 4), (6, 2), (5, 1), (8, 2)]))
     return Batch(
@@ -122,4 +145,5 @@ def batches(draw: st.DrawFn, max_batch: int = 6, decode_only: bool = False) -> B
         *heads,
         head_dim=draw(st.sampled_from([3, 8, 16])),
         seed=seed,
+        ragged=draw(st.booleans()) if ragged is None else ragged,
     )

@@ -17,6 +17,7 @@ from flashcore.reference import paged_attention_reference
 from tests import oracle
 from tests.cases import Batch, batches
 from tests.compare import assert_close, relative_error
+from tests.test_layout import rows_of
 
 
 def rules(batch: Batch, name: str) -> dict:
@@ -65,12 +66,13 @@ def test_against_oracle(batch: Batch, regime: str):
     options = rules(batch, regime)
     out, lse = flashcore.paged_attention(q, k, v, batch.plan(), return_lse=True, **options)
     tree, sinks = options.get("tree_mask"), options.get("sinks")
+    rows = rows_of(batch.layout)
     first = 0
     for row, (length, n) in enumerate(zip(batch.kv_lens, batch.q_lens, strict=True)):
         own = slice(first, first + n)
         first += n
-        places = [divmod(t, batch.page_tokens) for t in range(length)]
-        ids = [(int(batch.page_table[row, page]), slot) for page, slot in places]
+        ids = [(page, slot) for page, count in rows[row] for slot in range(count)]
+        assert len(ids) == length
         take = lambda pages, ids=ids: np.array(  # noqa: E731
             [pages[page, slot].tolist() for page, slot in ids]
         ).reshape(len(ids), batch.num_kv_heads, batch.head_dim)

@@ -229,6 +229,18 @@ def test_a_long_prefix_is_read_once_and_a_page_is_given_back():
     assert "partial results would cost more" in next(iter(k for k in stats.reasons if "fold" in k))
 
 
+def test_folds_sink_down_a_tree():
+    """A small root and small inner nodes all end up in front of the leaves."""
+    table = torch.tensor([[0, 1, 4], [0, 1, 5], [0, 2, 6], [0, 2, 7]])
+    layout = flashcore.layout_from_page_table(table, torch.full((4,), 48), page_tokens=16)
+    plan = plan_tree(layout, q_lens=[16] * 4)
+    assert [run_of(plan, g) for g in range(plan.groups.shape[0])] == [
+        tuple((page, 16) for page in row) for row in table.tolist()
+    ]
+    assert plan.stats().num_folded == 3
+    assert plan.num_partial_tokens == 0
+
+
 def test_inactive_sequences_do_not_break_a_shared_run():
     layout = tree(prefix_pages=8, tails=3, tail_pages=1)
     table = layout.cols.view(3, 9).clone()
