@@ -193,6 +193,35 @@ def test_refusals(
     assert message in capsys.readouterr().err
 
 
+def test_result_is_redrawn_without_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    measured = run([provider("flashcore", "flashcore"), provider("fa3_fwd", "fa3")], TIMES)
+    about = {"device": "a GPU", "driver": "1", "commit": "abc", "date": "2026-01-01T00:00:00"}
+    (tmp_path / "r.json").write_text(json.dumps({**about, **measured}))
+    words = ("--from-json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png"))
+    assert bench_command.run(parse(*words)) == 0
+    assert "B2 H2/1 S40 D16 causal bf16" in capsys.readouterr().out
+    assert (tmp_path / "r.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{}", "it has no commit, date, device"), ("[1", "Expecting"), (None, "No such file")],
+)
+def test_result_that_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
+) -> None:
+    path = tmp_path / "r.json"
+    if text is not None:
+        path.write_text(text)
+    assert bench_command.run(parse("--from-json", str(path))) == 2
+    said = capsys.readouterr().err
+    assert str(path) in said
+    assert message in said
+
+
 @pytest.mark.parametrize("words", [("--rounds", "0"), ("--dtype", "fp8"), ("--sample-ms", "x")])
 def test_bad_options_exit_with_usage(words: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as stopped:

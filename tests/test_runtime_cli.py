@@ -16,7 +16,7 @@ from flashcore.config import dense
 from flashcore.reference import attention_reference
 from flashcore.runtime import launch
 from flashcore.runtime.gates import representative
-from flashcore.runtime.kernel import Kernel
+from flashcore.runtime.kernel import DENSE, Kernel
 from tests.runtime_fixtures import CONSTANT, ConstantConfig, needs_dsl
 
 GOOD = dense.choose(dense.DenseProblem("bf16", 64, 1, 128, 128, 1, 1))
@@ -30,7 +30,8 @@ def parse(command: ModuleType, *words: str) -> Any:
 
 
 def ship(monkeypatch: pytest.MonkeyPatch, *configs: dense.DenseConfig) -> None:
-    monkeypatch.setattr(dense, "shipped_dense_configs", lambda: list(configs), raising=False)
+    kernels = [Kernel(DENSE, config) for config in configs]
+    monkeypatch.setattr("flashcore.runtime.shipped.shipped_kernels", lambda: kernels)
 
 
 # ---------------------------------------------------------------- compile

@@ -36,7 +36,9 @@ pytestmark = [needs_dsl, needs_disassembler]
 
 @pytest.mark.skipif(not hasattr(dense, "shipped_dense_configs"), reason="no kernel ships yet")
 def test_every_shipped_kernel_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    kernels = [Kernel(DENSE, config) for config in dense.shipped_dense_configs()]
+    from flashcore.runtime.shipped import shipped_kernels
+
+    kernels = shipped_kernels()
     assert kernels
     rows = check_kernels(kernels, default_folder(), detect_target(), default_jobs())
     table = format_table(rows)

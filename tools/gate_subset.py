@@ -13,10 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flashcore.config.dense import shipped_dense_configs
 from flashcore.runtime.cache import KernelCache
 from flashcore.runtime.gates import check_kernels, default_jobs, format_table, representative
-from flashcore.runtime.kernel import DENSE, Kernel
+from flashcore.runtime.shipped import shipped_kernels
 
 
 def main() -> int:
@@ -24,8 +23,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=default_jobs(), help="processes")
     args = parser.parse_args()
     cache = KernelCache.open()
-    kernels = representative([Kernel(DENSE, config) for config in shipped_dense_configs()])
-    rows = check_kernels(kernels, cache.folder, cache.target, args.jobs)
+    rows = check_kernels(representative(shipped_kernels()), cache.folder, cache.target, args.jobs)
     print(f"CuTe DSL {cache.target.dsl} {cache.target.toolkit}")
     print(format_table(rows))
     return 1 if any(row.violations for row in rows) else 0

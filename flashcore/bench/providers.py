@@ -134,7 +134,8 @@ def _fa4() -> Provider:
 def _cudnn() -> Provider:
     import torch
 
-    number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    cudnn: Any = torch.backends.cudnn  # untyped in some versions of torch
+    number = cudnn.version()
     if number is None:
         raise UnsupportedError("torch was built without cuDNN")
     return _torch_sdpa("cudnn", "CUDNN_ATTENTION", str(number))

@@ -44,11 +44,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it; needs matplotlib")
+    parser.add_argument(
+        "--from-json",
+        type=Path,
+        metavar="FILE",
+        help="time nothing: print and plot a result that --json wrote, on any machine",
+    )
     parser.add_argument("--commit", help="commit to record where the package is no git checkout")
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out: 0 done, 1 nothing was timed, 2 it cannot run here."""
+    for name, path in (("--json", args.json), ("--plot", args.plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            return _refuse(f"{name} {path}: there is no folder {path.absolute().parent}")
+    if args.from_json is not None:
+        return _redraw(args)
+    return _time(args)
+
+
+def _redraw(args: argparse.Namespace) -> int:
+    try:
+        result = json.loads(args.from_json.read_text())
+    except (OSError, ValueError) as error:
+        return _refuse(f"--from-json {args.from_json}: {error}")
+    needed = {"device", "driver", "commit", "date", "rows", "summary", "skipped"}
+    absent = needed - set(result if isinstance(result, dict) else ())
+    if absent:
+        return _refuse(f"--from-json {args.from_json}: it has no {', '.join(sorted(absent))}")
+    return _deliver(args, result)
+
+
+def _time(args: argparse.Namespace) -> int:
     import torch
 
     from flashcore.bench.problems import dense_problems
@@ -58,9 +85,6 @@ def run(args: argparse.Namespace) -> int:
     problems = [p for dtype in dtypes for p in dense_problems(dtype) if args.only in p.name]
     if not problems:
         return _refuse(f"no problem has {args.only!r} in its name")
-    for name, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            return _refuse(f"{name} {path}: there is no folder {path.absolute().parent}")
     if not torch.cuda.is_available():
         return _refuse("torch sees no CUDA device to time on")
     providers, missing = dense_providers()

@@ -40,13 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out: 0 done, 1 a kernel failed, 2 nothing could be done."""
-    from flashcore.config.dense import shipped_dense_configs
     from flashcore.runtime.cache import KernelCache
     from flashcore.runtime.folder import UnsafeCacheError
-    from flashcore.runtime.kernel import DENSE, Kernel
+    from flashcore.runtime.shipped import shipped_kernels
     from flashcore.runtime.target import MissingRuntimeError
 
-    kernels = [Kernel(DENSE, config) for config in shipped_dense_configs()]
+    kernels = shipped_kernels()
     try:
         cache = KernelCache.open(args.cache_dir)
         if args.list:

@@ -1,4 +1,4 @@
-"""The launch on a Hopper GPU: streams, graphs, synchronisation, the cache a second process finds."""
+"""The launch on a Hopper GPU: streams, graphs, synchronisation, what a second process loads."""
 
 from __future__ import annotations
 
