@@ -33,6 +33,7 @@ class DenseConfig:
     varlen: bool = False
     pack_gqa: int = 1  # query heads of one kv head stacked in the rows of a tile
     return_lse: bool = True
+    q_stages: int = 1  # 2: the next tile's first QK runs with this tile's last PV
     cluster_m: int = 1  # CTAs with neighbouring row tiles that share K/V by TMA multicast
     dynamic: bool = False  # tiles from an atomic counter, longest first: needs scheduler_scratch
     ping_pong: bool = True  # warpgroups take turns at the tensor cores
@@ -43,7 +44,7 @@ class DenseConfig:
     @property
     def smem_bytes(self) -> int:
         """Shared memory of one CTA; 1024 covers barriers, the work slot and alignment."""
-        q = self.tile_m * self.head_dim * 2
+        q = self.q_stages * self.tile_m * self.head_dim * 2
         kv = 2 * self.stages * self.tile_n * self.head_dim * 2
         return q + kv + 1024
 
@@ -89,6 +90,7 @@ def illegal_reason(config: DenseConfig) -> str | None:
         ),
         (c.tile_n % 16 == 0 and 16 <= c.tile_n <= 256, f"tile_n {c.tile_n}: 16 to 256, step 16"),
         (c.stages >= 1, "at least one K/V stage"),
+        (c.q_stages in (1, 2), "one or two Q stages"),
         (not (c.causal and c.local), "causal with a window is local with window_right = 0"),
         (c.pack_gqa >= 1 and c.tile_m % c.pack_gqa == 0, "pack_gqa must divide tile_m"),
         (c.cluster_m in (1, 2), "clusters of 1 or 2 CTAs"),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA, DenseConfig, illegal_reason
@@ -89,7 +89,7 @@ class DenseAttention:
         stream,
     ):
         c = self.config
-        sQ_l = matmul.smem_layout(self.dtype, c.tile_m, c.head_dim)
+        sQ_l = matmul.smem_layout(self.dtype, c.tile_m, c.head_dim, c.q_stages)
         sKV_l = matmul.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
         tma_q, gQ = loads.query_copy(c, loads.query_view(c, mQ), sQ_l)
         tma_k, gK = loads.key_copy(c, loads.key_view(c, mK), sKV_l)
@@ -99,7 +99,7 @@ class DenseAttention:
 
         @cute.struct
         class Storage:
-            q_barriers: cute.struct.MemRange[Int64, 2]
+            q_barriers: cute.struct.MemRange[Int64, 2 * c.q_stages]
             k_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
             v_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
             slot_barriers: cute.struct.MemRange[Int64, 2]
@@ -182,9 +182,8 @@ class DenseAttention:
         )
         warps = 4 * self.warpgroups
         kv_bytes = cute.size_in_bytes(self.dtype, cute.select(sKV_l, mode=[0, 1]))
-        ring_q = pipelines.tma_ring(
-            storage.q_barriers.data_ptr(), 1, cute.size_in_bytes(self.dtype, sQ_l), warps
-        )
+        q_bytes = cute.size_in_bytes(self.dtype, cute.select(sQ_l, mode=[0, 1]))
+        ring_q = pipelines.tma_ring(storage.q_barriers.data_ptr(), c.q_stages, q_bytes, warps)
         ring_k, ring_v = (
             pipelines.tma_ring(barriers.data_ptr(), c.stages, kv_bytes, warps, c.cluster_m)
             for barriers in (storage.k_barriers, storage.v_barriers)
@@ -240,7 +239,7 @@ class DenseAttention:
     ):
         """The producer warp: pick tiles, publish them, keep the rings full."""
         c = self.config
-        q_state = pipelines.producer_state(1)
+        q_state = pipelines.producer_state(c.q_stages)
         k_state = pipelines.producer_state(c.stages)
         v_state = pipelines.producer_state(c.stages)
         mask = loads.multicast_mask(c)
@@ -276,12 +275,15 @@ class DenseAttention:
                     kv_head = head // (q_heads_per_kv // c.pack_gqa)
                     k_src, k_dst = loads.key_tiles(c, tma_k, gK, sK, kv_head, tile, extent.total_k)
                     v_src, v_dst = loads.key_tiles(c, tma_v, gV, sV, kv_head, tile, extent.total_k)
-                    ring_q.producer_acquire(q_state)
-                    cute.copy(tma_q, q_src, q_dst, tma_bar_ptr=ring_q.producer_get_barrier(q_state))
-                    q_state.advance()
                     # K runs a block ahead of V: the consumers need K of block n - 1 before V of n.
                     self.load(tma_k, k_src, k_dst, ring_k, k_state, high - 1, mask)
                     k_state.advance()
+                    ring_q.producer_acquire(q_state)
+                    cute.copy(
+                        tma_q, q_src, q_dst[None, q_state.index],
+                        tma_bar_ptr=ring_q.producer_get_barrier(q_state),
+                    )  # fmt: skip
+                    q_state.advance()
                     for i in cutlass.range(high - 1 - low, unroll=1):
                         n = high - 1 - i
                         self.load(tma_k, k_src, k_dst, ring_k, k_state, n - 1, mask)
@@ -340,68 +342,97 @@ class DenseAttention:
             scale = Scale(softmax_scale * LOG2_E, Float32(0.0))
         lane = tid % 32
         thread_row = tid // 32 * 16 + lane // 4
-        q_state = pipelines.consumer_state(1)
+        column = 2 * (lane % 4)
+        q_state = pipelines.consumer_state(c.q_stages)
         k_state = pipelines.consumer_state(c.stages)
         v_state = pipelines.consumer_state(c.stages)
         pipelines.first_turn(wg, self.turns)
         slot_phase = Int32(0)
-        m_block = Int32(0)
+        m_block, tile = self.next_tile(slot, slot_phase, extent)
+        slot_phase ^= 1
+        begun = Boolean(False)  # the tile's first block is already in rP
         while m_block >= 0:
-            m_block = scheduler.await_tile(slot, slot_phase)
-            tile = scheduler.read_tile(c, slot, extent)
-            scheduler.release_tile(slot)
-            slot_phase ^= 1
-            if m_block >= 0:
-                row = m_block * c.tile_m + thread_row
-                view = View(
-                    row, 2 * (lane % 4), tile.seqlen_q, tile.seqlen_k, window_left, window_right
-                )
-                low, high, full_high, full_low = key_blocks(
-                    c, m_block, tile.seqlen_q, tile.seqlen_k, window_left, window_right
-                )
+            row = m_block * c.tile_m + thread_row
+            view = View(row, column, tile.seqlen_q, tile.seqlen_k, window_left, window_right)
+            low, high, full_high, full_low = key_blocks(
+                c, m_block, tile.seqlen_q, tile.seqlen_k, window_left, window_right
+            )
+            if not begun:
                 frag.accO.fill(0.0)
                 frag.row_max.fill(-Float32.inf)
                 frag.row_sum.fill(0.0)
-                if high > low:
+            if high > low:
+                if not begun:
                     ring_q.consumer_wait(q_state)
-                    self.first_block(frag, view, scale, ring_k, k_state, wg, high - 1)
+                    self.first_block(frag, view, scale, q_state, ring_k, k_state, wg, high - 1)
                     k_state.advance()
-                    # high-2 .. masked_end: right edge; then no mask; below plain_end: left edge.
+                # high-2 .. masked_end: right edge; then no mask; below plain_end: left edge.
+                masked_end, plain_end = high - 1, low
+                if const_expr(c.causal or c.local):
                     masked_end = min(high - 1, max(low, full_high))
                     plain_end = min(masked_end, max(low, full_low))
-                    if const_expr(c.causal or c.local):
-                        for i in cutlass.range(high - 1 - masked_end, unroll=1):
-                            self.block(
-                                frag, view, scale, ring_k, k_state, ring_v, v_state, wg,
-                                high - 2 - i, True,
-                            )  # fmt: skip
-                            k_state.advance()
-                            v_state.advance()
-                    else:
-                        masked_end, plain_end = high - 1, low
-                    for _ in cutlass.range(masked_end - plain_end, unroll=1):
+                    for i in cutlass.range(high - 1 - masked_end, unroll=1):
                         self.block(
-                            frag, view, scale, ring_k, k_state, ring_v, v_state, wg, 0, False
-                        )
+                            frag, view, scale, q_state, ring_k, k_state, ring_v, v_state, wg,
+                            high - 2 - i, True,
+                        )  # fmt: skip
                         k_state.advance()
                         v_state.advance()
-                    if const_expr(c.local):
-                        for i in cutlass.range(plain_end - low, unroll=1):
-                            self.block(
-                                frag, view, scale, ring_k, k_state, ring_v, v_state, wg,
-                                plain_end - 1 - i, True,
-                            )  # fmt: skip
-                            k_state.advance()
-                            v_state.advance()
-                    ring_q.consumer_release(q_state)
-                    q_state.advance()
-                    ring_v.consumer_wait(v_state)
-                    tOrV = frag.tOrV[None, None, None, v_state.index]
-                    matmul.issue(mma_pv, frag.accO, frag.rP, tOrV, False)
-                    warpgroup.wait_group(0)
-                    ring_v.consumer_release(v_state)
+                for _ in cutlass.range(masked_end - plain_end, unroll=1):
+                    self.block(
+                        frag, view, scale, q_state, ring_k, k_state, ring_v, v_state, wg, 0, False
+                    )
+                    k_state.advance()
                     v_state.advance()
-                self.store(frag, mO, mLSE, mSinks, tile, row, lane, scale)
+                if const_expr(c.local):
+                    for i in cutlass.range(plain_end - low, unroll=1):
+                        self.block(
+                            frag, view, scale, q_state, ring_k, k_state, ring_v, v_state, wg,
+                            plain_end - 1 - i, True,
+                        )  # fmt: skip
+                        k_state.advance()
+                        v_state.advance()
+                ring_q.consumer_release(q_state)
+                q_state.advance()
+
+            next_block, following = self.next_tile(slot, slot_phase, extent)
+            slot_phase ^= 1
+            begun = Boolean(False)
+            if const_expr(c.q_stages > 1):
+                next_low, next_high, _, _ = key_blocks(
+                    c, next_block, following.seqlen_q, following.seqlen_k, window_left, window_right
+                )
+                begun = high > low and next_block >= 0 and next_high > next_low
+                if begun:
+                    next_view = View(
+                        next_block * c.tile_m + thread_row, column, following.seqlen_q,
+                        following.seqlen_k, window_left, window_right,
+                    )  # fmt: skip
+                    ring_q.consumer_wait(q_state)
+                    peak, total = self.cross_tiles(
+                        frag, next_view, scale, q_state, ring_k, k_state, ring_v, v_state, wg,
+                        next_high - 1,
+                    )  # fmt: skip
+                    k_state.advance()
+                    v_state.advance()
+                    self.store(frag.accO, peak, total, mO, mLSE, mSinks, tile, row, lane, scale)
+                    frag.accO.fill(0.0)
+            if not begun:
+                if high > low:
+                    self.last_product(frag, ring_v, v_state)
+                    v_state.advance()
+                self.store(
+                    frag.accO, frag.row_max, frag.row_sum, mO, mLSE, mSinks, tile, row, lane, scale
+                )
+            m_block, tile = next_block, following
+
+    @cute.jit
+    def next_tile(self, slot: Slot, phase: Int32, extent: Extent):
+        """The tile that the producer has published."""
+        m_block = scheduler.await_tile(slot, phase)
+        tile = scheduler.read_tile(self.config, slot, extent)
+        scheduler.release_tile(slot)
+        return m_block, tile
 
     @cute.jit
     def fragments(self, mma_qk, mma_pv, sQ: cute.Tensor, sK: cute.Tensor, sV: cute.Tensor, wg):
@@ -427,18 +458,39 @@ class DenseAttention:
         )
 
     @cute.jit
-    def first_block(self, frag: Fragments, view: View, scale: Scale, ring_k, k_state, wg, n):
+    def first_block(
+        self, frag: Fragments, view: View, scale: Scale, q_state, ring_k, k_state, wg, n
+    ):
         """Scores and softmax of the last block of keys: always masked, nothing to rescale."""
         ring_k.consumer_wait(k_state)
         pipelines.take_turn(wg, self.turns)
         accS = cute.make_rmem_tensor(frag.layout_s, Float32)
         tSrK = frag.tSrK[None, None, None, k_state.index]
-        matmul.issue(frag.mma_qk, accS, frag.tSrQ, tSrK, True)
+        matmul.issue(frag.mma_qk, accS, frag.tSrQ[None, None, None, q_state.index], tSrK, True)
         pipelines.pass_turn(wg, self.turns)
         warpgroup.wait_group(0)
         ring_k.consumer_release(k_state)
         self.softmax(frag, view, scale, accS, n, True, True)
-        frag.rP.store(matmul.acc_as_operand(accS).load().to(self.dtype))
+        matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
+
+    @cute.jit
+    def issue_both(
+        self, frag: Fragments, q_state, ring_k, k_state, ring_v, v_state, wg: Int32
+    ) -> cute.Tensor:
+        """Start QK of one block and PV of the block before it; returns when QK is done."""
+        ring_k.consumer_wait(k_state)
+        pipelines.take_turn(wg, self.turns)
+        # A fresh accumulator for each block: with a reused one ptxas serialises every product.
+        accS = cute.make_rmem_tensor(frag.layout_s, Float32)
+        tSrQ = frag.tSrQ[None, None, None, q_state.index]
+        matmul.issue(frag.mma_qk, accS, tSrQ, frag.tSrK[None, None, None, k_state.index], True)
+        ring_v.consumer_wait(v_state)
+        tOrV = frag.tOrV[None, None, None, v_state.index]
+        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
+        pipelines.pass_turn(wg, self.turns)
+        warpgroup.wait_group(1)
+        ring_k.consumer_release(k_state)
+        return accS
 
     @cute.jit
     def block(
@@ -446,6 +498,7 @@ class DenseAttention:
         frag: Fragments,
         view: View,
         scale: Scale,
+        q_state,
         ring_k,
         k_state,
         ring_v,
@@ -455,24 +508,52 @@ class DenseAttention:
         masked: cutlass.Constexpr[bool],
     ):
         """QK of block n in flight with PV of the block before it; then softmax of block n."""
-        ring_k.consumer_wait(k_state)
-        pipelines.take_turn(wg, self.turns)
-        # A fresh accumulator for each block: with a reused one ptxas serialises every product.
-        accS = cute.make_rmem_tensor(frag.layout_s, Float32)
-        tSrK = frag.tSrK[None, None, None, k_state.index]
-        matmul.issue(frag.mma_qk, accS, frag.tSrQ, tSrK, True)
-        ring_v.consumer_wait(v_state)
-        tOrV = frag.tOrV[None, None, None, v_state.index]
-        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
-        pipelines.pass_turn(wg, self.turns)
-        warpgroup.wait_group(1)
-        ring_k.consumer_release(k_state)
+        accS = self.issue_both(frag, q_state, ring_k, k_state, ring_v, v_state, wg)
         moved = self.softmax(frag, view, scale, accS, n, masked, False)
         warpgroup.wait_group(0)
         ring_v.consumer_release(v_state)
-        frag.rP.store(matmul.acc_as_operand(accS).load().to(self.dtype))
+        matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
         if moved:
             rescale(matmul.acc_rows_cols(frag.accO), frag.alpha)
+
+    @cute.jit
+    def cross_tiles(
+        self,
+        frag: Fragments,
+        view: View,  # of the next tile
+        scale: Scale,
+        q_state,
+        ring_k,
+        k_state,
+        ring_v,
+        v_state,
+        wg: Int32,
+        n: Int32,
+    ):
+        """QK of the next tile's first block in flight with the last PV of this tile.
+
+        Without it the tensor cores idle through every tile's last softmax and its stores. Returns
+        (row maxima, row sums) of the finished tile.
+        """
+        accS = self.issue_both(frag, q_state, ring_k, k_state, ring_v, v_state, wg)
+        peak = cute.make_rmem_tensor(frag.row_max.layout, Float32)
+        total = cute.make_rmem_tensor(frag.row_sum.layout, Float32)
+        peak.store(frag.row_max.load())
+        total.store(frag.row_sum.load())
+        self.softmax(frag, view, scale, accS, n, True, True)
+        warpgroup.wait_group(0)
+        ring_v.consumer_release(v_state)
+        matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
+        return peak, total
+
+    @cute.jit
+    def last_product(self, frag: Fragments, ring_v, v_state):
+        """PV of a tile's last block, alone."""
+        ring_v.consumer_wait(v_state)
+        tOrV = frag.tOrV[None, None, None, v_state.index]
+        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
+        warpgroup.wait_group(0)
+        ring_v.consumer_release(v_state)
 
     @cute.jit
     def softmax(
@@ -499,7 +580,9 @@ class DenseAttention:
     @cute.jit
     def store(
         self,
-        frag: Fragments,
+        accO: cute.Tensor,
+        peak: cute.Tensor,
+        total: cute.Tensor,
         mO: cute.Tensor,
         mLSE: cute.Tensor | None,
         mSinks: cute.Tensor | None,
@@ -510,7 +593,7 @@ class DenseAttention:
     ):
         """Normalise this thread's two rows and write them, with their LSE."""
         c = self.config
-        out = matmul.acc_rows_cols(frag.accO)
+        out = matmul.acc_rows_cols(accO)
         for r in cutlass.range_constexpr(cute.size(out, mode=[0])):
             packed_row = row + 8 * r
             token = packed_row // c.pack_gqa
@@ -520,9 +603,7 @@ class DenseAttention:
             if const_expr(c.sinks):
                 if visible:
                     sink = mSinks[head]
-            factor, lse = finalize(
-                frag.row_max[r], quad_sum(frag.row_sum[r]), scale.log2, sink, c.sinks
-            )
+            factor, lse = finalize(peak[r], quad_sum(total[r]), scale.log2, sink, c.sinks)
             rO = cute.make_rmem_tensor(cute.size(out, mode=[1]), self.dtype)
             for col in cutlass.range_constexpr(cute.size(out, mode=[1])):
                 rO[col] = (out[r, col] * factor).to(self.dtype)

@@ -63,8 +63,9 @@ def query_copy(config: cutlass.Constexpr[DenseConfig], mQ: cute.Tensor, layout):
     """(copy atom, coordinate tensor) of a Q tile."""
     g = config.pack_gqa
     rows = (g, config.tile_m // g) if const_expr(g > 1) else config.tile_m
+    stage = cute.select(layout, mode=[0, 1])
     return cpasync.make_tiled_tma_atom(
-        cpasync.CopyBulkTensorTileG2SOp(), mQ, layout, (rows, config.head_dim)
+        cpasync.CopyBulkTensorTileG2SOp(), mQ, stage, (rows, config.head_dim)
     )
 
 
@@ -88,7 +89,7 @@ def query_tile(
     m_block: Int32,
     tile: Tile,
 ):
-    """(source, destination) of a row tile's Q."""
+    """(source, destination by stage) of a row tile's Q."""
     g = config.pack_gqa
     gQ = gQ[None, None, tile.head, tile.batch]
     if const_expr(g > 1):

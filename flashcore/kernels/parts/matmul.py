@@ -5,8 +5,10 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32
+from cutlass import BFloat16, Float32, Int32
+from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.cutlass_dsl import T, dsl_user_op
 
 
 def smem_layout(dtype, rows: int, cols: int, stages: int | None = None) -> cute.ComposedLayout:
@@ -87,3 +89,33 @@ def acc_as_operand(acc: cute.Tensor) -> cute.Tensor:
             stride=((d[0][0], d[0][1], d[0][2][0]), d[1], (d[0][2][1], d[2])),
         ),
     )
+
+
+@dsl_user_op
+def pack_pair(low: Float32, high: Float32, dtype, *, loc=None, ip=None) -> Int32:
+    """Two floats rounded to 16 bits in one register."""
+    kind = "bf16x2" if dtype is BFloat16 else "f16x2"
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (low, high)]
+    return Int32(
+        llvm.inline_asm(
+            T.i32(),
+            operands,
+            f"cvt.rn.{kind}.f32 $0, $2, $1;",
+            "=r,f,f",
+            has_side_effects=False,
+            is_align_stack=False,
+            asm_dialect=llvm.AsmDialect.AD_ATT,
+        )
+    )
+
+
+@cute.jit
+def round_to_operand(acc: cute.Tensor, operand: cute.Tensor):
+    """operand <- acc in 16 bits, as whole registers.
+
+    A vector conversion leaves 16-bit halves that ptxas packs again between the products for some
+    tile_n (80, 96, 144, ...), which serialises them.
+    """
+    words = cute.recast_tensor(operand, Int32)
+    for i in cutlass.range_constexpr(cute.size(words)):
+        words[i] = pack_pair(acc[2 * i], acc[2 * i + 1], operand.element_type)
