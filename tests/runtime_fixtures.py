@@ -50,6 +50,7 @@ int32_t __tvm_ffi_{symbol}(void* self, const Any* args, int32_t count, Any* resu
 class ConstantConfig:
     value: int = 7
     broken: bool = False  # the compiler raises
+    crash: bool = False  # the compiler ends the process
     unloadable: bool = False  # the shared object wants a symbol that nothing has
 
 
@@ -74,6 +75,8 @@ def compile_constant(config: ConstantConfig) -> CompiledConstant:
     if log := os.environ.get(COMPILE_LOG):
         with open(log, "a") as file:
             file.write(f"{os.getpid()} {config.value}\n")
+    if config.crash:
+        os._exit(9)
     if config.broken:
         raise ValueError("this configuration cannot be compiled")
     return CompiledConstant(config)

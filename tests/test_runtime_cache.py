@@ -18,6 +18,7 @@ from flashcore.runtime.cache import KernelCache
 from flashcore.runtime.entry import CorruptEntryError, pack, unpack
 from flashcore.runtime.folder import UnsafeCacheError, default_folder, exclusive_lock, open_folder
 from flashcore.runtime.kernel import DENSE, Family, Kernel, source_digest
+from flashcore.runtime.prebuild import prebuild
 from flashcore.runtime.target import Target, detect_target
 from tests.runtime_fixtures import (
     COMPILE_LOG,
@@ -223,6 +224,26 @@ def test_lock_excludes_and_times_out(tmp_path: Path) -> None:
     assert time.monotonic() - started >= 0.2
     with exclusive_lock(path, timeout_s=0.0):
         pass  # released
+
+
+@needs_loader
+def test_prebuild_reports_each_kernel_in_order(tmp_path: Path, log: Path) -> None:
+    configs = [ConstantConfig(1), ConstantConfig(2, broken=True), ConstantConfig(3)]
+    kernels = [Kernel(CONSTANT, config) for config in configs]
+    cache, told = fresh(tmp_path), list[Kernel]()
+    cache.ensure(kernels[2])
+    built = prebuild(kernels, tmp_path, cache.target, 2, lambda b: told.append(b.kernel))
+    assert [result.kernel for result in built] == kernels
+    assert [result.compiled for result in built] == [True, False, False]
+    errors = [result.error for result in built]
+    assert errors == [None, "ValueError: this configuration cannot be compiled", None]
+    assert set(told) == set(kernels)
+
+
+def test_prebuild_survives_a_crashing_compiler(tmp_path: Path) -> None:
+    kernels = [Kernel(CONSTANT, ConstantConfig(crash=True))]
+    (built,) = prebuild(kernels, tmp_path, TARGET, 1)
+    assert built.error == "a compiling process died"
 
 
 # ---------------------------------------------------------------- the folder

@@ -7,6 +7,7 @@ user's cache, keyed by sources and versions, so the next run takes seconds.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from flashcore.runtime.gates import (
 from flashcore.runtime.inspect import Resources, extract_cubins
 from flashcore.runtime.kernel import DENSE, Kernel
 from flashcore.runtime.target import detect_target
-from tests.runtime_fixtures import TILE, needs_dsl
+from tests.runtime_fixtures import CONSTANT, TILE, ConstantConfig, needs_dsl
 from tests.toy_kernels import TileConfig
 
 needs_disassembler = pytest.mark.skipif(
@@ -69,7 +70,7 @@ def test_planted_fault_is_found(tmp_path: Path, config: TileConfig, expected: li
 
 
 def test_planted_dense_configuration_fails(tmp_path: Path) -> None:
-    """A dense kernel with fewer registers than its tiles need, among good ones."""
+    """A dense kernel whose tile is too wide for its registers, beside a good one."""
     good = dense.choose(dense.DenseProblem("bf16", 64, 1, 128, 128, 1, 1))
     bad = spilling_config()
     rows = check_kernels(
@@ -82,12 +83,16 @@ def test_planted_dense_configuration_fails(tmp_path: Path) -> None:
 
 
 def spilling_config() -> dense.DenseConfig:
-    from dataclasses import replace
-
     base = dense.choose(dense.DenseProblem("bf16", 128, 1, 4096, 4096, 1, 1))
-    bad = replace(base, tile_n=176, stages=1)
+    bad = replace(base, tile_n=256, stages=1)  # 128 + 64 + 64 registers for S, P and O alone
     assert dense.illegal_reason(bad) is None
     return bad
+
+
+def test_crashing_compiler_is_a_violation(tmp_path: Path) -> None:
+    kernels = [Kernel(CONSTANT, ConstantConfig(crash=True))]
+    (row,) = check_kernels(kernels, tmp_path, detect_target(), jobs=1)
+    assert row.violations == ["a compiling process died"]
 
 
 def test_verdict_is_remembered(tmp_path: Path) -> None:
@@ -102,8 +107,6 @@ def test_verdict_is_remembered(tmp_path: Path) -> None:
 
 def test_no_gpu_code_is_an_error_not_a_pass(tmp_path: Path) -> None:
     assert extract_cubins(Path(sys.executable).read_bytes()[:4096]) == []
-    from tests.runtime_fixtures import CONSTANT, ConstantConfig
-
     row = check_kernel(Kernel(CONSTANT, ConstantConfig()), tmp_path, detect_target())
     assert row.resources is None
     assert "no GPU code" in row.violations[0]

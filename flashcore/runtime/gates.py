@@ -11,6 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -77,7 +78,12 @@ def check_kernels(
             for number, kernel in enumerate(kernels)
         }
         for future in as_completed(waiting):
-            row = rows[waiting[future]] = future.result()
+            number = waiting[future]
+            try:
+                row = future.result()
+            except BrokenProcessPool:  # the compiler crashed, here or in a kernel beside this one
+                row = GateRow(kernels[number].describe(), None, ["a compiling process died"])
+            rows[number] = row
             on_done(row)
     return [rows[number] for number in range(len(kernels))]
 

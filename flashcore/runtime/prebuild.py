@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,12 @@ def prebuild(
             for number, kernel in enumerate(kernels)
         }
         for future in as_completed(waiting):
-            built = results[waiting[future]] = future.result()
+            number = waiting[future]
+            try:
+                built = future.result()
+            except BrokenProcessPool:  # the compiler crashed, here or in a kernel beside this one
+                built = Built(kernels[number], False, "a compiling process died")
+            results[number] = built
             on_done(built)
     return [results[number] for number in range(len(kernels))]
 
