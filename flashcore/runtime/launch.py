@@ -77,24 +77,30 @@ def dense_attention(
     MissingRuntimeError, UnsafeCacheError or BuildError when the kernel of a new shape cannot be
     loaded or compiled.
     """
+    options = (causal, scale, window_left, window_right, softcap, sinks)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
+    if q.device.index == torch.cuda.current_device():
+        return _launch(q, k, v, *options, *packing, return_lse)
+    with torch.cuda.device(q.device):
+        return _launch(q, k, v, *options, *packing, return_lse)
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     device = q.device
-    if device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return dense_attention(
-                q,
-                k,
-                v,
-                causal=causal,
-                scale=scale,
-                window_left=window_left,
-                window_right=window_right,
-                softcap=softcap,
-                sinks=sinks,
-                cu_seqlens_q=cu_seqlens_q,
-                cu_seqlens_k=cu_seqlens_k,
-                max_seqlen_q=max_seqlen_q,
-                return_lse=return_lse,
-            )
     q, k, v = _tma_ready("q", q), _tma_ready("k", k), _tma_ready("v", v)
     if sinks is not None and sinks.dtype is not torch.float32:
         sinks = sinks.float()
