@@ -13,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 import flashcore
+from flashcore.planner import split
 
 ABSURD_PAGE = 2_147_480_000
 
@@ -64,6 +65,15 @@ class Batch:
         )
 
     def plan(self, **options: object) -> flashcore.Plan:
+        """A plan; with workers its splits are short, so that these small batches have some."""
+        least = split.MIN_SPLIT_TOKENS, split.TILE_TOKENS
+        try:
+            split.MIN_SPLIT_TOKENS, split.TILE_TOKENS = 2, 1
+            return self._plan(**options)
+        finally:
+            split.MIN_SPLIT_TOKENS, split.TILE_TOKENS = least
+
+    def _plan(self, **options: object) -> flashcore.Plan:
         return flashcore.plan(
             self.layout,
             q_lens=self.q_lens,
