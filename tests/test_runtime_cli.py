@@ -176,6 +176,10 @@ def test_check_finds_faults(
     assert check._run_case(case, 0, "cpu")[0] == problem
 
 
+def test_check_of_torch_compile_runs() -> None:
+    assert check._run_compiled("cpu") == ("", "one graph")
+
+
 def test_check_reports_a_case_that_raises(capsys: pytest.CaptureFixture[str]) -> None:
     def fails() -> tuple[str, str]:
         raise RuntimeError("the launch failed\nwith details")
@@ -184,6 +188,14 @@ def test_check_reports_a_case_that_raises(capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().out
     assert said.startswith("FAILED a case")
     assert said.rstrip().endswith("RuntimeError: the launch failed")
+
+
+def test_check_reports_an_error_without_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> tuple[str, str]:
+        raise AssertionError
+
+    assert check._report("a case", fails) is False
+    assert capsys.readouterr().out.rstrip().endswith("AssertionError: AssertionError")
 
 
 # ---------------------------------------------------------------- the subset

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+Test = Callable[[], tuple[str, str]]  # what is wrong or "", and what was measured
+
 # Frobenius norm of the error over that of the reference, in float64. Rounding P and the output to
 # the dtype costs about 2e-3 in bf16 and 3e-4 in fp16; twice that is a bug.
 _OUT_LIMIT = {"bf16": 5e-3, "fp16": 7e-4}
@@ -79,7 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
-    chosen = [case for case in cases() if args.only in case.name]
+    tests: dict[str, Test] = {
+        case.name: partial(_run_case, case, args.seed, args.device) for case in cases()
+    }
+    tests["CUDA graph"] = partial(_run_graph, args.device)
+    tests["torch.compile"] = partial(_run_compiled, args.device)
+    chosen = {name: test for name, test in tests.items() if args.only in name}
     if not chosen:
         print(f"flashcore check: no case has {args.only!r} in its name", file=sys.stderr)
         return 2
@@ -89,27 +96,27 @@ def run(args: argparse.Namespace) -> int:
         from flashcore.runtime.launch import available
 
         usable, reason = available(args.device)
-    except (ImportError, RuntimeError) as error:  # torch names an unknown device by RuntimeError
-        usable, reason = False, str(error).splitlines()[0]
+    except Exception as error:  # torch has several for a device that it does not know or have
+        usable, reason = False, _first_line(error)
     if not usable:
         print(f"flashcore check: no Hopper GPU to test: {reason}", file=sys.stderr)
         return 2
     print(reason)
-    failed = 0
     with torch.cuda.device(torch.device(args.device)):
-        for case in chosen:
-            failed += not _report(case.name, partial(_run_case, case, args.seed, args.device))
-        if not args.only:
-            failed += not _report("CUDA graph", partial(_run_graph, args.device))
-    print(f"{len(chosen) + (not args.only) - failed} passed, {failed} failed")
+        failed = sum(not _report(name, test) for name, test in chosen.items())
+    print(f"{len(chosen) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
 
-def _report(name: str, test: Callable[[], tuple[str, str]]) -> bool:
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _report(name: str, test: Test) -> bool:
     try:
         problem, detail = test()
     except Exception as error:  # a case that cannot run is a failed case, and the rest still runs
-        problem, detail = f"{type(error).__name__}: {str(error).splitlines()[0]}", ""
+        problem, detail = f"{type(error).__name__}: {_first_line(error)}", ""
     verdict = "FAILED" if problem else "ok"
     print(f"{verdict:<7}{name:<28}{detail}{'  ' + problem if problem else ''}", flush=True)
     return not problem
@@ -247,3 +254,20 @@ def _run_graph(device: str) -> tuple[str, str]:
         graph.replay()
     same = torch.equal(captured, attend())
     return ("" if same else "a replay differs from a call"), "captured once, replayed 3 times"
+
+
+def _run_compiled(device: str) -> tuple[str, str]:
+    """The public function inside torch.compile, in one graph, against a plain call."""
+    import torch
+
+    import flashcore
+
+    q, k, v, _, _, _ = _inputs(Case("compiled", ((300, 300),)), 0, device)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flashcore.attention(q * 2, k, v, causal=True) + 1
+
+    # Tracing is what can fail here; Inductor would only add a compiler that may not be installed.
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    same = torch.equal(compiled(q, k, v), attend(q, k, v))
+    return ("" if same else "it differs from a plain call"), "one graph"
