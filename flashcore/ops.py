@@ -65,11 +65,12 @@ def paged_attention_impl(
     groups: torch.Tensor,
     q_tokens: torch.Tensor,
     q_positions: torch.Tensor,
-    q_offsets: torch.Tensor,
+    q_index: torch.Tensor,
     work: torch.Tensor,
     merge_offsets: torch.Tensor,
     merge_partials: torch.Tensor,
     num_partial_tokens: int,
+    tile_m: int,
     scale: float,
     causal: bool,
     window_left: int,
@@ -79,9 +80,6 @@ def paged_attention_impl(
     tree_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out as q, and the LSE [total_q, num_q_heads]."""
-    lengths = q_offsets.diff().long()
-    first = q_offsets[:-1].long().repeat_interleave(lengths)
-    q_index = torch.arange(q.shape[0], device=q.device) - first
     return eager_paged_attention(
         q,
         k_pages,
@@ -137,11 +135,12 @@ def _paged_attention_fake(
     groups: torch.Tensor,
     q_tokens: torch.Tensor,
     q_positions: torch.Tensor,
-    q_offsets: torch.Tensor,
+    q_index: torch.Tensor,
     work: torch.Tensor,
     merge_offsets: torch.Tensor,
     merge_partials: torch.Tensor,
     num_partial_tokens: int,
+    tile_m: int,
     scale: float,
     causal: bool,
     window_left: int,

@@ -25,8 +25,8 @@ def plan(
     head_dim: int,
     page_tokens: int = 128,
     itemsize: int = 2,
-    tile_m: int = 64,
-    num_workers: int = 0,
+    tile_m: int | None = None,
+    num_workers: int | None = None,
     share: bool = True,
     fold: bool = True,
 ) -> Plan:
@@ -39,17 +39,18 @@ def plan(
         num_q_heads, num_kv_heads, head_dim: the model's, as this rank sees them.
         page_tokens: tokens of a page, as the layout was built with.
         itemsize: bytes of a K or V element, for the folding rule.
-        tile_m: packed query rows of a work item at most.
+        tile_m: packed query rows of a work item at most; None: 64, or 128 where the groups fill it.
         num_workers: work items that run at the same time (CTAs); KV runs are split to fill them.
-            0: no split.
+            0: no split. None: the multiprocessors of a CUDA device, elsewhere 0.
         share: False reads every sequence's pages for itself (for comparison; same results).
         fold: False keeps every group however small.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
     """
-    costs = Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize)
-    _check_problem(num_q_heads, num_kv_heads, head_dim, itemsize, tile_m, num_workers)
+    group_size = validate.head_counts(num_q_heads, num_kv_heads)
+    num_workers = _workers(num_workers, layout)
+    _check_problem(head_dim, itemsize, tile_m)
     lengths = _check_layout(layout, q_lens, page_tokens)
     q_offsets = _offsets(lengths)
     counts = layout.token_counts.long()
@@ -69,20 +70,17 @@ def plan(
         runs.members,
         runs.queries,
         runs.tokens == runs.entries * page_tokens,
-        costs,
+        Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize),
         enabled=fold,
     )
     segments = _fold(found, folding)
     gathered = _gather_queries(segments, lengths, q_offsets, kv_lens)
-    groups, num_partials = _group_table(
-        segments,
-        tokens_before,
-        gathered,
-        page_tokens,
-        split_rows=(num_q_heads // num_kv_heads, tile_m),
-        num_kv_heads=num_kv_heads,
-        num_workers=num_workers,
-    )
+    kept = _runs(segments, tokens_before, lengths)
+    tile_m = tile_m or _tile_rows(kept.tokens, kept.queries * group_size)
+    blocks = (kept.queries * group_size + tile_m - 1) // tile_m
+    item_tokens = int((kept.tokens * blocks).sum()) * num_kv_heads
+    split = split_tokens(item_tokens, num_workers, page_tokens) // page_tokens
+    groups, num_partials = _group_table(segments, kept, gathered, split)
     merge_offsets, merge_partials = _merge_lists(
         segments, groups, gathered, lengths, q_offsets, int(q_offsets[-1])
     )
@@ -102,15 +100,14 @@ def plan(
         row_offsets=layout.row_offsets,
         kv_lens=kv_lens.int(),
         q_offsets=q_offsets.int(),
+        q_index=_index_within(lengths)[1].int(),
         groups=groups.int(),
         member_offsets=gathered.member_offsets.int(),
         member_rows=segments.row[gathered.order].int(),
         member_starts=segments.kv_start[gathered.order].int(),
         q_tokens=gathered.tokens.int(),
         q_positions=gathered.positions.int(),
-        work=_work_list(
-            groups, num_q_heads // num_kv_heads, num_kv_heads, tile_m, page_tokens
-        ).int(),
+        work=_work_list(groups, group_size, num_kv_heads, tile_m, page_tokens).int(),
         merge_offsets=merge_offsets.int(),
         merge_partials=merge_partials.int(),
         decisions=torch.stack(decisions, 1).int(),
@@ -141,15 +138,19 @@ class _Gathered(NamedTuple):
     positions: torch.Tensor
 
 
-def _check_problem(
-    num_q_heads: int, num_kv_heads: int, head_dim: int, itemsize: int, tile_m: int, workers: int
-) -> None:
-    validate.head_counts(num_q_heads, num_kv_heads)
+def _check_problem(head_dim: int, itemsize: int, tile_m: int | None) -> None:
     validate.positive_int("head_dim", head_dim)
     validate.positive_int("itemsize", itemsize, maximum=8)
-    validate.positive_int("tile_m", tile_m)
-    if workers:
-        validate.positive_int("num_workers", workers)
+    if tile_m is not None:
+        validate.positive_int("tile_m", tile_m)
+
+
+def _workers(num_workers: int | None, layout: Layout) -> int:
+    if num_workers:
+        return validate.positive_int("num_workers", num_workers)
+    if num_workers is None and isinstance(layout, Layout) and layout.cols.is_cuda:
+        return torch.cuda.get_device_properties(layout.cols.device).multi_processor_count
+    return 0
 
 
 def _check_layout(
@@ -247,46 +248,35 @@ def _gather_queries(
     )
 
 
+def _tile_rows(tokens: torch.Tensor, rows: torch.Tensor) -> int:
+    """64, or 128 where that pads at most 5 % more: it halves the reads of shared K and V."""
+    narrow, wide = ((tokens * ((rows + m - 1) // m) * m).sum() for m in (64, 128))
+    return 128 if float(wide) <= 1.05 * float(narrow) and tokens.numel() else 64
+
+
 def _group_table(
-    segments: Segments,
-    tokens_before: torch.Tensor,
-    gathered: _Gathered,
-    page_tokens: int,
-    *,
-    split_rows: tuple[int, int],
-    num_kv_heads: int,
-    num_workers: int,
+    segments: Segments, runs: _Runs, gathered: _Gathered, split: int
 ) -> tuple[torch.Tensor, int]:
-    """The group table, int64, and the number of partial tokens."""
-    group_size, tile_m = split_rows
-    table = torch.zeros(
-        (segments.owner.numel(), FIELDS), dtype=torch.long, device=gathered.tokens.device
-    )
-    entry, count = segments.entry[segments.owner], segments.num_entries[segments.owner]
-    tokens = tokens_before[entry + count] - tokens_before[entry]
-    queries = gathered.q_begin.diff()
-    blocks = (queries * group_size + tile_m - 1) // tile_m
-    total = int((tokens * blocks).sum()) * num_kv_heads
-    split = split_tokens(total, num_workers, page_tokens) // page_tokens
+    """The group table, int64, and the number of partial tokens; `split` pages a split, 0: none."""
+    count, queries = runs.entries, runs.queries
     splits = torch.ones_like(count) if split == 0 else (count + split - 1) // split
     per_split = (count + splits - 1) // splits
     splits = (count + per_split - 1) // per_split
 
     # Only a group whose query tokens all have this one result may write it to the output.
-    segments_of_row = (
-        torch.bincount(segments.row, minlength=int(segments.row.max()) + 1)
-        if len(segments.row)
-        else segments.row
-    )
-    shared_row = torch.zeros_like(count)
-    shared_row.scatter_reduce_(0, segments.group, segments_of_row[segments.row], "amax")
-    direct = (splits == 1) & (shared_row == 1)
-    partials = torch.where(direct, 0, splits * queries)
-    begin = _offsets(partials)
+    same_row = torch.zeros_like(segments.row, dtype=torch.bool)
+    same_row[1:] = segments.row[1:] == segments.row[:-1]
+    has_company = same_row.clone()
+    has_company[:-1] |= same_row[1:]
+    merged = torch.zeros_like(count, dtype=torch.bool)
+    merged[segments.group[has_company]] = True
+    direct = (splits == 1) & ~merged
+    begin = _offsets(torch.where(direct, 0, splits * queries))
 
-    table[:, Group.ENTRY] = entry
+    table = torch.zeros((count.numel(), FIELDS), dtype=torch.long, device=count.device)
+    table[:, Group.ENTRY] = segments.entry[segments.owner]
     table[:, Group.NUM_ENTRIES] = count
-    table[:, Group.NUM_TOKENS] = tokens
+    table[:, Group.NUM_TOKENS] = runs.tokens
     table[:, Group.Q_BEGIN] = gathered.q_begin[:-1]
     table[:, Group.NUM_Q] = queries
     table[:, Group.SPLIT_ENTRIES] = per_split

@@ -18,6 +18,7 @@ class Plan:
     cols, token_counts: [nnz], row_offsets: [batch + 1]: the layout it was made from.
     kv_lens: [batch] KV tokens of each sequence, its new tokens included.
     q_offsets: [batch + 1] first query token of each sequence; the last element is total_q.
+    q_index: [total_q] place of each query token among its sequence's.
     groups: [num_groups, 8], columns `work.Group`.
     member_offsets: [num_groups + 1]; member_rows, member_starts: [num_members] the sequence, and
         the tokens of that sequence before the run.
@@ -46,6 +47,7 @@ class Plan:
     row_offsets: torch.Tensor
     kv_lens: torch.Tensor
     q_offsets: torch.Tensor
+    q_index: torch.Tensor
     groups: torch.Tensor
     member_offsets: torch.Tensor
     member_rows: torch.Tensor
