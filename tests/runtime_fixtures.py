@@ -83,8 +83,11 @@ def compile_constant(config: ConstantConfig) -> CompiledConstant:
 
 
 CONSTANT = Family(
-    "constant", "tests.runtime_fixtures:compile_constant", ("runtime_fixtures.py",), TESTS
+    "constant", "tests.runtime_fixtures:compile_constant", ("runtime_fixtures.py",), root=TESTS
 )
 TILE = Family(
-    "tile", "tests.toy_kernels:compile_tile", ("toy_kernels.py", "toy_kernels_device.py"), TESTS
+    "tile",
+    "tests.toy_kernels:compile_tile",
+    ("toy_kernels.py", "toy_kernels_device.py"),
+    root=TESTS,
 )

@@ -368,7 +368,7 @@ def test_key_depends_on_sources(tmp_path: Path, change) -> None:
     (tmp_path / "kernels/part.py").write_text("a = 1\n")
     (tmp_path / "compile.py").write_text("options = 2\n")
     (tmp_path / "unrelated.py").write_text("")
-    family = Family("f", "m:f", ("kernels", "compile.py"), tmp_path)
+    family = Family("f", "m:f", ("kernels", "compile.py"), root=tmp_path)
 
     def key() -> str:
         source_digest.cache_clear()  # a new process

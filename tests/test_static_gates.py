@@ -35,7 +35,6 @@ needs_disassembler = pytest.mark.skipif(
 pytestmark = [needs_dsl, needs_disassembler]
 
 
-@pytest.mark.skipif(not hasattr(dense, "shipped_dense_configs"), reason="no kernel ships yet")
 def test_every_shipped_kernel_passes(capsys: pytest.CaptureFixture[str]) -> None:
     from flashcore.runtime.shipped import shipped_kernels
 
@@ -124,6 +123,22 @@ def test_limit_of_arrivals(hgmma: int, arrive: int, serialised: bool) -> None:
         opcodes={"HGMMA.64x128x16.F32.BF16": hgmma, "WARPGROUP.ARRIVE": arrive, "UTMALDG.4D": 4},
     )
     assert bool(violations(resources)) is serialised
+
+
+def test_required_opcodes_are_the_family_s() -> None:
+    resources = Resources(64, 0, 0, 1024, {"LDG.E.128": 8})
+    assert violations(resources, ()) == []
+    assert violations(resources, ("UTMALDG",)) == ["no UTMALDG"]
+
+
+def test_shipped_kernels_are_legal_and_distinct() -> None:
+    from flashcore.runtime.shipped import shipped_kernels
+
+    configs = [kernel.config for kernel in shipped_kernels()]
+    assert len(set(configs)) == len(configs)
+    assert [dense.illegal_reason(config) for config in configs] == [None] * len(configs)
+    plain = {(c.dtype, c.head_dim, c.causal) for c in configs}
+    assert plain >= {(t, d, m) for t in dense.DTYPES for d in dense.HEAD_DIMS for m in (0, 1)}
 
 
 def test_unknown_shared_memory_fails() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +26,7 @@ SMEM_BYTES_PER_SM90_CTA = 232_448
 # A healthy main loop arrives once per product of tiles, which is many HGMMA. One arrival for each
 # HGMMA is how serialised products look ("C7512" of ptxas, hidden by default).
 HGMMA_PER_ARRIVE = 4
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # the DSL colours its errors
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class GateRow:
     violations: list[str] = field(default_factory=list)
 
 
-def violations(resources: Resources) -> list[str]:
+def violations(
+    resources: Resources, required_opcodes: Sequence[str] = ("HGMMA", "UTMALDG")
+) -> list[str]:
     """Why a kernel with these resources may not ship; empty when it may."""
     r = resources
     found = []
@@ -45,12 +49,9 @@ def violations(resources: Resources) -> list[str]:
     if spills := r.count("LDL", "STL"):
         found.append(f"{spills} local loads and stores (spills)")
     hgmma, arrive = r.count("HGMMA"), r.count("WARPGROUP.ARRIVE")
-    if not hgmma:
-        found.append("no HGMMA: the tensor cores are not used")
-    elif arrive * HGMMA_PER_ARRIVE > hgmma:
+    if hgmma and arrive * HGMMA_PER_ARRIVE > hgmma:
         found.append(f"{arrive} WARPGROUP.ARRIVE for {hgmma} HGMMA: serialised products")
-    if not r.count("UTMALDG"):
-        found.append("no UTMALDG: TMA loads are not used")
+    found += [f"no {opcode}" for opcode in required_opcodes if not r.count(opcode)]
     if r.dynamic_smem_bytes is None:
         found.append("shared memory of the launch is unknown")
     elif (smem := r.static_smem_bytes + r.dynamic_smem_bytes) > SMEM_BYTES_PER_SM90_CTA:
@@ -94,9 +95,10 @@ def check_kernel(kernel: Kernel, folder: Path, target: Target) -> GateRow:
     try:
         resources = _resources(cache, kernel)
     except Exception as error:  # whatever the compiler raises is this kernel's verdict
-        text = next(iter(str(error).strip().splitlines()), "")
+        text = next(iter(_COLOUR.sub("", str(error)).strip().splitlines()), "")
         return GateRow(kernel.describe(), None, [f"{type(error).__name__}: {text}"])
-    return GateRow(kernel.describe(), resources, violations(resources))
+    found = violations(resources, kernel.family.required_opcodes)
+    return GateRow(kernel.describe(), resources, found)
 
 
 def _resources(cache: KernelCache, kernel: Kernel) -> Resources:

@@ -28,6 +28,7 @@ class Family:
     name: str  # part of symbols and file names: letters, digits, underscores
     compiler: str  # "module:function"; takes a configuration and no tensor
     sources: tuple[str, ...]  # files and folders that decide the code, relative to the package
+    required_opcodes: tuple[str, ...] = ("HGMMA", "UTMALDG")  # or the kernel is not what it says
     root: Path = _PACKAGE
 
     def resolve_compiler(self) -> Callable[[Any], Any]:

@@ -1,14 +1,70 @@
 """Every kernel the library ships: what `flashcore compile` builds and the static gates judge.
 
-Other configurations are legal too and are compiled when they are first needed.
+They are what `choose` picks for the problems below, so a new tuning decision is gated without a
+word here. Other configurations are legal too and are compiled when they are first needed.
 """
 
 from __future__ import annotations
 
-from flashcore.config import dense
+from flashcore.config.dense import DTYPES, HEAD_DIMS, DenseConfig, DenseProblem, choose
 from flashcore.runtime.kernel import DENSE, Kernel
+
+_LONG = 4096  # tokens: many tiles, in every dimension
 
 
 def shipped_kernels() -> list[Kernel]:
-    """Kernels of all families, in a fixed order."""
-    return [Kernel(DENSE, config) for config in dense.shipped_dense_configs()]
+    """Kernels of all families, in a fixed order and each once."""
+    return [Kernel(DENSE, config) for config in _dense_configs()]
+
+
+def _dense_configs() -> list[DenseConfig]:
+    """Plain attention for every dtype and head_dim; each feature for the models that have it."""
+    problems = [
+        _problem(head_dim, dtype, causal=causal)
+        for dtype in DTYPES
+        for head_dim in HEAD_DIMS
+        for causal in (False, True)
+    ]
+    for causal in (False, True):
+        problems += [_problem(d, causal=causal, return_lse=True) for d in (64, 128)]
+        problems += [_problem(d, causal=causal, varlen=True) for d in (64, 128, 256)]
+        problems.append(_problem(128, "fp16", causal=causal, varlen=True))
+    problems += [_problem(d, causal=True, window_left=1024) for d in (64, 128, 256)]
+    # Sinks on alternating full and windowed layers, packed: gpt-oss. Soft cap: Gemma 2.
+    problems += [
+        _problem(64, causal=True, window_left=left, sinks=True, varlen=True) for left in (-1, 128)
+    ]
+    problems += [_problem(256, causal=True, window_left=left, softcap=True) for left in (-1, 4096)]
+    # One query and a group of heads for each KV head: the group fills the tile.
+    problems += [_problem(128, seqlen_q=1, group=group, causal=True) for group in (4, 8)]
+    return list(dict.fromkeys(choose(problem) for problem in problems))
+
+
+def _problem(
+    head_dim: int,
+    dtype: str = "bf16",
+    *,
+    seqlen_q: int = _LONG,
+    group: int = 1,
+    causal: bool = False,
+    window_left: int = -1,
+    softcap: bool = False,
+    sinks: bool = False,
+    varlen: bool = False,
+    return_lse: bool = False,
+) -> DenseProblem:
+    return DenseProblem(
+        dtype=dtype,
+        head_dim=head_dim,
+        batch=4,
+        seqlen_q=seqlen_q,
+        seqlen_k=_LONG,
+        num_heads=16,
+        num_kv_heads=16 // group,
+        causal=causal,
+        window_left=window_left,
+        softcap=softcap,
+        sinks=sinks,
+        varlen=varlen,
+        return_lse=return_lse,
+    )
