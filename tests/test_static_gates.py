@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,12 +25,9 @@ from flashcore.runtime.gates import (
 from flashcore.runtime.inspect import Resources, extract_cubins
 from flashcore.runtime.kernel import DENSE, Kernel
 from flashcore.runtime.target import detect_target
-from tests.runtime_fixtures import CONSTANT, TILE, ConstantConfig, needs_dsl
+from tests.runtime_fixtures import CONSTANT, TILE, ConstantConfig, needs_disassembler, needs_dsl
 from tests.toy_kernels import TileConfig
 
-needs_disassembler = pytest.mark.skipif(
-    find_spec("nvidia") is None, reason="needs nvidia-cuda-nvdisasm and nvidia-cuda-cuobjdump"
-)
 pytestmark = [needs_dsl, needs_disassembler]
 
 
