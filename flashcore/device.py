@@ -1,4 +1,4 @@
-"""Which path a device takes, and why; decided once per device. A GPU on the slow one is warned of."""
+"""Which path a device takes, and why; decided once per device. A GPU on the slow one is told."""
 
 from __future__ import annotations
 
@@ -17,28 +17,18 @@ class Path(NamedTuple):
 
 
 @cache
-def dense_path(device: torch.device) -> Path:
-    """Path of `flashcore.attention` on a device."""
+def device_path(device: torch.device) -> Path:
+    """Path of attention on a device; the first look at a GPU that gets no kernels warns."""
     if device.type != "cuda":
         return Path("eager", f"{device.type} runs torch operators")
     from flashcore.runtime.launch import available
 
     usable, reason = available(device)
-    return Path("hopper", reason) if usable else _slow(Path("eager", reason), device)
-
-
-@cache
-def paged_path(device: torch.device) -> Path:
-    """Path of `flashcore.paged_attention` on a device."""
-    if device.type != "cuda":
-        return Path("eager", f"{device.type} runs torch operators")
-    return _slow(Path("eager", "this version has no paged kernel"), device)
-
-
-def _slow(path: Path, device: torch.device) -> Path:
+    if usable:
+        return Path("hopper", reason)
     warnings.warn(
-        f"flashcore runs torch operators on {device}, not its Hopper kernels: {path.reason}",
+        f"flashcore runs torch operators on {device}, not its Hopper kernels: {reason}",
         RuntimeWarning,
         stacklevel=4,
     )
-    return path
+    return Path("eager", reason)

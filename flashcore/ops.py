@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from flashcore.device import dense_path
+from flashcore.device import device_path
 from flashcore.eager.dense import dense_attention
 from flashcore.eager.paged import paged_attention as eager_paged_attention
 from flashcore.eager.run import Rules
@@ -31,7 +31,7 @@ def attention_impl(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out as q, and the LSE, which is empty where it was not asked for."""
-    if dense_path(q.device).name == "hopper":
+    if device_path(q.device).name == "hopper":
         from flashcore.runtime import launch
 
         out, lse = launch.dense_attention(
@@ -80,6 +80,30 @@ def paged_attention_impl(
     tree_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out as q, and the LSE [total_q, num_q_heads]."""
+    if device_path(q.device).name == "hopper":
+        from flashcore.runtime.launch_paged import paged_attention
+
+        return paged_attention(
+            q,
+            k_pages,
+            v_pages,
+            cols,
+            work,
+            q_tokens,
+            q_positions,
+            q_index,
+            merge_offsets,
+            merge_partials,
+            num_partial_tokens,
+            tile_m,
+            causal=causal,
+            scale=scale,
+            window_left=window_left,
+            window_right=window_right,
+            softcap=softcap,
+            sinks=sinks,
+            tree_mask=tree_mask,
+        )
     return eager_paged_attention(
         q,
         k_pages,

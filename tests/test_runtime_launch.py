@@ -34,8 +34,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr(launch, "shared_cache", lambda: recorder)
     monkeypatch.setattr(launch, "_plans", {})
-    monkeypatch.setattr(launch, "_sm_count", lambda device: 132)
-    monkeypatch.setattr(launch, "_scheduler_scratch", lambda index: "scratch")
+    monkeypatch.setattr(launch, "sm_count", lambda device: 132)
+    monkeypatch.setattr(launch, "scheduler_scratch", lambda index: "scratch")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     return recorder
 
@@ -323,9 +323,9 @@ def test_compiled_function_takes_what_the_launch_passes(
     checked = Checked()
     monkeypatch.setattr(launch, "shared_cache", lambda: checked)
     monkeypatch.setattr(launch, "_plans", {})
-    monkeypatch.setattr(launch, "_sm_count", lambda device: 132)
+    monkeypatch.setattr(launch, "sm_count", lambda device: 132)
     zeros = torch.zeros(2, dtype=torch.int32)
-    monkeypatch.setattr(launch, "_scheduler_scratch", lambda index: zeros)
+    monkeypatch.setattr(launch, "scheduler_scratch", lambda index: zeros)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     options = dict(options)
     if "cu_seqlens" in options:

@@ -27,10 +27,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """versions: package -> version or None; devices: name, and path and reason of each function."""
+    """versions: package -> version or None; devices: what each is, its path and the reason."""
     import torch
 
-    from flashcore.device import dense_path, paged_path
+    from flashcore.device import device_path
 
     names = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = []
@@ -43,13 +43,9 @@ def collect() -> dict[str, Any]:
             if device.type == "cuda":
                 major, minor = torch.cuda.get_device_capability(device)
                 described = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
-            paths = {"attention": dense_path(device), "paged_attention": paged_path(device)}
+            path = device_path(device)
             devices.append(
-                {
-                    "device": name,
-                    "name": described,
-                    "paths": {key: path._asdict() for key, path in paths.items()},
-                }
+                {"device": name, "name": described, "path": path.name, "reason": path.reason}
             )
     versions = {"flashcore": flashcore.__version__, "python": platform.python_version()}
     return {"versions": versions | {p: _version(p) for p in PACKAGES}, "devices": devices}
@@ -68,6 +64,5 @@ def _text(report: dict[str, Any]) -> str:
     ]
     for device in report["devices"]:
         lines += ["", f"{device['device']}: {device['name']}"]
-        for function, path in device["paths"].items():
-            lines.append(f"  {function:18}{path['name']:8}{path['reason']}")
+        lines.append(f"  {device['path']} path: {device['reason']}")
     return "\n".join(lines)

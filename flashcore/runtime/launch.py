@@ -23,7 +23,7 @@ from flashcore.runtime.load import CompiledFunction
 from flashcore.runtime.target import INSTALL_HINT, MissingRuntimeError, detect_target
 
 _HOPPER_CAPABILITY = (9, 0)
-_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TMA_BYTES = 16
 _TMA_ELEMENTS = 8  # of bf16 or fp16
 _MAX_PLANS = 4096  # varying lengths make new plans; beyond this the dictionary starts anew
@@ -101,7 +101,7 @@ def _launch(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     device = q.device
-    q, k, v = _tma_ready("q", q), _tma_ready("k", k), _tma_ready("v", v)
+    q, k, v = tma_ready("q", q), tma_ready("k", k), tma_ready("v", v)
     if sinks is not None and sinks.dtype is not torch.float32:
         sinks = sinks.float()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -124,7 +124,7 @@ def _launch(
         device,
     )
     plan = _plans.get(what) or _remember(what)
-    scratch = _scheduler_scratch(device.index) if plan.needs_scratch else None
+    scratch = scheduler_scratch(device.index) if plan.needs_scratch else None
     tensors = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, scratch)
     # A causal window is a window that ends at the query itself.
     right = 0 if causal else window_right
@@ -133,7 +133,7 @@ def _launch(
     return out, lse
 
 
-def _tma_ready(name: str, value: torch.Tensor) -> torch.Tensor:
+def tma_ready(name: str, value: torch.Tensor) -> torch.Tensor:
     """`value` if TMA can address it as it lies, else the same data with legal strides, or an error.
 
     TMA wants 16 bytes: of the first element's address, and of every stride but the last.
@@ -162,7 +162,7 @@ def _tma_ready(name: str, value: torch.Tensor) -> torch.Tensor:
     return value.as_strided(value.shape, [*legal, 1])
 
 
-def _scheduler_scratch(device_index: int) -> torch.Tensor:
+def scheduler_scratch(device_index: int) -> torch.Tensor:
     """The tile counters, int32 [2]: zero, and left at zero by every launch that uses them.
 
     Launches on one stream follow each other, so one buffer for each stream is enough. A captured
@@ -220,14 +220,14 @@ def _available(index: int) -> tuple[bool, str]:
 def _remember(what: _PlanKey) -> _Plan:
     """Make the plan of a launch: choose, load or compile, size the grid."""
     sizes, options, packing, device = what
-    if sizes[0] not in _DTYPE_NAMES:
+    if sizes[0] not in DTYPE_NAMES:
         raise NotImplementedError(f"q has dtype {sizes[0]}; the Hopper kernel takes bf16 and fp16")
-    problem = DenseProblem(_DTYPE_NAMES[sizes[0]], *sizes[1:], *options, *packing)
+    problem = DenseProblem(DTYPE_NAMES[sizes[0]], *sizes[1:], *options, *packing)
     config = choose(problem)
     plan = _Plan(
         function=prepare_dense(config),
         needs_scratch=config.dynamic,
-        num_ctas=grid_size(config, problem, _sm_count(device)),
+        num_ctas=grid_size(config, problem, sm_count(device)),
     )
     if len(_plans) >= _MAX_PLANS:
         _plans.clear()
@@ -236,7 +236,7 @@ def _remember(what: _PlanKey) -> _Plan:
 
 
 @lru_cache(maxsize=64)
-def _sm_count(device: torch.device) -> int:
+def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -6,15 +6,21 @@ word here. Other configurations are legal too and are compiled when they are fir
 
 from __future__ import annotations
 
+from flashcore.config import paged
 from flashcore.config.dense import DTYPES, HEAD_DIMS, DenseConfig, DenseProblem, choose
-from flashcore.runtime.kernel import DENSE, Kernel
+from flashcore.config.paged import CombineConfig, PagedConfig
+from flashcore.runtime.kernel import COMBINE, DENSE, PAGED, Kernel
 
 _LONG = 4096  # tokens: many tiles, in every dimension
 
 
 def shipped_kernels() -> list[Kernel]:
     """Kernels of all families, in a fixed order and each once."""
-    return [Kernel(DENSE, config) for config in _dense_configs()]
+    return [
+        *(Kernel(DENSE, config) for config in _dense_configs()),
+        *(Kernel(PAGED, config) for config in _paged_configs()),
+        *(Kernel(COMBINE, config) for config in _combine_configs()),
+    ]
 
 
 def _dense_configs() -> list[DenseConfig]:
@@ -68,3 +74,22 @@ def _problem(
         varlen=varlen,
         return_lse=return_lse,
     )
+
+
+def _paged_configs() -> list[PagedConfig]:
+    """Decode and prefill tiles for every head_dim; page sizes and features for models' own."""
+    pick = paged.choose
+    configs = [pick("bf16", dim, 64, 4, m) for dim in paged.HEAD_DIMS for m in (64, 128)]
+    configs += [pick("fp16", dim, 64, 4, 64) for dim in paged.HEAD_DIMS]
+    configs += [pick("bf16", 128, page, 4, 64) for page in (1, 16, 128)]
+    configs += [pick("bf16", 128, 64, group, m) for group in (1, 8) for m in (64, 128)]
+    configs += [pick("bf16", 128, 64, 4, m, tree=True) for m in (64, 128)]
+    configs.append(pick("bf16", 64, 64, 8, 64, window=True, sinks=True))
+    configs.append(pick("bf16", 256, 64, 2, 64, window=True, softcap=True))
+    return list(dict.fromkeys(configs))
+
+
+def _combine_configs() -> list[CombineConfig]:
+    """One for each head_dim and dtype, and with sinks for the models that have them."""
+    plain = [CombineConfig(dtype, dim) for dtype in DTYPES for dim in paged.HEAD_DIMS]
+    return [*plain, CombineConfig("bf16", 64, sinks=True)]

@@ -1,1 +1,1 @@
-"""The parts a kernel is put together from: loads, pipelines, scheduler, products, softmax, stores."""
+"""The parts a kernel is put together from: loads, pipelines, scheduler, products, softmax, ..."""

@@ -1,0 +1,142 @@
+"""Which paged attention kernel runs: one frozen config, one legality predicate, one choice.
+
+`PagedConfig` holds everything that determines the generated code and nothing else, so it is the
+compile key. Imports neither torch nor the DSL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashcore.config.dense import (
+    DTYPES,
+    REGISTERS_PER_SM90_SM,
+    SMEM_BYTES_PER_SM90_CTA,
+    WARPGROUP_ROWS,
+    WARPGROUP_THREADS,
+)
+
+HEAD_DIMS = (64, 128, 256)
+PAGE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class PagedConfig:
+    """A compiled paged kernel: features, tile, schedule."""
+
+    dtype: str  # "bf16" | "fp16": of q, the pages and out
+    head_dim: int
+    page_tokens: int
+    group_size: int  # query heads of one KV head, packed in the rows of a tile
+    num_consumer_warpgroups: int  # 64 packed rows each
+    tile_n: int  # keys of one K/V stage
+    stages: int  # depth of the K and of the V ring
+    causal: bool = True
+    window: bool = False  # window_left / window_right are read at run time
+    softcap: bool = False
+    sinks: bool = False
+    tree: bool = False  # a tree mask takes the place of causal
+    rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
+    producer_registers: int = 40
+    consumer_registers: int = 232
+
+    @property
+    def tile_m(self) -> int:
+        """Packed query rows of a work item at most."""
+        return WARPGROUP_ROWS * self.num_consumer_warpgroups
+
+    @property
+    def box_n(self) -> int:
+        """Rows of one TMA box: a page, or a tile where a page is longer."""
+        return min(self.page_tokens, self.tile_n)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of one CTA; 1024 covers barriers, the work slot and alignment."""
+        row = self.head_dim * 2
+        return (self.tile_m + 2 * self.stages * self.tile_n) * row + 1024
+
+    @property
+    def threads(self) -> int:
+        """Threads of one CTA: a producer warpgroup and the consumers."""
+        return (1 + self.num_consumer_warpgroups) * WARPGROUP_THREADS
+
+
+def illegal_reason(config: PagedConfig) -> str | None:
+    """Why `config` cannot run, or None. The single statement of the constraints."""
+    c = config
+    registers = WARPGROUP_THREADS * (
+        c.producer_registers + c.num_consumer_warpgroups * c.consumer_registers
+    )
+    rules = (
+        (c.dtype in DTYPES, f"dtype {c.dtype!r} is not one of {DTYPES}"),
+        (c.head_dim in HEAD_DIMS, f"head_dim {c.head_dim} is not one of {HEAD_DIMS}"),
+        (c.page_tokens in PAGE_TOKENS, f"page_tokens {c.page_tokens} is not one of {PAGE_TOKENS}"),
+        (c.num_consumer_warpgroups in (1, 2), "one or two consumer warpgroups"),
+        (c.tile_n % 16 == 0 and 16 <= c.tile_n <= 128, f"tile_n {c.tile_n}: 16 to 128, step 16"),
+        (c.tile_n % c.box_n == 0, "tile_n is whole pages, or part of one"),
+        (c.page_tokens % c.box_n == 0, "a page is whole boxes"),
+        (c.stages >= 2, "at least two K/V stages"),
+        (c.group_size >= 1, "at least one query head for each KV head"),
+        (not (c.causal and c.tree), "a tree mask takes the place of causal"),
+        (registers <= REGISTERS_PER_SM90_SM, f"{registers} registers exceed 65536"),
+        (
+            c.smem_bytes <= SMEM_BYTES_PER_SM90_CTA,
+            f"{c.smem_bytes} bytes of shared memory exceed {SMEM_BYTES_PER_SM90_CTA}",
+        ),
+    )
+    return next((reason for ok, reason in rules if not ok), None)
+
+
+def choose(
+    dtype: str,
+    head_dim: int,
+    page_tokens: int,
+    group_size: int,
+    tile_m: int,
+    *,
+    causal: bool = True,
+    window: bool = False,
+    softcap: bool = False,
+    sinks: bool = False,
+    tree: bool = False,
+) -> PagedConfig:
+    """The config for a plan's tile_m; ValueError where there is no kernel."""
+    if tile_m not in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS):
+        raise ValueError(f"tile_m must be 64 or 128, got {tile_m}")
+    warpgroups = tile_m // WARPGROUP_ROWS
+    tile_n = 64 if head_dim == 256 else 128
+    config = PagedConfig(
+        dtype=dtype,
+        head_dim=head_dim,
+        page_tokens=page_tokens,
+        group_size=group_size,
+        num_consumer_warpgroups=warpgroups,
+        tile_n=tile_n,
+        stages=_stages(head_dim, tile_m, tile_n),
+        causal=causal and not tree,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        tree=tree,
+    )
+    reason = illegal_reason(config)
+    if reason is not None:
+        raise ValueError(f"no paged kernel: {reason}")
+    return config
+
+
+def _stages(head_dim: int, tile_m: int, tile_n: int) -> int:
+    """As many as fit, at most four: an SM needs about 38 KB in flight to reach the DRAM's limit."""
+    row = head_dim * 2
+    left = SMEM_BYTES_PER_SM90_CTA - 1024 - tile_m * row
+    return min(4, left // (2 * tile_n * row))
+
+
+@dataclass(frozen=True)
+class CombineConfig:
+    """A compiled merge kernel."""
+
+    dtype: str  # "bf16" | "fp16": of out
+    head_dim: int
+    sinks: bool = False

@@ -1,0 +1,129 @@
+"""Merging partial results: out = sum_i exp(lse_i - lse) out_i over a query token's merge list.
+
+One warp per (query token, head). The list is walked in its order, so the same inputs give the same
+bits. Tokens whose only result is in the output already are left alone; tokens with an empty list
+see no key.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float16, Float32, Int32, const_expr
+
+from flashcore.config.paged import CombineConfig
+from flashcore.kernels.parts.softmax import LN2, LOG2_E
+
+WARPS = 4
+LANES = 32
+
+
+class Combine:
+    """Merge of all query tokens of a plan, for one `CombineConfig`."""
+
+    def __init__(self, config: CombineConfig):
+        self.config = config
+        self.dtype = {"bf16": BFloat16, "fp16": Float16}[config.dtype]
+
+    @cute.jit
+    def __call__(
+        self,
+        mO: cute.Tensor,  # (total_q, heads, dim)
+        mLSE: cute.Tensor,  # fp32 (total_q, heads)
+        mPartialO: cute.Tensor,  # fp32 (partial tokens, heads, dim)
+        mPartialLSE: cute.Tensor,  # fp32 (partial tokens, heads)
+        mOffsets: cute.Tensor,  # int32 (total_q + 1,)
+        mList: cute.Tensor,  # int32 (partials,), DIRECT is negative
+        mSinks: cute.Tensor | None,  # fp32 (heads,)
+        stream,
+    ):
+        rows = mO.shape[0] * mO.shape[1]
+        self.kernel(mO, mLSE, mPartialO, mPartialLSE, mOffsets, mList, mSinks).launch(
+            grid=[cute.ceil_div(rows, WARPS), 1, 1], block=[WARPS * LANES, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        mPartialO: cute.Tensor,
+        mPartialLSE: cute.Tensor,
+        mOffsets: cute.Tensor,
+        mList: cute.Tensor,
+        mSinks: cute.Tensor | None,
+    ):
+        tidx, _, _ = cute.arch.thread_idx()
+        bid, _, _ = cute.arch.block_idx()
+        heads = mO.shape[1]
+        index = bid * WARPS + cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if index < mO.shape[0] * heads:
+            token, head = index // heads, index % heads
+            begin, end = mOffsets[token], mOffsets[token + 1]
+            direct = Int32(0)
+            if end > begin:
+                direct = Int32(1) if mList[begin] < 0 else Int32(0)
+            if direct == 0:
+                self.merge(
+                    mO, mLSE, mPartialO, mPartialLSE, mList, mSinks, token, head, begin, end,
+                    tidx % LANES,
+                )  # fmt: skip
+
+    @cute.jit
+    def merge(
+        self,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        mPartialO: cute.Tensor,
+        mPartialLSE: cute.Tensor,
+        mList: cute.Tensor,
+        mSinks: cute.Tensor | None,
+        token: Int32,
+        head: Int32,
+        begin: Int32,
+        end: Int32,
+        lane: Int32,
+    ):
+        """One row: the peak of all terms, then the weighted sum in list order."""
+        columns = const_expr(self.config.head_dim // LANES)
+        peak = -Float32.inf
+        i = begin + lane
+        while i < end:
+            peak = cute.arch.fmax(peak, mPartialLSE[mList[i], head])
+            i += LANES
+        for k in cutlass.range_constexpr(5):
+            peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, 1 << k))
+        if const_expr(self.config.sinks):
+            peak = cute.arch.fmax(peak, mSinks[head])
+        safe = Float32(0.0) if peak == -Float32.inf else peak
+        total = Float32(0.0)
+        acc = cute.make_rmem_tensor(columns, Float32)
+        acc.fill(0.0)
+        for i in cutlass.range(begin, end, unroll=4):
+            partial = mList[i]
+            weight = cute.math.exp2((mPartialLSE[partial, head] - safe) * LOG2_E, fastmath=True)
+            total += weight
+            part = self.row(mPartialO[partial, head, None], lane, columns)
+            values = cute.make_rmem_tensor(columns, Float32)
+            cute.autovec_copy(part, values)
+            for c in cutlass.range_constexpr(columns):
+                acc[c] = acc[c] + weight * values[c]
+        if const_expr(self.config.sinks):
+            total += cute.math.exp2((mSinks[head] - safe) * LOG2_E, fastmath=True)
+        factor = Float32(0.0) if total == 0.0 else 1.0 / total
+        rO = cute.make_rmem_tensor(columns, self.dtype)
+        for c in cutlass.range_constexpr(columns):
+            rO[c] = (acc[c] * factor).to(self.dtype)
+        cute.autovec_copy(rO, self.row(mO[token, head, None], lane, columns))
+        if lane == 0:
+            lse = -Float32.inf
+            if total > 0.0:
+                lse = safe + cute.math.log2(total, fastmath=True) * LN2
+            mLSE[token, head] = lse
+
+    @cute.jit
+    def row(self, mRow: cute.Tensor, lane: Int32, columns: cutlass.Constexpr[int]) -> cute.Tensor:
+        """This lane's columns of a row, for a vector copy."""
+        bytes_ = const_expr(columns * mRow.element_type.width // 8)
+        at = (mRow.iterator + lane * columns).align(min(bytes_, 16))
+        return cute.make_tensor(at, cute.make_layout(columns))

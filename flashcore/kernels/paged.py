@@ -1,0 +1,517 @@
+"""Paged attention for Hopper over a plan's work list: each run of shared pages is read once.
+
+One producer warp, one or two consumer warpgroups, persistent. A work item is a KV run of a group,
+up to tile_m packed query rows of its members, and one KV head (flashcore/planner/work.py); sharing
+only decides how many rows ride on a run. Every mask but the tree's is an interval of keys per row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA
+from flashcore.config.paged import PagedConfig, illegal_reason
+from flashcore.kernels.parts import barriers, matmul, pages, pipelines, work_loop
+from flashcore.kernels.parts.epilogue import store_row
+from flashcore.kernels.parts.intervals import (
+    Bounds,
+    Rows,
+    mask_scores,
+    measure_item,
+    row_interval,
+)
+from flashcore.kernels.parts.scheduler import Slot, await_tile, first_index, release_tile
+from flashcore.kernels.parts.softmax import (
+    LOG2_E,
+    finalize,
+    online_softmax,
+    quad_sum,
+    rescale,
+    soft_cap,
+)
+from flashcore.kernels.parts.work_loop import SLOT_WORDS, Item
+from flashcore.planner.work import Work
+
+try:
+    from cutlass.memory import SmemAllocator
+except ImportError:  # before 4.8
+    from cutlass.utils import SmemAllocator
+
+
+class Operands(NamedTuple):
+    """Global tensors of a launch."""
+
+    mQ: cute.Tensor  # (total_q, heads, dim)
+    mO: cute.Tensor  # as mQ
+    mLSE: cute.Tensor  # fp32 (total_q, heads)
+    mPartialO: cute.Tensor  # fp32 (partial tokens, heads, dim)
+    mPartialLSE: cute.Tensor  # fp32 (partial tokens, heads)
+    mCols: cute.Tensor  # int32 (entries,)
+    mWork: cute.Tensor  # int32 (items, FIELDS)
+    mTokens: cute.Tensor  # int32 (gathered,): query token
+    mPositions: cute.Tensor  # int32 (gathered,)
+    mQIndex: cute.Tensor | None  # int32 (total_q,): place in its sequence, for the tree mask
+    mTree: cute.Tensor | None  # uint8 (total_q, width)
+    mSinks: cute.Tensor | None  # fp32 (heads,)
+    mCounter: cute.Tensor  # int32 (2,), zero before and after every launch
+
+
+class Scale(NamedTuple):
+    """Factors of a score: to log2 units, and before tanh when there is a soft cap."""
+
+    log2: Float32
+    cap_factor: Float32
+
+
+class Fragments(NamedTuple):
+    """A consumer warpgroup's operands and registers."""
+
+    mma_qk: cute.TiledMma
+    mma_pv: cute.TiledMma
+    tSrQ: cute.Tensor
+    tSrK: cute.Tensor  # by stage
+    tOrV: cute.Tensor  # by stage
+    layout_s: cute.Layout  # of a score accumulator
+    accO: cute.Tensor
+    rP: cute.Tensor
+    row_max: cute.Tensor
+    row_sum: cute.Tensor
+    alpha: cute.Tensor
+
+
+class PagedAttention:
+    """Partial or final results of every work item of a plan, for one `PagedConfig`."""
+
+    def __init__(self, config: PagedConfig):
+        reason = illegal_reason(config)
+        if reason is not None:
+            raise ValueError(reason)
+        self.config = config
+        self.dtype = {"bf16": BFloat16, "fp16": Float16}[config.dtype]
+        self.warpgroups = config.num_consumer_warpgroups
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,
+        mKPages: cute.Tensor,  # (pages, page_tokens, kv_heads, dim)
+        mVPages: cute.Tensor,  # as mKPages
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        mPartialO: cute.Tensor,
+        mPartialLSE: cute.Tensor,
+        mCols: cute.Tensor,
+        mWork: cute.Tensor,
+        mTokens: cute.Tensor,
+        mPositions: cute.Tensor,
+        mQIndex: cute.Tensor | None,
+        mTree: cute.Tensor | None,
+        mSinks: cute.Tensor | None,
+        mCounter: cute.Tensor,
+        softmax_scale: Float32,
+        softcap: Float32,
+        window_left: Int32,
+        window_right: Int32,
+        num_ctas: Int32,
+        stream,
+    ):
+        c = self.config
+        sQ_l = matmul.smem_layout(self.dtype, c.tile_m, c.head_dim)
+        sKV_l = matmul.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
+        tma_k, gK = pages.page_copy(c, mKPages, sKV_l)
+        tma_v, gV = pages.page_copy(c, mVPages, sKV_l)
+        mma_qk = matmul.qk_product(self.dtype, self.warpgroups, c.tile_n)
+        mma_pv = matmul.pv_product(self.dtype, self.warpgroups, c.head_dim)
+
+        @cute.struct
+        class Storage:
+            k_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
+            v_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
+            slot_barriers: cute.struct.MemRange[Int64, 2]
+            slot: cute.struct.MemRange[Int32, SLOT_WORDS]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sQ_l)], 1024]
+            k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sKV_l)], 1024]
+            v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sKV_l)], 1024]
+
+        assert Storage.size_in_bytes() <= SMEM_BYTES_PER_SM90_CTA
+        self.Storage = Storage
+        operands = Operands(
+            mQ, mO, mLSE, mPartialO, mPartialLSE, mCols, mWork, mTokens, mPositions, mQIndex,
+            mTree, mSinks, mCounter,
+        )  # fmt: skip
+        self.kernel(
+            tma_k, gK, tma_v, gV, operands, softmax_scale, softcap,
+            Bounds(window_left, window_right), sQ_l, sKV_l, mma_qk, mma_pv,
+        ).launch(
+            grid=[num_ctas, 1, 1],
+            block=[c.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_k: cute.CopyAtom,
+        gK: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        gV: cute.Tensor,
+        m: Operands,
+        softmax_scale: Float32,
+        softcap: Float32,
+        window: Bounds,
+        sQ_l: cute.ComposedLayout,
+        sKV_l: cute.ComposedLayout,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+    ):
+        c = self.config
+        tidx, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == 0:
+            cpasync.prefetch_descriptor(tma_k)
+            cpasync.prefetch_descriptor(tma_v)
+        storage = SmemAllocator().allocate(self.Storage)
+        sQ = storage.q.get_tensor(sQ_l.outer, swizzle=sQ_l.inner)
+        sK = storage.k.get_tensor(sKV_l.outer, swizzle=sKV_l.inner)
+        sV = storage.v.get_tensor(sKV_l.outer, swizzle=sKV_l.inner)
+        slot_barriers = storage.slot_barriers.data_ptr()
+        slot = Slot(
+            storage.slot.get_tensor(cute.make_layout(SLOT_WORDS)), slot_barriers, slot_barriers + 1
+        )
+        warps = 4 * self.warpgroups
+        kv_bytes = cute.size_in_bytes(self.dtype, cute.select(sKV_l, mode=[0, 1]))
+        ring_k, ring_v = (
+            pipelines.tma_ring(barriers.data_ptr(), c.stages, kv_bytes, warps)
+            for barriers in (storage.k_barriers, storage.v_barriers)
+        )
+        if warp == 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_init(slot.full, 1)
+                cute.arch.mbarrier_init(slot.empty, warps)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(c.producer_registers)
+            if warp == 0:
+                self.produce(tma_k, gK, tma_v, gV, sK, sV, ring_k, ring_v, slot, m, window)
+        else:
+            cute.arch.setmaxregister_increase(c.consumer_registers)
+            self.consume(
+                m, sQ, sK, sV, ring_k, ring_v, slot, softmax_scale, softcap, window, mma_qk,
+                mma_pv, tidx - 128,
+            )  # fmt: skip
+
+    @cute.jit
+    def produce(
+        self,
+        tma_k: cute.CopyAtom,
+        gK: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        gV: cute.Tensor,
+        sK: cute.Tensor,
+        sV: cute.Tensor,
+        ring_k,
+        ring_v,
+        slot: Slot,
+        m: Operands,
+        window: Bounds,
+    ):
+        """The producer warp: draw items, publish them, keep the rings full."""
+        c = self.config
+        k_state = pipelines.producer_state(c.stages)
+        v_state = pipelines.producer_state(c.stages)
+        index = first_index()
+        num_items = m.mWork.shape[0]
+        slot_phase = Int32(1)
+        while index < num_items:
+            words = work_loop.work_row(m.mWork, index)
+            item = measure_item(c, words, Work, m.mPositions, m.mTokens, m.mQIndex, window)
+            work_loop.publish_item(slot, slot_phase, item)
+            slot_phase ^= 1
+            entry = words[int(Work.ENTRY)]
+            last_entry = entry + (item.num_tokens - 1) // c.page_tokens
+            if item.end > item.first:
+                k_pages = pages.head_pages(c, tma_k, gK, sK, item.kv_head)
+                v_pages = pages.head_pages(c, tma_v, gV, sV, item.kv_head)
+                # K runs a tile ahead of V: the consumers need K of tile n - 1 before V of n.
+                last = item.end - 1
+                pages.load_tile(c, k_pages, m.mCols, entry, last_entry, last, ring_k, k_state)
+                k_state.advance()
+                for i in cutlass.range(last - item.first, unroll=1):
+                    n = last - i
+                    pages.load_tile(c, k_pages, m.mCols, entry, last_entry, n - 1, ring_k, k_state)
+                    k_state.advance()
+                    pages.load_tile(c, v_pages, m.mCols, entry, last_entry, n, ring_v, v_state)
+                    v_state.advance()
+                pages.load_tile(c, v_pages, m.mCols, entry, last_entry, item.first, ring_v, v_state)
+                v_state.advance()
+            index = work_loop.next_item(index, m.mCounter)
+        nothing = Int32(0)
+        over = Item(Int32(-1), *[nothing] * (len(Item._fields) - 1))
+        work_loop.publish_item(slot, slot_phase, over)
+        work_loop.reset_counter(m.mCounter)
+        ring_k.producer_tail(k_state)
+        ring_v.producer_tail(v_state)
+
+    @cute.jit
+    def consume(
+        self,
+        m: Operands,
+        sQ: cute.Tensor,
+        sK: cute.Tensor,
+        sV: cute.Tensor,
+        ring_k,
+        ring_v,
+        slot: Slot,
+        softmax_scale: Float32,
+        softcap: Float32,
+        window: Bounds,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+        tid: Int32,
+    ):
+        """A consumer warpgroup: 64 packed rows of every item, from scores to stores."""
+        c = self.config
+        wg = cute.arch.make_warp_uniform(tid // 128)
+        frag = self.fragments(mma_qk, mma_pv, sQ, sK, sV, wg)
+        if const_expr(c.softcap):
+            scale = Scale(softcap * LOG2_E, softmax_scale / softcap)
+        else:
+            scale = Scale(softmax_scale * LOG2_E, Float32(0.0))
+        lane = tid % 32
+        thread_row = tid // 32 * 16 + lane // 4
+        column = 2 * (lane % 4)
+        k_state = pipelines.consumer_state(c.stages)
+        v_state = pipelines.consumer_state(c.stages)
+        pipelines.first_turn(wg, self.warpgroups)
+        slot_phase = Int32(0)
+        valid = await_tile(slot, slot_phase)
+        while valid >= 0:
+            item = work_loop.read_item(slot)
+            release_tile(slot)
+            slot_phase ^= 1
+            rows = self.row_intervals(m, item, window, thread_row)
+            frag.accO.fill(0.0)
+            frag.row_max.fill(-Float32.inf)
+            frag.row_sum.fill(0.0)
+            if item.end > item.first:
+                self.load_queries(m, item, sQ, wg, tid)
+                last = item.end - 1
+                self.first_tile(
+                    frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
+                    column,
+                )  # fmt: skip
+                k_state.advance()
+                masked_end = min(last, max(item.first, item.full_high))
+                plain_end = min(masked_end, max(item.first, item.full_low))
+                for i in cutlass.range(last - masked_end, unroll=1):
+                    self.tile(
+                        frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
+                        column, last - 1 - i, True,
+                    )  # fmt: skip
+                    k_state.advance()
+                    v_state.advance()
+                for _ in cutlass.range(masked_end - plain_end, unroll=1):
+                    self.tile(
+                        frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
+                        column, 0, False,
+                    )  # fmt: skip
+                    k_state.advance()
+                    v_state.advance()
+                if const_expr(c.window):
+                    for i in cutlass.range(plain_end - item.first, unroll=1):
+                        self.tile(
+                            frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid,
+                            item, column, plain_end - 1 - i, True,
+                        )  # fmt: skip
+                        k_state.advance()
+                        v_state.advance()
+                self.last_product(frag, ring_v, v_state)
+                v_state.advance()
+            self.store(frag, m, item, rows, thread_row, lane, scale)
+            valid = await_tile(slot, slot_phase)
+
+    @cute.jit
+    def fragments(self, mma_qk, mma_pv, sQ: cute.Tensor, sK: cute.Tensor, sV: cute.Tensor, wg):
+        """Operand descriptors and accumulators of one warpgroup."""
+        c = self.config
+        thr_qk, thr_pv = mma_qk.get_slice(wg * 128), mma_pv.get_slice(wg * 128)
+        sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
+        accO = cute.make_rmem_tensor(thr_pv.partition_shape_C((c.tile_m, c.head_dim)), Float32)
+        accS = cute.make_rmem_tensor(thr_qk.partition_shape_C((c.tile_m, c.tile_n)), Float32)
+        rows = const_expr(2)  # of a thread in 64 rows of a warpgroup
+        return Fragments(
+            mma_qk,
+            mma_pv,
+            mma_qk.make_fragment_A(thr_qk.partition_A(sQ)),
+            mma_qk.make_fragment_B(thr_qk.partition_B(sK)),
+            mma_pv.make_fragment_B(thr_pv.partition_B(sVt)),
+            accS.layout,
+            accO,
+            cute.make_rmem_tensor(matmul.acc_as_operand(accS).layout, self.dtype),
+            cute.make_rmem_tensor(rows, Float32),
+            cute.make_rmem_tensor(rows, Float32),
+            cute.make_rmem_tensor(rows, Float32),
+        )
+
+    @cute.jit
+    def row_intervals(self, m: Operands, item: Item, window: Bounds, thread_row: Int32) -> Rows:
+        """Intervals of this thread's two rows."""
+        c = self.config
+        low, high, token, first_new = (cute.make_rmem_tensor(2, Int32) for _ in range(4))
+        for r in cutlass.range_constexpr(2):
+            row = thread_row + 8 * r
+            there = row < item.num_rows
+            gathered = (item.row_begin + (row if there else Int32(0))) // c.group_size
+            position = m.mPositions[gathered] - item.kv_offset
+            low[r], high[r] = row_interval(c, position, item.num_tokens, window)
+            token[r] = m.mTokens[gathered]
+            first_new[r] = Int32(0)
+            if const_expr(c.tree):
+                first_new[r] = position - m.mQIndex[token[r]]
+        return Rows(low, high, token, first_new)
+
+    @cute.jit
+    def load_queries(self, m: Operands, item: Item, sQ: cute.Tensor, wg: Int32, tid: Int32):
+        """Gather this warpgroup's rows of Q; its last products have been waited for."""
+        barriers.sync_warpgroup(wg)
+        pages.gather_queries(
+            self.config, m.mQ, m.mTokens, sQ, item.kv_head, item.row_begin, item.num_rows, wg * 64,
+            tid % 128,
+        )  # fmt: skip
+        cute.arch.cp_async_commit_group()
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        barriers.sync_warpgroup(wg)
+
+    @cute.jit
+    def first_tile(
+        self, frag: Fragments, rows: Rows, m: Operands, scale: Scale, sV: cute.Tensor, ring_k,
+        k_state, ring_v, v_state, wg: Int32, tid: Int32, item: Item, column: Int32,
+    ):  # fmt: skip
+        """Scores and softmax of the item's last tile: always masked, nothing to rescale."""
+        ring_k.consumer_wait(k_state)
+        pipelines.take_turn(wg, self.warpgroups)
+        accS = cute.make_rmem_tensor(frag.layout_s, Float32)
+        matmul.issue(frag.mma_qk, accS, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], True)
+        pipelines.pass_turn(wg, self.warpgroups)
+        warpgroup.wait_group(0)
+        ring_k.consumer_release(k_state)
+        n = item.end - 1
+        self.softmax(frag, rows, m, scale, accS, column + n * self.config.tile_n, True, True)
+        matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
+        self.clear_unseen(sV, ring_v, v_state, item, n, tid)
+
+    @cute.jit
+    def tile(
+        self, frag: Fragments, rows: Rows, m: Operands, scale: Scale, sV: cute.Tensor, ring_k,
+        k_state, ring_v, v_state, wg: Int32, tid: Int32, item: Item, column: Int32, n: Int32,
+        masked: cutlass.Constexpr[bool],
+    ):  # fmt: skip
+        """QK of tile n in flight with PV of the tile before it; then softmax of tile n."""
+        ring_k.consumer_wait(k_state)
+        pipelines.take_turn(wg, self.warpgroups)
+        # A fresh accumulator for each tile: with a reused one ptxas serialises every product.
+        accS = cute.make_rmem_tensor(frag.layout_s, Float32)
+        matmul.issue(frag.mma_qk, accS, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], True)
+        ring_v.consumer_wait(v_state)
+        tOrV = frag.tOrV[None, None, None, v_state.index]
+        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
+        pipelines.pass_turn(wg, self.warpgroups)
+        warpgroup.wait_group(1)
+        ring_k.consumer_release(k_state)
+        key = column + n * self.config.tile_n
+        moved = self.softmax(frag, rows, m, scale, accS, key, masked, False)
+        warpgroup.wait_group(0)
+        ring_v.consumer_release(v_state)
+        matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
+        if moved:
+            rescale(matmul.acc_rows_cols(frag.accO), frag.alpha)
+        if const_expr(masked):
+            following = v_state.clone()
+            following.advance()
+            self.clear_unseen(sV, ring_v, following, item, n, tid)
+
+    @cute.jit
+    def last_product(self, frag: Fragments, ring_v, v_state):
+        """PV of an item's last tile, alone."""
+        ring_v.consumer_wait(v_state)
+        tOrV = frag.tOrV[None, None, None, v_state.index]
+        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
+        warpgroup.wait_group(0)
+        ring_v.consumer_release(v_state)
+
+    @cute.jit
+    def clear_unseen(self, sV: cute.Tensor, ring_v, v_state, item: Item, n: Int32, tid: Int32):
+        """Zero the rows of V tile n that no row of the item sees; all consumers take part."""
+        c = self.config
+        begin, end = item.low - n * c.tile_n, item.high - n * c.tile_n
+        if begin > 0 or end < c.tile_n:
+            ring_v.consumer_wait(v_state)
+            pages.clear_rows(c, sV[None, None, v_state.index], begin, end, tid)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            barriers.sync_consumers(self.warpgroups)
+
+    @cute.jit
+    def softmax(
+        self, frag: Fragments, rows: Rows, m: Operands, scale: Scale, accS: cute.Tensor, key: Int32,
+        masked: cutlass.Constexpr[bool], first: cutlass.Constexpr[bool],
+    ):  # fmt: skip
+        """Cap, mask and exponentiate a tile of scores in place."""
+        c = self.config
+        scores = matmul.acc_rows_cols(accS)
+        if const_expr(c.softcap):
+            soft_cap(scores, scale.cap_factor)
+        if const_expr(masked):
+            mask_scores(c, scores, rows, m.mTree, key)
+        return online_softmax(
+            scores, frag.row_max, frag.row_sum, frag.alpha, scale.log2, first, c.rescale_log2
+        )
+
+    @cute.jit
+    def store(
+        self, frag: Fragments, m: Operands, item: Item, rows: Rows, thread_row: Int32, lane: Int32,
+        scale: Scale,
+    ):  # fmt: skip
+        """Normalise this thread's two rows; write them to the output or to the partial results."""
+        c = self.config
+        out = matmul.acc_rows_cols(frag.accO)
+        columns = const_expr(cute.size(out, mode=[1]))
+        for r in cutlass.range_constexpr(2):
+            row = thread_row + 8 * r
+            packed = item.row_begin + row
+            head = item.kv_head * c.group_size + packed % c.group_size
+            there = row < item.num_rows
+            total = quad_sum(frag.row_sum[r])
+            if item.partial < 0:
+                sink = Float32(0.0)
+                if const_expr(c.sinks):
+                    sink = m.mSinks[head]
+                factor, lse = finalize(frag.row_max[r], total, scale.log2, sink, c.sinks)
+                rO = cute.make_rmem_tensor(columns, self.dtype)
+                for col in cutlass.range_constexpr(columns):
+                    rO[col] = (out[r, col] * factor).to(self.dtype)
+                token = rows.token[r]
+                store_row(cute.recast_tensor(rO, Int32), m.mO[token, head, None], lane % 4, there)
+                if there and lane % 4 == 0:
+                    m.mLSE[token, head] = lse
+            else:
+                factor, lse = finalize(frag.row_max[r], total, scale.log2, Float32(0.0), False)
+                first = item.row_begin // c.group_size
+                partial = item.partial + packed // c.group_size - first
+                if there:
+                    mRow = m.mPartialO[partial, head, None]
+                    for col in cutlass.range_constexpr(0, columns, 2):
+                        pair = cute.make_rmem_tensor(2, Float32)
+                        pair[0], pair[1] = out[r, col] * factor, out[r, col + 1] * factor
+                        at = (mRow.iterator + (4 * col + 2 * (lane % 4))).align(8)
+                        cute.autovec_copy(pair, cute.make_tensor(at, cute.make_layout(2)))
+                    if lane % 4 == 0:
+                        m.mPartialLSE[partial, head] = lse

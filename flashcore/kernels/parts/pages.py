@@ -1,0 +1,146 @@
+"""Paged operands: K/V pages by TMA with the page id as a coordinate, Q rows by cp.async."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32, const_expr
+from cutlass.cute.nvgpu import cpasync
+
+from flashcore.config.paged import PagedConfig
+
+VECTOR = 8  # 16-bit elements of a 16-byte copy
+
+
+class Pages(NamedTuple):
+    """K or V of one KV head, partitioned for TMA."""
+
+    tma: cute.CopyAtom
+    src: cute.Tensor  # (box, box in page, page)
+    dst: cute.Tensor  # (box, box in tile, 1, stage)
+
+
+@cute.jit
+def page_copy(config: cutlass.Constexpr[PagedConfig], mPages: cute.Tensor, layout):
+    """(copy atom, coordinate tensor (row, dim, kv head, page)) of a pool.
+
+    mPages: (page, row, kv head, dim) in any strides TMA takes.
+    """
+    c = config
+    view = cute.make_tensor(mPages.iterator, cute.select(mPages.layout, mode=[1, 3, 2, 0]))
+    box = cute.select(cute.flat_divide(layout, (c.box_n, c.head_dim)), mode=[0, 1])
+    op = cpasync.CopyBulkTensorTileG2SOp()
+    return cpasync.make_tiled_tma_atom(op, view, box, (c.box_n, c.head_dim))
+
+
+@cute.jit
+def head_pages(
+    config: cutlass.Constexpr[PagedConfig],
+    tma: cute.CopyAtom,
+    gPages: cute.Tensor,
+    sKV: cute.Tensor,
+    kv_head: Int32,
+) -> Pages:
+    """All pages of one KV head as boxes, and the boxes of each stage."""
+    c = config
+    head = gPages[None, None, kv_head, None]
+    boxes = cute.local_tile(head, (c.box_n, c.head_dim), (None, 0, None))
+    stages = cute.group_modes(cute.flat_divide(sKV, (c.box_n, c.head_dim)), 0, 2)
+    dst, src = cpasync.tma_partition(
+        tma, 0, cute.make_layout(1), stages, cute.group_modes(boxes, 0, 2)
+    )
+    return Pages(tma, src, dst)
+
+
+@cute.jit
+def load_tile(
+    config: cutlass.Constexpr[PagedConfig],
+    pages: Pages,
+    mCols: cute.Tensor,
+    entry: Int32,  # first entry of the item's run
+    last_entry: Int32,
+    n: Int32,  # tile of the run
+    ring,
+    state,
+):
+    """Start the load of one tile into the ring's next stage.
+
+    Boxes past the run's last page repeat that page: their rows are masked, the bytes come from L2,
+    and the barrier's byte count stays a constant.
+    """
+    c = config
+    ring.producer_acquire(state)
+    barrier = ring.producer_get_barrier(state)
+    boxes = const_expr(c.tile_n // c.box_n)
+    per_page = const_expr(c.page_tokens // c.box_n)
+    for j in cutlass.range(boxes, unroll=min(boxes, 2)):
+        box = n * boxes + j
+        page = mCols[min(entry + box // per_page, last_entry)]
+        cute.copy(
+            pages.tma,
+            pages.src[None, box % per_page, page],
+            pages.dst[None, j, 0, state.index],
+            tma_bar_ptr=barrier,
+        )
+
+
+@cute.jit
+def gather_queries(
+    config: cutlass.Constexpr[PagedConfig],
+    mQ: cute.Tensor,  # (token, head, dim)
+    mTokens: cute.Tensor,  # query token of each gathered token
+    sQ: cute.Tensor,  # (tile_m, dim)
+    kv_head: Int32,
+    row_begin: Int32,
+    num_rows: Int32,
+    first_row: Int32,  # of this warpgroup in the tile
+    thread: Int32,  # in this warpgroup
+):
+    """Copy this warpgroup's 64 packed rows of Q; rows past num_rows are zero. Not waited for."""
+    c = config
+    per_row = const_expr(c.head_dim // VECTOR)
+    step = const_expr(128 // per_row)
+    atom = cute.make_copy_atom(
+        cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL),
+        mQ.element_type,
+        num_bits_per_copy=128,
+    )
+    sVectors = cute.logical_divide(sQ, (None, VECTOR))
+    vector = thread % per_row
+    for i in cutlass.range_constexpr(64 // step):
+        row = first_row + i * step + thread // per_row
+        there = row < num_rows
+        packed = row_begin + (row if there else Int32(0))
+        token = mTokens[packed // c.group_size]
+        head = kv_head * c.group_size + packed % c.group_size
+        src = cute.logical_divide(mQ[token, head, None], VECTOR)[None, vector]
+        src = cute.make_tensor(src.iterator.align(16), src.layout)
+        dst = sVectors[row, (None, vector)]
+        pred = cute.make_fragment_like(dst, Boolean)
+        pred.fill(there)
+        cute.copy(atom, src, dst, pred=pred)
+
+
+@cute.jit
+def clear_rows(
+    config: cutlass.Constexpr[PagedConfig],
+    sV: cute.Tensor,  # (tile_n, dim) of one stage
+    begin: Int32,
+    end: Int32,
+    thread: Int32,  # among all consumers
+):
+    """Zero the rows of a V tile outside [begin, end): they may hold NaN, and 0 * NaN is NaN."""
+    c = config
+    per_row = const_expr(c.head_dim // VECTOR)
+    threads = const_expr(128 * c.num_consumer_warpgroups)
+    step = const_expr(threads // per_row)
+    sVectors = cute.logical_divide(sV, (None, VECTOR))
+    zero = cute.make_rmem_tensor(VECTOR, sV.element_type)
+    zero.fill(0.0)
+    for i in cutlass.range(c.tile_n // step, unroll=1):
+        row = i * step + thread // per_row
+        if row < begin or row >= end:
+            dst = sVectors[row, (None, thread % per_row)]
+            cute.autovec_copy(zero, dst)

@@ -1,0 +1,82 @@
+"""The persistent loop over a plan's work list, and what the producer publishes of an item."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+from flashcore.kernels.parts.scheduler import Slot
+from flashcore.planner.work import FIELDS
+
+SLOT_WORDS = 16
+
+
+class Item(NamedTuple):
+    """A work item with the tiles of its run that some row sees.
+
+    Tiles first .. end - 1 hold a visible key (none: end <= first); of these, full_low .. full_high
+    - 1 need no mask but for the run's end. Keys low .. high - 1 are visible to some row.
+    """
+
+    valid: Int32  # -1 after the last item
+    kv_head: Int32
+    row_begin: Int32
+    num_rows: Int32
+    kv_offset: Int32
+    num_tokens: Int32
+    partial: Int32
+    first: Int32
+    end: Int32
+    full_low: Int32
+    full_high: Int32
+    low: Int32
+    high: Int32
+
+
+@cute.jit
+def work_row(mWork: cute.Tensor, index: Int32):
+    """A row of the work list in two 16-byte loads."""
+    words = cute.make_rmem_tensor(FIELDS, Int32)
+    row = cute.make_tensor((mWork.iterator + index * FIELDS).align(16), cute.make_layout(FIELDS))
+    cute.autovec_copy(row, words)
+    return words
+
+
+@cute.jit
+def next_item(index: Int32, mCounter: cute.Tensor):
+    """The item after `index`: the list is longest first and handed out by a counter."""
+    grid, _, _ = cute.arch.grid_dim()
+    if cute.arch.lane_idx() == 0:
+        index = grid + cute.arch.atomic_add(mCounter.iterator, Int32(1), sem="relaxed", scope="gpu")
+    return cute.arch.shuffle_sync(index, 0)
+
+
+@cute.jit
+def reset_counter(mCounter: cute.Tensor):
+    """The last CTA that has drawn its final item leaves both counters at zero."""
+    grid, _, _ = cute.arch.grid_dim()
+    if cute.arch.lane_idx() == 0:
+        done = cute.arch.atomic_add(mCounter.iterator + 1, Int32(1), sem="acq_rel", scope="gpu")
+        if done == grid - 1:
+            mCounter[0] = Int32(0)
+            mCounter[1] = Int32(0)
+
+
+@cute.jit
+def publish_item(slot: Slot, phase: Int32, item: Item):
+    """Write an item once every consumer warp has read the last one."""
+    cute.arch.mbarrier_wait(slot.empty, phase)
+    if cute.arch.lane_idx() == 0:
+        for i in cutlass.range_constexpr(len(item)):
+            slot.words[i] = item[i]
+        cute.arch.mbarrier_arrive(slot.full)
+
+
+@cute.jit
+def read_item(slot: Slot) -> Item:
+    """The published item."""
+    words = [slot.words[i] for i in range(len(Item._fields))]
+    return Item(*words)

@@ -1,0 +1,117 @@
+"""Launch the paged kernels on torch tensors: the hot path of `flashcore.paged_attention` on Hopper.
+
+    plan's tensors ─► attention over the work list ─► partial results ─► merge ─► out, lse
+
+Two launches on torch's current stream (one where no result is partial), no synchronisation, so
+calls can be captured in a CUDA graph. Arguments are taken as already checked (flashcore.validate).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flashcore.config.paged import CombineConfig, PagedConfig, choose
+from flashcore.runtime.cache import shared_cache
+from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
+from flashcore.runtime.launch import DTYPE_NAMES, scheduler_scratch, sm_count, tma_ready
+from flashcore.runtime.load import CompiledFunction
+
+_functions: dict[PagedConfig | CombineConfig, CompiledFunction] = {}
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    cols: torch.Tensor,
+    work: torch.Tensor,
+    q_tokens: torch.Tensor,
+    q_positions: torch.Tensor,
+    q_index: torch.Tensor,
+    merge_offsets: torch.Tensor,
+    merge_partials: torch.Tensor,
+    num_partial_tokens: int,
+    tile_m: int,
+    *,
+    causal: bool,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    tree_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes as in `flashcore.paged_attention` and `Plan`: (out like q, lse [total_q,
+    num_q_heads]).
+
+    Raises NotImplementedError for a dtype, ValueError for a head_dim, page size or stride that the
+    kernels cannot take.
+    """
+    q, k_pages, v_pages = (
+        tma_ready(name, x) for name, x in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages))
+    )
+    if q.dtype not in DTYPE_NAMES:
+        raise NotImplementedError(f"q has dtype {q.dtype}; the Hopper kernel takes bf16 and fp16")
+    total_q, heads, dim = q.shape
+    page_tokens, kv_heads = k_pages.shape[1], k_pages.shape[2]
+    dtype = DTYPE_NAMES[q.dtype]
+    config = choose(
+        dtype,
+        dim,
+        page_tokens,
+        heads // kv_heads,
+        tile_m,
+        causal=causal,
+        window=window_left >= 0 or window_right >= 0,
+        softcap=softcap > 0,
+        sinks=sinks is not None,
+        tree=tree_mask is not None,
+    )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(total_q, heads, dtype=torch.float32, device=q.device)
+    if total_q == 0:
+        return out, lse
+    # One partial token at least: an empty tensor has no address to hand over.
+    partial_out = lse.new_empty(max(num_partial_tokens, 1), heads, dim)
+    partial_lse = lse.new_empty(max(num_partial_tokens, 1), heads)
+    if sinks is not None:
+        sinks = sinks.float()
+    num_items = work.shape[0]
+    if num_items:
+        _function(config)(
+            q,
+            k_pages,
+            v_pages,
+            out,
+            lse,
+            partial_out,
+            partial_lse,
+            cols,
+            work,
+            q_tokens,
+            q_positions,
+            q_index if config.tree else None,
+            None if tree_mask is None else tree_mask.view(torch.uint8),
+            sinks,
+            scheduler_scratch(q.device.index),
+            scale,
+            softcap,
+            window_left,
+            window_right,
+            min(num_items, sm_count(q.device)),
+        )
+    # Also where nothing is partial: query tokens without keys get their zeros here.
+    if merge_partials.numel() == 0:
+        merge_partials = merge_offsets
+    merge = CombineConfig(dtype, dim, sinks is not None)
+    _function(merge)(out, lse, partial_out, partial_lse, merge_offsets, merge_partials, sinks)
+    return out, lse
+
+
+def _function(config: PagedConfig | CombineConfig) -> CompiledFunction:
+    """The compiled function of `config`, compiled now if no process has done so before."""
+    found = _functions.get(config)
+    if found is None:
+        family = PAGED if isinstance(config, PagedConfig) else COMBINE
+        found = _functions[config] = shared_cache().function(Kernel(family, config))
+    return found

@@ -1,0 +1,137 @@
+"""The paged kernels on a Hopper GPU against the float64 reference, on hostile batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flashcore.reference import paged_attention_reference
+from flashcore.runtime import launch
+from flashcore.runtime.launch_paged import paged_attention
+from tests.cases import ABSURD_PAGE, Batch, prefix_tree
+from tests.compare import assert_close
+
+pytestmark = pytest.mark.skipif(
+    not launch.available("cuda")[0], reason=f"no Hopper GPU: {launch.available('cuda')[1]}"
+)
+
+
+def batch_of(
+    seed: int, page_tokens: int, heads: tuple[int, int], head_dim: int, longest_q: int, batch: int
+) -> Batch:
+    """A prefix tree over few hundred pages with zero lengths and partial last pages."""
+    rng = np.random.default_rng(seed)
+    columns = max(2, 900 // page_tokens)
+    kv_lens = [int(rng.integers(0, columns * page_tokens + 1)) for _ in range(batch)]
+    kv_lens[0] = 0
+    table = prefix_tree(rng, batch, columns, 4 * columns, [n // page_tokens for n in kv_lens])
+    for row, length in enumerate(kv_lens):
+        table[row, -(-length // page_tokens) :] = ABSURD_PAGE
+    q_lens = [int(rng.integers(0, longest_q + 1)) for _ in range(batch)]
+    q_lens[0] = 1
+    return Batch(
+        torch.from_numpy(table).int(),
+        kv_lens,
+        q_lens,
+        page_tokens,
+        4 * columns,
+        *heads,
+        head_dim=head_dim,
+        seed=seed,
+    )
+
+
+def rules(batch: Batch, name: str) -> dict[str, Any]:
+    rng = torch.Generator().manual_seed(batch.seed + 2)
+    sinks = torch.randn(batch.num_q_heads, generator=rng)
+    return {
+        "causal": {},
+        "full": {"causal": False, "scale": 0.3},
+        "window": {"window": (100, 0)},
+        "softcap_sinks": {"softcap": 5.0, "sinks": sinks},
+        "tree": {"tree_mask": batch.tree_mask()},
+        "everything": {
+            "tree_mask": batch.tree_mask(),
+            "window": (200, 2),
+            "softcap": 9.0,
+            "sinks": sinks,
+        },
+    }[name]
+
+
+def run(batch: Batch, dtype: torch.dtype, options: dict[str, Any], **plan_options: Any):
+    q, k, v = batch.tensors(dtype)
+    plan = batch.plan(**plan_options).to("cuda")
+    options = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    left, right = options.pop("window", (-1, -1))
+    defaults = {"causal": True, "scale": batch.head_dim**-0.5, "softcap": 0.0}
+    defaults |= {"sinks": None, "tree_mask": None, "window_left": left, "window_right": right}
+    return paged_attention(
+        q.cuda(),
+        k.cuda(),
+        v.cuda(),
+        plan.cols,
+        plan.work,
+        plan.q_tokens,
+        plan.q_positions,
+        plan.q_index,
+        plan.merge_offsets,
+        plan.merge_partials,
+        plan.num_partial_tokens,
+        plan.tile_m,
+        **{**defaults, **options},
+    )
+
+
+def check(batch: Batch, dtype: torch.dtype, rule: str, **plan_options: Any) -> None:
+    options = rules(batch, rule)
+    q, k, v = batch.tensors(dtype)
+    expected = paged_attention_reference(q, k, v, batch.layout, batch.q_lens, **options)
+    out, lse = run(batch, dtype, options, **plan_options)
+    assert_close(out.cpu(), expected[0], dtype)
+    finite = torch.isfinite(expected[1])
+    assert torch.equal(torch.isfinite(lse.cpu()), finite)
+    torch.testing.assert_close(
+        lse.cpu()[finite].double(), expected[1][finite], rtol=2e-3, atol=2e-3
+    )
+
+
+# Every rule on both tile heights; page 16 needs several boxes a tile.
+@pytest.mark.parametrize("tile_m", [64, 128])
+@pytest.mark.parametrize(
+    "rule", ["causal", "full", "window", "softcap_sinks", "tree", "everything"]
+)
+def test_rules(rule: str, tile_m: int) -> None:
+    batch = batch_of(1, 16, (8, 2), 128, 9, 7)
+    check(batch, torch.bfloat16, rule, tile_m=tile_m, num_workers=13)
+
+
+# Every page size: one box a tile, several, and the smallest.
+@pytest.mark.parametrize("page_tokens", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_page_sizes(page_tokens: int) -> None:
+    check(batch_of(2, page_tokens, (8, 2), 128, 3, 6), torch.bfloat16, "causal", tile_m=64)
+
+
+# Head dims with both tile heights, odd head ratios, both dtypes.
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("heads", [(8, 2), (5, 1), (4, 4)])
+@pytest.mark.parametrize("tile_m", [64, 128])
+def test_shapes(head_dim: int, heads: tuple[int, int], tile_m: int) -> None:
+    dtype = torch.float16 if heads == (4, 4) else torch.bfloat16
+    check(batch_of(3, 32, heads, head_dim, 70, 5), dtype, "causal", tile_m=tile_m, num_workers=5)
+
+
+@pytest.mark.parametrize("options", [{"fold": False}, {"share": False}, {"num_workers": 400}])
+def test_plans(options: dict[str, Any]) -> None:
+    check(batch_of(4, 16, (32, 8), 128, 1, 24), torch.bfloat16, "causal", tile_m=64, **options)
+
+
+def test_same_bits_every_time() -> None:
+    batch = batch_of(5, 16, (8, 2), 128, 4, 12)
+    first = run(batch, torch.bfloat16, {}, tile_m=64, num_workers=132)
+    for _ in range(100):
+        again = run(batch, torch.bfloat16, {}, tile_m=64, num_workers=132)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
