@@ -33,7 +33,7 @@ class DenseConfig:
     varlen: bool = False
     pack_gqa: int = 1  # query heads of one kv head stacked in the rows of a tile
     return_lse: bool = True
-    q_stages: int = 1  # 2: the next tile's first QK runs with this tile's last PV
+    q_stages: int = 1  # 2: the next tile's Q is loaded during this tile
     cluster_m: int = 1  # CTAs with neighbouring row tiles that share K/V by TMA multicast
     dynamic: bool = False  # tiles from an atomic counter, longest first: needs scheduler_scratch
     ping_pong: bool = True  # warpgroups take turns at the tensor cores
@@ -126,7 +126,7 @@ def choose(problem: DenseProblem) -> DenseConfig:
     local = p.window_left >= 0 or (p.window_right >= 0 and not (p.causal or p.window_right == 0))
     causal = not local and (p.causal or p.window_right == 0)
     ragged = causal or local or p.varlen
-    warpgroups, tile_n = _tile(head_dim, causal, local)
+    warpgroups, tile_n, q_stages = _tile(head_dim, causal, local, p.seqlen_k)
     config = DenseConfig(
         dtype=p.dtype,
         head_dim=head_dim,
@@ -134,6 +134,7 @@ def choose(problem: DenseProblem) -> DenseConfig:
         tile_n=tile_n,
         num_consumer_warpgroups=warpgroups,
         stages=2,
+        q_stages=q_stages,
         causal=causal,
         local=local,
         softcap=p.softcap,
@@ -151,17 +152,22 @@ def choose(problem: DenseProblem) -> DenseConfig:
     return config
 
 
-def _tile(head_dim: int, causal: bool, local: bool) -> tuple[int, int]:
-    """(consumer warpgroups, tile_n)."""
+def _tile(head_dim: int, causal: bool, local: bool, seqlen_k: int) -> tuple[int, int, int]:
+    """(consumer warpgroups, tile_n, q_stages); docs/kernels.md has the measurements."""
     if head_dim == 64:
-        return 3, 128
+        # Three warpgroups: with two the exponentials are exposed (397 against 454 TFLOP/s).
+        return 3, 128, 2
     if head_dim == 96:
-        return 2, 128
+        return 2, 128, 2
     if head_dim == 128:
-        return 2, 128
+        if causal or local:
+            return 2, 128, 1
+        # Wider blocks pay for fewer turns, but round a short sequence up (630 against 624 at 2K,
+        # 655 against 682 at 8K).
+        return 2, 160 if seqlen_k >= 4096 else 128, 2
     if head_dim == 192:
-        return 2, 96
-    return 2, 64 if local else 80
+        return 2, 96, 1
+    return 2, 64, 1  # 684 against 673 TFLOP/s with 80
 
 
 def _pack_gqa(problem: DenseProblem, tile_m: int) -> int:

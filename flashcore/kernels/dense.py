@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA, DenseConfig, illegal_reason
 from flashcore.kernels.parts import loads, matmul, pipelines, scheduler
 from flashcore.kernels.parts.epilogue import store_row
 from flashcore.kernels.parts.mask import View, key_blocks, mask_scores
-from flashcore.kernels.parts.scheduler import SLOT_WORDS, Extent, Slot, Tile
+from flashcore.kernels.parts.scheduler import SLOT_WORDS, SLOTS, Extent, Slots, Tile
 from flashcore.kernels.parts.softmax import (
     LOG2_E,
     finalize,
@@ -102,8 +102,8 @@ class DenseAttention:
             q_barriers: cute.struct.MemRange[Int64, 2 * c.q_stages]
             k_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
             v_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
-            slot_barriers: cute.struct.MemRange[Int64, 2]
-            slot: cute.struct.MemRange[Int32, SLOT_WORDS]
+            slot_barriers: cute.struct.MemRange[Int64, 2 * SLOTS]
+            slots: cute.struct.MemRange[Int32, SLOT_WORDS * SLOTS]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sQ_l)], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sKV_l)], 1024]
             v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sKV_l)], 1024]
@@ -177,9 +177,8 @@ class DenseAttention:
         sK = storage.k.get_tensor(sKV_l.outer, swizzle=sKV_l.inner)
         sV = storage.v.get_tensor(sKV_l.outer, swizzle=sKV_l.inner)
         slot_barriers = storage.slot_barriers.data_ptr()
-        slot = Slot(
-            storage.slot.get_tensor(cute.make_layout(SLOT_WORDS)), slot_barriers, slot_barriers + 1
-        )
+        words = storage.slots.get_tensor(cute.make_layout((SLOT_WORDS, SLOTS)))
+        slots = Slots(words, slot_barriers, slot_barriers + SLOTS)
         warps = 4 * self.warpgroups
         kv_bytes = cute.size_in_bytes(self.dtype, cute.select(sKV_l, mode=[0, 1]))
         q_bytes = cute.size_in_bytes(self.dtype, cute.select(sQ_l, mode=[0, 1]))
@@ -190,8 +189,9 @@ class DenseAttention:
         )
         if warp == 0:
             with cute.arch.elect_one():
-                cute.arch.mbarrier_init(slot.full, 1)
-                cute.arch.mbarrier_init(slot.empty, warps)
+                for i in cutlass.range_constexpr(SLOTS):
+                    cute.arch.mbarrier_init(slots.full + i, 1)
+                    cute.arch.mbarrier_init(slots.empty + i, warps + 3)  # consumers and loaders
         cute.arch.mbarrier_init_fence()
         if const_expr(c.cluster_m > 1):
             cute.arch.cluster_arrive_relaxed()
@@ -201,114 +201,21 @@ class DenseAttention:
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(c.producer_registers)
+            window = (window_left, window_right)
             if warp == 0:
-                self.produce(
-                    tma_q, gQ, tma_k, gK, tma_v, gV, sQ, sK, sV, ring_q, ring_k, ring_v, slot,
-                    extent, q_heads_per_kv, mCuQ, mCuK, mCounter, window_left, window_right,
-                )  # fmt: skip
+                scheduler.schedule(c, slots, extent, mCuQ, mCuK, mCounter)
+            if warp == 1:
+                loads.load_queries(c, tma_q, gQ, sQ, ring_q, slots, extent, *window)
+            if warp == 2:
+                loads.load_keys(c, tma_k, gK, sK, ring_k, slots, extent, q_heads_per_kv, *window)
+            if warp == 3:
+                loads.load_keys(c, tma_v, gV, sV, ring_v, slots, extent, q_heads_per_kv, *window)
         else:
             cute.arch.setmaxregister_increase(c.consumer_registers)
             self.consume(
-                mO, mLSE, mSinks, sQ, sK, sV, ring_q, ring_k, ring_v, slot, extent,
+                mO, mLSE, mSinks, sQ, sK, sV, ring_q, ring_k, ring_v, slots, extent,
                 softmax_scale, softcap, window_left, window_right, mma_qk, mma_pv, tidx - 128,
             )  # fmt: skip
-
-    @cute.jit
-    def produce(
-        self,
-        tma_q: cute.CopyAtom,
-        gQ: cute.Tensor,
-        tma_k: cute.CopyAtom,
-        gK: cute.Tensor,
-        tma_v: cute.CopyAtom,
-        gV: cute.Tensor,
-        sQ: cute.Tensor,
-        sK: cute.Tensor,
-        sV: cute.Tensor,
-        ring_q,
-        ring_k,
-        ring_v,
-        slot: Slot,
-        extent: Extent,
-        q_heads_per_kv: Int32,
-        mCuQ: cute.Tensor | None,
-        mCuK: cute.Tensor | None,
-        mCounter: cute.Tensor | None,
-        window_left: Int32,
-        window_right: Int32,
-    ):
-        """The producer warp: pick tiles, publish them, keep the rings full."""
-        c = self.config
-        q_state = pipelines.producer_state(c.q_stages)
-        k_state = pipelines.producer_state(c.stages)
-        v_state = pipelines.producer_state(c.stages)
-        mask = loads.multicast_mask(c)
-        index = scheduler.first_index()
-        batch0, before = Int32(0), Int32(0)
-        slot_phase = Int32(1)
-        m_block = Int32(0)
-        while m_block >= 0:
-            if const_expr(c.varlen):
-                m_block, head, batch, batch0, before = scheduler.locate_varlen(
-                    c, index, batch0, before, extent, mCuQ
-                )
-                q_start, k_start, seqlen_q, seqlen_k = Int32(0), Int32(0), Int32(0), Int32(0)
-                if m_block >= 0:
-                    q_start, k_start = mCuQ[batch], mCuK[batch]
-                    seqlen_q, seqlen_k = mCuQ[batch + 1] - q_start, mCuK[batch + 1] - k_start
-                tile = Tile(head, Int32(0), q_start, seqlen_q, k_start, seqlen_k)
-                words = (m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k)
-            else:
-                m_block, head, batch = scheduler.locate_dense(c, index, extent)
-                zero = Int32(0)
-                tile = Tile(head, batch, zero, extent.seqlen_q, zero, extent.seqlen_k)
-                words = (m_block, head, batch)
-            scheduler.publish(slot, slot_phase, words)
-            slot_phase ^= 1
-            if m_block >= 0:
-                index = scheduler.next_index(c, index, mCounter)
-                low, high, _, _ = key_blocks(
-                    c, m_block, tile.seqlen_q, tile.seqlen_k, window_left, window_right
-                )
-                if high > low:
-                    q_src, q_dst = loads.query_tile(c, tma_q, gQ, sQ, m_block, tile)
-                    kv_head = head // (q_heads_per_kv // c.pack_gqa)
-                    k_src, k_dst = loads.key_tiles(c, tma_k, gK, sK, kv_head, tile, extent.total_k)
-                    v_src, v_dst = loads.key_tiles(c, tma_v, gV, sV, kv_head, tile, extent.total_k)
-                    # K runs a block ahead of V: the consumers need K of block n - 1 before V of n.
-                    self.load(tma_k, k_src, k_dst, ring_k, k_state, high - 1, mask)
-                    k_state.advance()
-                    ring_q.producer_acquire(q_state)
-                    cute.copy(
-                        tma_q, q_src, q_dst[None, q_state.index],
-                        tma_bar_ptr=ring_q.producer_get_barrier(q_state),
-                    )  # fmt: skip
-                    q_state.advance()
-                    for i in cutlass.range(high - 1 - low, unroll=1):
-                        n = high - 1 - i
-                        self.load(tma_k, k_src, k_dst, ring_k, k_state, n - 1, mask)
-                        k_state.advance()
-                        self.load(tma_v, v_src, v_dst, ring_v, v_state, n, mask)
-                        v_state.advance()
-                    self.load(tma_v, v_src, v_dst, ring_v, v_state, low, mask)
-                    v_state.advance()
-        scheduler.reset_counter(c, mCounter)
-        # A CTA must not exit while a peer still loads into it or signals its barriers.
-        ring_q.producer_tail(q_state)
-        ring_k.producer_tail(k_state)
-        ring_v.producer_tail(v_state)
-
-    @cute.jit
-    def load(self, tma: cute.CopyAtom, src: cute.Tensor, dst: cute.Tensor, ring, state, n, mask):
-        """Start the load of block n into the ring's next stage."""
-        ring.producer_acquire(state)
-        barrier = ring.producer_get_barrier(state)
-        if const_expr(mask is None):
-            cute.copy(tma, src[None, n], dst[None, state.index], tma_bar_ptr=barrier)
-        else:
-            cute.copy(
-                tma, src[None, n], dst[None, state.index], tma_bar_ptr=barrier, mcast_mask=mask
-            )
 
     @cute.jit
     def consume(
@@ -322,7 +229,7 @@ class DenseAttention:
         ring_q,
         ring_k,
         ring_v,
-        slot: Slot,
+        slots: Slots,
         extent: Extent,
         softmax_scale: Float32,
         softcap: Float32,
@@ -347,25 +254,22 @@ class DenseAttention:
         k_state = pipelines.consumer_state(c.stages)
         v_state = pipelines.consumer_state(c.stages)
         pipelines.first_turn(wg, self.turns)
-        slot_phase = Int32(0)
-        m_block, tile = self.next_tile(slot, slot_phase, extent)
-        slot_phase ^= 1
-        begun = Boolean(False)  # the tile's first block is already in rP
+        slot_state = pipelines.consumer_state(SLOTS)
+        m_block, tile = scheduler.next_tile(c, slots, slot_state, extent)
+        slot_state.advance()
         while m_block >= 0:
             row = m_block * c.tile_m + thread_row
             view = View(row, column, tile.seqlen_q, tile.seqlen_k, window_left, window_right)
             low, high, full_high, full_low = key_blocks(
                 c, m_block, tile.seqlen_q, tile.seqlen_k, window_left, window_right
             )
-            if not begun:
-                frag.accO.fill(0.0)
-                frag.row_max.fill(-Float32.inf)
-                frag.row_sum.fill(0.0)
+            frag.accO.fill(0.0)
+            frag.row_max.fill(-Float32.inf)
+            frag.row_sum.fill(0.0)
             if high > low:
-                if not begun:
-                    ring_q.consumer_wait(q_state)
-                    self.first_block(frag, view, scale, q_state, ring_k, k_state, wg, high - 1)
-                    k_state.advance()
+                pipelines.await_stage(ring_q, q_state)
+                self.first_block(frag, view, scale, q_state, ring_k, k_state, wg, high - 1)
+                k_state.advance()
                 # high-2 .. masked_end: right edge; then no mask; below plain_end: left edge.
                 masked_end, plain_end = high - 1, low
                 if const_expr(c.causal or c.local):
@@ -394,45 +298,11 @@ class DenseAttention:
                         v_state.advance()
                 ring_q.consumer_release(q_state)
                 q_state.advance()
-
-            next_block, following = self.next_tile(slot, slot_phase, extent)
-            slot_phase ^= 1
-            begun = Boolean(False)
-            if const_expr(c.q_stages > 1):
-                next_low, next_high, _, _ = key_blocks(
-                    c, next_block, following.seqlen_q, following.seqlen_k, window_left, window_right
-                )
-                begun = high > low and next_block >= 0 and next_high > next_low
-                if begun:
-                    next_view = View(
-                        next_block * c.tile_m + thread_row, column, following.seqlen_q,
-                        following.seqlen_k, window_left, window_right,
-                    )  # fmt: skip
-                    ring_q.consumer_wait(q_state)
-                    peak, total = self.cross_tiles(
-                        frag, next_view, scale, q_state, ring_k, k_state, ring_v, v_state, wg,
-                        next_high - 1,
-                    )  # fmt: skip
-                    k_state.advance()
-                    v_state.advance()
-                    self.store(frag.accO, peak, total, mO, mLSE, mSinks, tile, row, lane, scale)
-                    frag.accO.fill(0.0)
-            if not begun:
-                if high > low:
-                    self.last_product(frag, ring_v, v_state)
-                    v_state.advance()
-                self.store(
-                    frag.accO, frag.row_max, frag.row_sum, mO, mLSE, mSinks, tile, row, lane, scale
-                )
-            m_block, tile = next_block, following
-
-    @cute.jit
-    def next_tile(self, slot: Slot, phase: Int32, extent: Extent):
-        """The tile that the producer has published."""
-        m_block = scheduler.await_tile(slot, phase)
-        tile = scheduler.read_tile(self.config, slot, extent)
-        scheduler.release_tile(slot)
-        return m_block, tile
+                self.last_product(frag, ring_v, v_state)
+                v_state.advance()
+            self.store(frag, mO, mLSE, mSinks, tile, row, lane, scale)
+            m_block, tile = scheduler.next_tile(c, slots, slot_state, extent)
+            slot_state.advance()
 
     @cute.jit
     def fragments(self, mma_qk, mma_pv, sQ: cute.Tensor, sK: cute.Tensor, sV: cute.Tensor, wg):
@@ -462,7 +332,7 @@ class DenseAttention:
         self, frag: Fragments, view: View, scale: Scale, q_state, ring_k, k_state, wg, n
     ):
         """Scores and softmax of the last block of keys: always masked, nothing to rescale."""
-        ring_k.consumer_wait(k_state)
+        pipelines.await_stage(ring_k, k_state)
         pipelines.take_turn(wg, self.turns)
         accS = cute.make_rmem_tensor(frag.layout_s, Float32)
         tSrK = frag.tSrK[None, None, None, k_state.index]
@@ -472,25 +342,6 @@ class DenseAttention:
         ring_k.consumer_release(k_state)
         self.softmax(frag, view, scale, accS, n, True, True)
         matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
-
-    @cute.jit
-    def issue_both(
-        self, frag: Fragments, q_state, ring_k, k_state, ring_v, v_state, wg: Int32
-    ) -> cute.Tensor:
-        """Start QK of one block and PV of the block before it; returns when QK is done."""
-        ring_k.consumer_wait(k_state)
-        pipelines.take_turn(wg, self.turns)
-        # A fresh accumulator for each block: with a reused one ptxas serialises every product.
-        accS = cute.make_rmem_tensor(frag.layout_s, Float32)
-        tSrQ = frag.tSrQ[None, None, None, q_state.index]
-        matmul.issue(frag.mma_qk, accS, tSrQ, frag.tSrK[None, None, None, k_state.index], True)
-        ring_v.consumer_wait(v_state)
-        tOrV = frag.tOrV[None, None, None, v_state.index]
-        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
-        pipelines.pass_turn(wg, self.turns)
-        warpgroup.wait_group(1)
-        ring_k.consumer_release(k_state)
-        return accS
 
     @cute.jit
     def block(
@@ -508,7 +359,18 @@ class DenseAttention:
         masked: cutlass.Constexpr[bool],
     ):
         """QK of block n in flight with PV of the block before it; then softmax of block n."""
-        accS = self.issue_both(frag, q_state, ring_k, k_state, ring_v, v_state, wg)
+        pipelines.await_stage(ring_k, k_state)
+        pipelines.take_turn(wg, self.turns)
+        # A fresh accumulator for each block: with a reused one ptxas serialises every product.
+        accS = cute.make_rmem_tensor(frag.layout_s, Float32)
+        tSrQ = frag.tSrQ[None, None, None, q_state.index]
+        matmul.issue(frag.mma_qk, accS, tSrQ, frag.tSrK[None, None, None, k_state.index], True)
+        pipelines.await_stage(ring_v, v_state)
+        tOrV = frag.tOrV[None, None, None, v_state.index]
+        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
+        pipelines.pass_turn(wg, self.turns)
+        warpgroup.wait_group(1)
+        ring_k.consumer_release(k_state)
         moved = self.softmax(frag, view, scale, accS, n, masked, False)
         warpgroup.wait_group(0)
         ring_v.consumer_release(v_state)
@@ -517,39 +379,9 @@ class DenseAttention:
             rescale(matmul.acc_rows_cols(frag.accO), frag.alpha)
 
     @cute.jit
-    def cross_tiles(
-        self,
-        frag: Fragments,
-        view: View,  # of the next tile
-        scale: Scale,
-        q_state,
-        ring_k,
-        k_state,
-        ring_v,
-        v_state,
-        wg: Int32,
-        n: Int32,
-    ):
-        """QK of the next tile's first block in flight with the last PV of this tile.
-
-        Without it the tensor cores idle through every tile's last softmax and its stores. Returns
-        (row maxima, row sums) of the finished tile.
-        """
-        accS = self.issue_both(frag, q_state, ring_k, k_state, ring_v, v_state, wg)
-        peak = cute.make_rmem_tensor(frag.row_max.layout, Float32)
-        total = cute.make_rmem_tensor(frag.row_sum.layout, Float32)
-        peak.store(frag.row_max.load())
-        total.store(frag.row_sum.load())
-        self.softmax(frag, view, scale, accS, n, True, True)
-        warpgroup.wait_group(0)
-        ring_v.consumer_release(v_state)
-        matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
-        return peak, total
-
-    @cute.jit
     def last_product(self, frag: Fragments, ring_v, v_state):
         """PV of a tile's last block, alone."""
-        ring_v.consumer_wait(v_state)
+        pipelines.await_stage(ring_v, v_state)
         tOrV = frag.tOrV[None, None, None, v_state.index]
         matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
         warpgroup.wait_group(0)
@@ -580,9 +412,7 @@ class DenseAttention:
     @cute.jit
     def store(
         self,
-        accO: cute.Tensor,
-        peak: cute.Tensor,
-        total: cute.Tensor,
+        frag: Fragments,
         mO: cute.Tensor,
         mLSE: cute.Tensor | None,
         mSinks: cute.Tensor | None,
@@ -593,7 +423,7 @@ class DenseAttention:
     ):
         """Normalise this thread's two rows and write them, with their LSE."""
         c = self.config
-        out = matmul.acc_rows_cols(accO)
+        out = matmul.acc_rows_cols(frag.accO)
         for r in cutlass.range_constexpr(cute.size(out, mode=[0])):
             packed_row = row + 8 * r
             token = packed_row // c.pack_gqa
@@ -603,7 +433,9 @@ class DenseAttention:
             if const_expr(c.sinks):
                 if visible:
                     sink = mSinks[head]
-            factor, lse = finalize(peak[r], quad_sum(total[r]), scale.log2, sink, c.sinks)
+            factor, lse = finalize(
+                frag.row_max[r], quad_sum(frag.row_sum[r]), scale.log2, sink, c.sinks
+            )
             rO = cute.make_rmem_tensor(cute.size(out, mode=[1]), self.dtype)
             for col in cutlass.range_constexpr(cute.size(out, mode=[1])):
                 rO[col] = (out[r, col] * factor).to(self.dtype)

@@ -8,7 +8,9 @@ from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from flashcore.config.dense import DenseConfig
-from flashcore.kernels.parts.scheduler import Tile
+from flashcore.kernels.parts.mask import key_blocks
+from flashcore.kernels.parts.pipelines import consumer_state, producer_state
+from flashcore.kernels.parts.scheduler import SLOTS, Extent, Slots, Tile, next_tile
 
 
 def _at_least_one(n):
@@ -141,3 +143,81 @@ def multicast_mask(config: cutlass.Constexpr[DenseConfig]):
     layout = cute.make_layout((1, config.cluster_m, 1, 1))
     rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
     return cpasync.create_tma_multicast_mask(layout, layout.get_flat_coord(rank), mcast_mode=1)
+
+
+@cute.jit
+def load_queries(
+    config: cutlass.Constexpr[DenseConfig],
+    tma: cute.CopyAtom,
+    gQ: cute.Tensor,
+    sQ: cute.Tensor,
+    ring,
+    slots: Slots,
+    extent: Extent,
+    window_left: Int32,
+    window_right: Int32,
+):
+    """The Q warp: every tile's rows, as soon as a stage is free."""
+    state = producer_state(config.q_stages)
+    slot_state = consumer_state(SLOTS)
+    m_block = Int32(0)
+    while m_block >= 0:
+        m_block, tile = next_tile(config, slots, slot_state, extent)
+        slot_state.advance()
+        low, high, _, _ = key_blocks(
+            config, m_block, tile.seqlen_q, tile.seqlen_k, window_left, window_right
+        )
+        if m_block >= 0 and high > low:
+            src, dst = query_tile(config, tma, gQ, sQ, m_block, tile)
+            ring.producer_acquire(state)
+            barrier = ring.producer_get_barrier(state)
+            cute.copy(tma, src, dst[None, state.index], tma_bar_ptr=barrier)
+            state.advance()
+
+
+@cute.jit
+def load_keys(
+    config: cutlass.Constexpr[DenseConfig],
+    tma: cute.CopyAtom,
+    gK: cute.Tensor,
+    sK: cute.Tensor,
+    ring,
+    slots: Slots,
+    extent: Extent,
+    q_heads_per_kv: Int32,
+    window_left: Int32,
+    window_right: Int32,
+):
+    """The K warp, and likewise the V warp: every tile's blocks, from the last to the first."""
+    state = producer_state(config.stages)
+    slot_state = consumer_state(SLOTS)
+    mask = multicast_mask(config)
+    m_block = Int32(0)
+    while m_block >= 0:
+        m_block, tile = next_tile(config, slots, slot_state, extent)
+        slot_state.advance()
+        low, high, _, _ = key_blocks(
+            config, m_block, tile.seqlen_q, tile.seqlen_k, window_left, window_right
+        )
+        if m_block >= 0 and high > low:
+            kv_head = tile.head // (q_heads_per_kv // config.pack_gqa)
+            src, dst = key_tiles(config, tma, gK, sK, kv_head, tile, extent.total_k)
+            for i in cutlass.range(high - low, unroll=1):
+                n = high - 1 - i
+                ring.producer_acquire(state)
+                barrier = ring.producer_get_barrier(state)
+                if const_expr(mask is None):
+                    cute.copy(tma, src[None, n], dst[None, state.index], tma_bar_ptr=barrier)
+                else:
+                    cute.copy(
+                        tma,
+                        src[None, n],
+                        dst[None, state.index],
+                        tma_bar_ptr=barrier,
+                        mcast_mask=mask,
+                    )
+                state.advance()
+    if const_expr(config.cluster_m > 1):
+        # A CTA must not exit while a peer still loads into it or signals its barriers. Alone it
+        # need not wait: the consumers have waited for every load.
+        ring.producer_tail(state)

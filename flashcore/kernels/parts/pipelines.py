@@ -80,3 +80,9 @@ def pass_turn(warpgroup: Int32, warpgroups: cutlass.Constexpr[int]):
         cute.arch.barrier_arrive(
             barrier_id=int(NamedBarrier.TURN) + following, number_of_threads=256
         )
+
+
+@cute.jit
+def await_stage(ring, state):
+    """Wait for a stage's load; the waiting loop stays off the path of a load that has landed."""
+    ring.consumer_wait(state, ring.consumer_try_wait(state))
