@@ -191,7 +191,7 @@ class DenseAttention:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(SLOTS):
                     cute.arch.mbarrier_init(slots.full + i, 1)
-                    cute.arch.mbarrier_init(slots.empty + i, warps + 3)  # consumers and loaders
+                    cute.arch.mbarrier_init(slots.empty + i, 32 * (warps + 3))  # and three loaders
         cute.arch.mbarrier_init_fence()
         if const_expr(c.cluster_m > 1):
             cute.arch.cluster_arrive_relaxed()
