@@ -37,6 +37,7 @@ class DenseConfig:
     cluster_m: int = 1  # CTAs with neighbouring row tiles that share K/V by TMA multicast
     dynamic: bool = False  # tiles from an atomic counter, longest first: needs scheduler_scratch
     ping_pong: bool = True  # warpgroups take turns at the tensor cores
+    joint_wait: bool = False  # softmax starts when PV is done too, not when QK is
     rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
     producer_registers: int = 24
     consumer_registers: int = 240
@@ -125,8 +126,8 @@ def choose(problem: DenseProblem) -> DenseConfig:
     head_dim = padded_head_dim(p.head_dim)
     local = p.window_left >= 0 or (p.window_right >= 0 and not (p.causal or p.window_right == 0))
     causal = not local and (p.causal or p.window_right == 0)
-    ragged = causal or local or p.varlen
-    warpgroups, tile_n, q_stages = _tile(head_dim, causal, local, p.seqlen_k)
+    full = not (causal or local)
+    warpgroups, tile_n, q_stages = _tile(head_dim, full, local, p.seqlen_k)
     config = DenseConfig(
         dtype=p.dtype,
         head_dim=head_dim,
@@ -142,7 +143,14 @@ def choose(problem: DenseProblem) -> DenseConfig:
         varlen=p.varlen,
         pack_gqa=_pack_gqa(p, WARPGROUP_ROWS * warpgroups),
         return_lse=p.return_lse,
-        dynamic=ragged,
+        # Equal tiles need no counter: static order measured the same within 1 %.
+        dynamic=not full or p.varlen,
+        # Turns pay where softmax takes longer than the products (hd 64: 471 against 435 TFLOP/s
+        # without) and cost 1 % at hd 128.
+        ping_pong=head_dim != 128,
+        # 1 % at hd 64 without a mask; elsewhere it costs 4 to 10 %.
+        joint_wait=head_dim == 64 and full,
+        # Three consumer warpgroups leave 160 registers each; the varlen scheduler needs 40.
         producer_registers=32 if warpgroups == 3 else (40 if p.varlen else 24),
         consumer_registers=160 if warpgroups == 3 else (232 if p.varlen else 240),
     )
@@ -152,22 +160,23 @@ def choose(problem: DenseProblem) -> DenseConfig:
     return config
 
 
-def _tile(head_dim: int, causal: bool, local: bool, seqlen_k: int) -> tuple[int, int, int]:
-    """(consumer warpgroups, tile_n, q_stages); docs/kernels.md has the measurements."""
+def _tile(head_dim: int, full: bool, local: bool, seqlen_k: int) -> tuple[int, int, int]:
+    """(consumer warpgroups, tile_n, q_stages); TFLOP/s and more attempts in docs/kernels.md."""
     if head_dim == 64:
-        # Three warpgroups: with two the exponentials are exposed (397 against 454 TFLOP/s).
+        # Two warpgroups leave the exponentials exposed: 397 against 454. Wider blocks spill.
         return 3, 128, 2
     if head_dim == 96:
-        return 2, 128, 2
+        return 2, 160 if full else 144, 2  # 586 against 542 with 128; causal 528 against 524
     if head_dim == 128:
-        if causal or local:
+        if not full:
+            # Q of two tiles gains nothing here: 514 against 508. tile_n 160: 2 to 6 % slower.
             return 2, 128, 1
-        # Wider blocks pay for fewer turns, but round a short sequence up (630 against 624 at 2K,
-        # 655 against 682 at 8K).
+        # A wider block has fewer waits and shuffles, but rounds a short sequence up: at 2K keys
+        # 612 against 606 for 128, at 32K 706 against 680 for 160.
         return 2, 160 if seqlen_k >= 4096 else 128, 2
     if head_dim == 192:
-        return 2, 96, 1
-    return 2, 64, 1  # 684 against 673 TFLOP/s with 80
+        return (2, 96, 1) if full else (2, 80, 2)  # 735 against 727; causal 603 against 600
+    return 2, 64, 1  # 684 against 673 with 80, causal 585 against 584
 
 
 def _pack_gqa(problem: DenseProblem, tile_m: int) -> int:
