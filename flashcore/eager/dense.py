@@ -7,7 +7,7 @@ import math
 import torch
 
 from flashcore.eager.merge import apply_sinks
-from flashcore.eager.run import Rules, attend_run
+from flashcore.eager.run import Rules, attend_runs
 
 
 def dense_attention(
@@ -50,16 +50,15 @@ def _one_sequence(
     if seqlen_q == 0 or seqlen_k == 0:
         return
     group = num_q_heads // num_kv_heads
-    scaled = (q.float() * rules.scale).view(seqlen_q, num_kv_heads, group, dim).transpose(0, 1)
+    scaled = (q.float() * rules.scale).view(1, seqlen_q, num_kv_heads, group, dim)
     keys, values = k.transpose(0, 1), v.transpose(0, 1)
-    positions = torch.arange(seqlen_q, device=q.device) + (seqlen_k - seqlen_q)
-    attend_run(
+    positions = torch.arange(seqlen_q, device=q.device)[None] + (seqlen_k - seqlen_q)
+    result, logs = attend_runs(
         scaled,
         positions,
         seqlen_k,
-        lambda begin, end: (keys[:, begin:end], values[:, begin:end]),
+        lambda begin, end: [(keys[:, begin:end], values[:, begin:end])],
         rules,
-        None,
-        out,
-        lse,
     )
+    out.copy_(result[0].flatten(1, 2))
+    lse.copy_(logs[0].flatten(1, 2))

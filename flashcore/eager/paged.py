@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from flashcore.eager import run
 from flashcore.eager.merge import apply_sinks, merge_partials
-from flashcore.eager.run import Rules, Tree, attend_run
+from flashcore.eager.run import Rules, Tree, attend_runs, sees_all
+from flashcore.eager.workspace import scratch
 from flashcore.planner.work import DIRECT, Group
+
+KEYS_PER_BATCH = 8192
+"""Keys gathered at a time when several runs go together."""
 
 
 def paged_attention(
@@ -35,63 +40,125 @@ def paged_attention(
     Returns out in q's dtype and lse [total_q, num_q_heads] fp32.
     """
     total_q, num_q_heads, dim = q.shape
-    page_tokens, num_kv_heads = k_pages.shape[1], k_pages.shape[2]
+    num_kv_heads = k_pages.shape[2]
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.full((total_q, num_q_heads), -math.inf, dtype=torch.float32, device=q.device)
     partial_out = out.new_empty(num_partial_tokens, num_q_heads, dim)
     partial_lse = out.new_empty(num_partial_tokens, num_q_heads)
-    pages, gathered_tokens, gathered_positions = cols.long(), q_tokens.long(), q_positions.long()
+    gathered, positions = q_tokens.long(), q_positions.long()
     scaled = (q.float() * rules.scale).view(total_q, num_kv_heads, num_q_heads // num_kv_heads, dim)
-    table = groups.tolist()
-    # A chunk that begins inside a page (a window does that) touches one page more.
-    longest = max((row[Group.NUM_ENTRIES] for row in table), default=0)
-    most = min(longest, run.KEYS_PER_CHUNK // page_tokens + 2)
-    gather_k, gather_v = _Gather(k_pages, most), _Gather(v_pages, most)
-    for row in table:
-        gathered = slice(row[Group.Q_BEGIN], row[Group.Q_BEGIN] + row[Group.NUM_Q])
-        tokens, positions = gathered_tokens[gathered], gathered_positions[gathered]
-        queries = scaled[tokens].transpose(0, 1)
+    runs = _runs(groups, positions, k_pages.shape[1])
+    reader = _PageReader(k_pages, v_pages, cols.long())
+    for batch in _batches(runs, rules, tree_mask is not None):
+        first = batch[0]
+        index = torch.tensor([run.q_begin for run in batch], device=q.device)[:, None]
+        index = index + torch.arange(first.num_q, device=q.device)
+        tokens = gathered[index]
+        place = positions[index] - first.offset
         tree = None
         if tree_mask is not None:
-            tree = Tree(tree_mask[tokens], positions - q_index[tokens])
-        for split in range(row[Group.NUM_SPLITS]):
-            offset = split * row[Group.SPLIT_ENTRIES] * page_tokens
-            first = row[Group.ENTRY] + split * row[Group.SPLIT_ENTRIES]
-            num_keys = min(row[Group.SPLIT_ENTRIES] * page_tokens, row[Group.NUM_TOKENS] - offset)
-
-            def load(begin: int, end: int, first: int = first) -> tuple[torch.Tensor, torch.Tensor]:
-                ids = pages[first + begin // page_tokens : first + -(-end // page_tokens)]
-                skip = begin % page_tokens
-                keys = slice(skip, skip + end - begin)
-                return gather_k(ids)[:, keys], gather_v(ids)[:, keys]
-
-            direct = row[Group.PARTIAL] == DIRECT
-            if direct:
-                result = out.new_empty(len(tokens), num_q_heads, dim)
-                logs = out.new_empty(len(tokens), num_q_heads)
-            else:
-                begin = row[Group.PARTIAL] + split * row[Group.NUM_Q]
-                result = partial_out[begin : begin + row[Group.NUM_Q]]
-                logs = partial_lse[begin : begin + row[Group.NUM_Q]]
-            shifted = None if tree is None else Tree(tree.mask, tree.first_key - offset)
-            attend_run(queries, positions - offset, num_keys, load, rules, shifted, result, logs)
-            if direct:
-                out[tokens], lse[tokens] = result, logs
+            tree = Tree(tree_mask[tokens[0]], place[0] - q_index[tokens[0]])
+        load = reader.loader(batch)
+        result, logs = attend_runs(scaled[tokens], place, first.num_keys, load, rules, tree)
+        result, logs = result.flatten(2, 3), logs.flatten(2, 3)
+        if first.partial == DIRECT:
+            out[tokens], lse[tokens] = result, logs
+        else:
+            begin = torch.tensor([run.partial for run in batch], device=q.device)[:, None]
+            index = begin + torch.arange(first.num_q, device=q.device)
+            partial_out[index], partial_lse[index] = result, logs
     merge_partials(partial_out, partial_lse, merge_offsets, merge_list, out, lse)
     if sinks is not None:
         apply_sinks(out, lse, sinks)
     return out.to(q.dtype), lse
 
 
-class _Gather:
-    """Copies pages of one pool into one buffer: far quicker than fresh memory each time."""
+class _Run(NamedTuple):
+    """One split of a group: what is read, by whom, and where the result goes."""
 
-    def __init__(self, pages: torch.Tensor, most: int) -> None:
-        self.pages = pages
-        self.buffer = torch.empty(most, *pages.shape[1:], dtype=pages.dtype, device=pages.device)
+    entry: int
+    num_keys: int
+    offset: int  # tokens of the group's run before this split
+    q_begin: int
+    num_q: int
+    partial: int  # or DIRECT
+    first_position: int  # smallest position of its queries, on this split's scale
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """[num_kv_heads, tokens, head_dim] view of the named pages, until the next call."""
-        chosen = self.buffer[: ids.numel()]
-        torch.index_select(self.pages, 0, ids, out=chosen)
-        return chosen.flatten(0, 1).transpose(0, 1)
+
+def _runs(groups: torch.Tensor, positions: torch.Tensor, page_tokens: int) -> list[_Run]:
+    """All splits of all groups, on the host."""
+    num_q = groups[:, Group.NUM_Q].long()
+    least = torch.full_like(num_q, torch.iinfo(torch.long).max)
+    least.scatter_reduce_(0, torch.repeat_interleave(num_q), positions, "amin")
+    found = []
+    for row, least_position in zip(groups.tolist(), least.tolist(), strict=True):
+        for split in range(row[Group.NUM_SPLITS]):
+            before = split * row[Group.SPLIT_ENTRIES]
+            offset = before * page_tokens
+            whole = row[Group.SPLIT_ENTRIES] * page_tokens
+            partial = row[Group.PARTIAL]
+            found.append(
+                _Run(
+                    entry=row[Group.ENTRY] + before,
+                    num_keys=min(whole, row[Group.NUM_TOKENS] - offset),
+                    offset=offset,
+                    q_begin=row[Group.Q_BEGIN],
+                    num_q=row[Group.NUM_Q],
+                    partial=partial if partial == DIRECT else partial + split * row[Group.NUM_Q],
+                    first_position=least_position - offset,
+                )
+            )
+    return found
+
+
+def _batches(runs: list[_Run], rules: Rules, has_tree: bool) -> list[list[_Run]]:
+    """Runs of one shape that need no mask go together, as far as their keys stay in the cache.
+
+    Sequences that decode in step (samples of one prompt) have tails of one shape.
+    """
+    batches: list[list[_Run]] = []
+    open_batches: dict[tuple[int, ...], list[_Run]] = {}
+    for part in runs:
+        if not sees_all(part.first_position, part.num_keys, rules, has_tree):
+            batches.append([part])
+            continue
+        shape = (part.num_keys, part.num_q, part.offset, part.partial == DIRECT)
+        batch = open_batches.get(shape)
+        most = KEYS_PER_BATCH // min(part.num_keys, run.KEYS_PER_CHUNK)
+        if batch is None or len(batch) >= most:
+            batch = open_batches[shape] = []
+            batches.append(batch)
+        batch.append(part)
+    return batches
+
+
+class _PageReader:
+    """Gathers pages, each pool into one buffer."""
+
+    def __init__(self, k_pages: torch.Tensor, v_pages: torch.Tensor, cols: torch.Tensor) -> None:
+        self.cols = cols
+        self.page_tokens = k_pages.shape[1]
+        self.pools = {"k": k_pages, "v": v_pages}
+
+    def loader(self, batch: list[_Run]) -> run.LoadKeys:
+        """How to load the keys of runs of one shape."""
+        starts = torch.tensor([part.entry for part in batch], device=self.cols.device)[:, None]
+
+        def load(begin: int, end: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            first, last = begin // self.page_tokens, -(-end // self.page_tokens)
+            pages = torch.arange(first, last, device=self.cols.device)
+            k, v = self._gather(self.cols[starts + pages])
+            skip = begin - first * self.page_tokens
+            keys = slice(skip, skip + end - begin)
+            return [(k[i, :, keys], v[i, :, keys]) for i in range(len(batch))]
+
+        return load
+
+    def _gather(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """K and V of pages [runs, pages] as [runs, num_kv_heads, tokens, head_dim]."""
+        gathered = []
+        for purpose, pool in self.pools.items():
+            chosen = scratch(purpose, (ids.numel(), *pool.shape[1:]), pool)
+            torch.index_select(pool, 0, ids.flatten(), out=chosen)
+            gathered.append(chosen.view(len(ids), -1, *pool.shape[2:]).transpose(1, 2))
+        return gathered

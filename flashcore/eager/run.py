@@ -1,4 +1,4 @@
-"""Attention of a block of query rows over one KV run, in fp32, key chunk by key chunk."""
+"""Attention of query rows over KV runs, in fp32, key chunk by key chunk."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from dataclasses import dataclass
 
 import torch
 
-KEYS_PER_CHUNK = 4096
-"""Keys taken at a time: the gathered copies stay in the cache; shorter chunks pay more in calls."""
+from flashcore.eager.workspace import scratch
+
+KEYS_PER_CHUNK = 2048
+"""Keys of a run taken at a time: the gathered copies stay in the cache; shorter chunks pay more in
+calls."""
 
 SCORES_PER_CHUNK = 1 << 24
 """fp32 scores alive at a time (64 MiB): bounds memory for long prefills."""
 
-LoadKeys = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
-"""(begin, end) -> K and V of these keys, [num_kv_heads, end - begin, head_dim], good until the next
-call."""
+LoadKeys = Callable[[int, int], list[tuple[torch.Tensor, torch.Tensor]]]
+"""(begin, end) -> for each run, K and V of these keys, [num_kv_heads, end - begin, head_dim], good
+until the next call."""
 
 
 @dataclass(frozen=True)
@@ -38,31 +41,40 @@ class Tree:
     first_key: torch.Tensor
 
 
-def attend_run(
+def attend_runs(
     q: torch.Tensor,
     positions: torch.Tensor,
     num_keys: int,
     load: LoadKeys,
     rules: Rules,
-    tree: Tree | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Normalised result and LSE of queries over one run of keys, written into out and lse.
+    tree: Tree | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised result and LSE of queries, each over its own run of num_keys keys.
 
-    q: [num_kv_heads, n, g, head_dim] fp32, multiplied by the scale; g query heads share a KV head.
-    positions: [n], the key each query stands at on the run's scale. out: [n, num_kv_heads * g,
-    head_dim] and lse: [n, num_kv_heads * g], fp32; zeros and -inf where no key is visible.
+    q: [runs, n, num_kv_heads, g, head_dim] fp32, multiplied by the scale; g query heads share a KV
+    head. positions: [runs, n], the key each query stands at on its run's scale. Several runs at
+    once save calls, and go together only if every query sees all of its keys (`sees_all`).
+    Returns out like q and lse without the last axis; zeros and -inf where no key is visible.
     """
-    heads, n, group, _ = q.shape
-    keys = min(num_keys, KEYS_PER_CHUNK)
-    rows = max(1, SCORES_PER_CHUNK // max(1, heads * group * keys))
+    runs, n, heads, group, _ = q.shape
+    rows = max(1, SCORES_PER_CHUNK // max(1, runs * heads * group * min(num_keys, KEYS_PER_CHUNK)))
+    if n <= rows:
+        return _attend_rows(q, positions, num_keys, load, rules, tree)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
     for begin in range(0, n, rows):
         part = slice(begin, min(begin + rows, n))
-        rows_tree = None if tree is None else Tree(tree.mask[part], tree.first_key[part])
-        _attend_rows(
-            q[:, part], positions[part], num_keys, load, rules, rows_tree, out[part], lse[part]
+        part_tree = None if tree is None else Tree(tree.mask[part], tree.first_key[part])
+        out[:, part], lse[:, part] = _attend_rows(
+            q[:, part], positions[:, part], num_keys, load, rules, part_tree
         )
+    return out, lse
+
+
+def sees_all(first_position: int, num_keys: int, rules: Rules, tree_mask: bool) -> bool:
+    """Every query sees all keys of its run; first_position is the smallest of their positions."""
+    if tree_mask or rules.window_left >= 0 or rules.window_right >= 0:
+        return False
+    return not rules.causal or first_position >= num_keys - 1
 
 
 def _attend_rows(
@@ -72,45 +84,51 @@ def _attend_rows(
     load: LoadKeys,
     rules: Rules,
     tree: Tree | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    heads, n, group, dim = q.shape
+) -> tuple[torch.Tensor, torch.Tensor]:
+    runs, n, heads, group, dim = q.shape
     bounds, first, last = _bounds(positions, num_keys, rules, tree)
     if first >= last:
-        out.zero_()
-        lse.fill_(-math.inf)
-        return
-    queries = q.reshape(heads, n * group, dim)
-    peak: torch.Tensor | None = None
-    total = acc = queries
+        return torch.zeros_like(q), q.new_full(q.shape[:-1], -math.inf)
+    queries = q.transpose(1, 2).reshape(runs, heads, n * group, dim)
+    out = lse = queries
     for begin in range(first, last, KEYS_PER_CHUNK):
         end = min(begin + KEYS_PER_CHUNK, last)
-        k, v = load(begin, end)
-        scores = torch.matmul(queries, k.float().transpose(1, 2))
+        loaded = load(begin, end)
+        scores = scratch("scores", (runs, heads, n * group, end - begin), q)
+        for i, (k, _) in enumerate(loaded):
+            torch.bmm(queries[i], k.float().transpose(1, 2), out=scores[i])
         if rules.softcap > 0:
             scores = scores.div_(rules.softcap).tanh_().mul_(rules.softcap)
         if bounds is not None:
             hidden = ~visible(*bounds, begin, end, tree)
             scores.view(heads, n, group, -1).masked_fill_(hidden[:, None, :], -math.inf)
-        new_peak = scores.amax(-1, keepdim=True)
-        if peak is not None:
-            new_peak = torch.maximum(new_peak, peak)
-        # A row that has seen nothing yet has the peak -inf; 0 keeps its weights exp(-inf) = 0.
-        safe = new_peak if bounds is None else new_peak.masked_fill(new_peak == -math.inf, 0.0)
-        weights = scores.sub_(safe).exp_()
-        chunk_total, chunk_acc = weights.sum(-1, keepdim=True), torch.matmul(weights, v.float())
-        if peak is None:
-            total, acc = chunk_total, chunk_acc
+        peak = scores.amax(-1, keepdim=True)
+        weights = scratch("weights", tuple(scores.shape), q)
+        torch.softmax(scores, -1, out=weights)
+        if bounds is not None:  # rows that see nothing here: softmax makes them NaN
+            weights.masked_fill_(peak == -math.inf, 0.0)
+        # The largest weight is 1 / sum(exp(score - peak)).
+        chunk_lse = peak - weights.amax(-1, keepdim=True).log()
+        if bounds is not None:
+            chunk_lse.masked_fill_(peak == -math.inf, -math.inf)
+        chunk_out = torch.empty_like(queries)
+        for i, (_, v) in enumerate(loaded):
+            torch.bmm(weights[i], v.float(), out=chunk_out[i])
+        if begin == first:
+            out, lse = chunk_out, chunk_lse
         else:
-            old = (peak - safe).exp_()
-            total, acc = total * old + chunk_total, acc * old + chunk_acc
-        peak = new_peak
-    assert peak is not None
-    acc = acc / (total if bounds is None else total.masked_fill(total == 0, 1.0))
-    out.view(n, heads, group, dim).copy_(acc.view(heads, n, group, dim).transpose(0, 1))
-    logs = peak + total.log()
-    lse.view(n, heads, group).copy_(logs.view(heads, n, group).transpose(0, 1))
+            out, lse = _merge(out, lse, chunk_out, chunk_lse)
+    shape = (runs, heads, n, group)
+    return out.view(*shape, dim).transpose(1, 2), lse.view(shape).transpose(1, 2)
+
+
+def _merge(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two results over disjoint keys as one; lse keeps a last axis of one."""
+    both = torch.logaddexp(lse, other_lse)
+    safe = both.masked_fill(both == -math.inf, 0.0)
+    return out * (lse - safe).exp_() + other * (other_lse - safe).exp_(), both
 
 
 def _bounds(
@@ -120,10 +138,10 @@ def _bounds(
 
     Keys that none of the queries may see are not read: they may hold anything.
     """
-    unbounded = tree is None and rules.window_left < 0 and rules.window_right < 0
-    if unbounded and (not rules.causal or int(positions.min()) >= num_keys - 1):
+    least = int(positions.min()) if rules.causal else 0
+    if sees_all(least, num_keys, rules, tree is not None):
         return None, 0, num_keys
-    low, high = key_bounds(positions, num_keys, rules, tree)
+    low, high = key_bounds(positions[0], num_keys, rules, tree)
     first, last = int(low.min()), int(high.max())
     if tree is None and int(low.max()) <= first and int(high.min()) >= last:
         return None, first, last
