@@ -1,0 +1,160 @@
+"""Constants and scratch of the planner's kernels; imports neither torch nor the DSL.
+
+Scratch is a few int32 matrices, one line for each array: `Entries`, `Segments`, `Groups`, `Rows`
+and `Sort` name their lines. Nothing in them outlives an update but what is said to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA
+
+SCAN_THREADS = 1024  # of CTAs that scan: one element a thread
+ENTRY_THREADS = 256  # of CTAs that only visit entries or write the plan
+WARPS = SCAN_THREADS // 32
+RADIX_BITS = 8
+RADIX_BINS = 1 << RADIX_BITS
+ROW_CAPACITIES = (1024, 8192, 32768)
+UNUSED = 2**31 - 1  # owner of a page that no entry has claimed
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """Everything that the code of the planner's kernels depends on."""
+
+    row_capacity: int  # sequences whose offsets fit in the shared memory of one CTA
+
+    @property
+    def smem_bytes(self) -> int:
+        """Of the layout kernel, the largest: offsets of all rows, 4 KB for the scans."""
+        return 4 * (self.row_capacity + 1) + 4096
+
+
+def illegal_reason(config: PlannerConfig) -> str | None:
+    """Why `config` cannot run, or None."""
+    if config.row_capacity not in ROW_CAPACITIES:
+        return f"row_capacity {config.row_capacity} is not one of {ROW_CAPACITIES}"
+    if config.smem_bytes > SMEM_BYTES_PER_SM90_CTA:
+        return f"{config.smem_bytes} bytes of shared memory exceed {SMEM_BYTES_PER_SM90_CTA}"
+    return None
+
+
+def choose(max_batch: int) -> PlannerConfig:
+    """The smallest kernel that takes `max_batch` sequences; ValueError where there is none."""
+    for rows in ROW_CAPACITIES:
+        if max_batch <= rows:
+            return PlannerConfig(rows)
+    raise ValueError(f"max_batch must be at most {ROW_CAPACITIES[-1]}, got {max_batch}")
+
+
+class Slots:
+    """Columns of the table of pages: (pages, 4), so that a slot is one 16-byte load.
+
+    Between updates every slot is (UNUSED, 0, 0, 0): who claims a page puts that back.
+    """
+
+    FIRST = 0  # smallest entry that uses the page
+    USES = 1
+    PARTIAL_TOKENS = 2  # token counts of the uses that do not fill the page, added up
+    LONGEST_PARTIAL = 3  # the largest of them
+    LINES = 4
+
+
+class Entries:
+    """Per entry of the layout."""
+
+    ROW = 0
+    OWNER = 1
+    BROKEN = 2  # at an owner: not every use of its page goes on to the owner's next page
+    GROUP = 3  # at the owner that begins a group: its number
+    LINES = 4
+
+
+class Segments:
+    """Per segment; the lines from KEPT_ROW on per segment that folding leaves."""
+
+    ENTRY = 0
+    ROW = 1
+    OWNER = 2  # entry
+    GROUP = 3
+    KEPT_ROW = 4
+    KEPT_GROUP = 5
+    KEPT_START = 6  # tokens of the row before it
+    SPLITS_BEFORE = 7  # splits of all segments before it
+    Q_BEGIN = 8  # first gathered token of its queries
+    MEMBER_BEGIN = 9  # per member, in the order of groups: the same
+    LINES = 10
+
+
+class Groups:
+    """Per group as found; MERGED per group that folding leaves."""
+
+    ENTRIES = 0
+    TOKENS = 1
+    MEMBERS = 2
+    QUERIES = 3
+    LOW = 4  # smallest and largest group before it in a member; -1: it comes first
+    HIGH = 5
+    PARENT = 6
+    CHILDREN = 7
+    ENDS = 8  # a member ends with it
+    STRAYS = 9  # a following group is not its child
+    STATE = 10
+    EXTRA_ENTRIES = 11
+    EXTRA_TOKENS = 12
+    NUMBER = 13  # among the groups that stay, -1 for a folded one
+    MERGED = 14  # a member's row has other segments
+    LINES = 15
+    ZEROED = (MEMBERS, QUERIES, CHILDREN, ENDS, STRAYS, EXTRA_ENTRIES, EXTRA_TOKENS, MERGED)
+
+
+class State:
+    """Values of Groups.STATE."""
+
+    KEPT = 0
+    FOLDED = 1
+    UNDECIDED = 2
+
+
+class Reason:
+    """The values of `planner.folding.Reason`, whose module needs torch."""
+
+    PRIVATE = 0
+    KEPT = 1
+    FOLDED = 2
+    KEPT_LAST = 3
+    KEPT_PARTIAL_PAGE = 4
+    KEPT_BRANCHING = 5
+    KEPT_ALL = 6
+
+
+class Rows:
+    """Per sequence. PAGE_FAULT is zero between updates."""
+
+    FAULTS = 0
+    PAGE_FAULT = 1
+    FIRST_SEGMENT = 2
+    END_SEGMENT = 3
+    LIST_LENGTH = 4  # elements of the merge list of each of its query tokens
+    MERGE_BEGIN = 5
+    LINES = 6
+
+
+class Sort:
+    """Lines of two buffers of (key, value) that take turns, and where sorted classes begin."""
+
+    KEY = 0
+    VALUE = 1
+    LINES_OF_BUFFER = 2
+    ITEM_BEGIN = 4
+    LINES = 5
+
+
+class Tiles:
+    """Per CTA of the segment scan. STAMP tells this update's sums from those of the last one."""
+
+    SEGMENTS = 0
+    GROUPS = 1
+    STAMP = 2
+    LINES = 3

@@ -1,0 +1,111 @@
+"""The planner's kernels, chained on one stream.
+
+    layout ─► claim ─► link ─► segments ─► groups and table ─► lists
+      grid     grid     grid      grid           one CTA        grid
+
+All sizes but the batch are capacities; what is there is counted on the device, so one captured
+graph serves any page tables, lengths and sharing.
+"""
+
+from __future__ import annotations
+
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+from cutlass.memory import SmemAllocator
+
+from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, WARPS, PlannerConfig
+from flashcore.kernels.planner_block import shared_memory
+from flashcore.kernels.planner_emit import emit_gathered, emit_merge, emit_tokens, emit_work
+from flashcore.kernels.planner_groups import find_groups
+from flashcore.kernels.planner_layout import build_layout
+from flashcore.kernels.planner_operands import Plan, Problem, Scratch
+from flashcore.kernels.planner_sharing import claim_pages, mark_breaks, number_segments
+from flashcore.kernels.planner_table import finish
+from flashcore.planner.counters import Count
+
+
+class Planner:
+    """The plan of one batch, for one `PlannerConfig`."""
+
+    def __init__(self, config: PlannerConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(
+        self,
+        mTable: cute.Tensor,  # (batch, max_pages)
+        mSeqLens: cute.Tensor,  # (batch,)
+        mQLens: cute.Tensor,  # (batch,)
+        plan: Plan,
+        scratch: Scratch,
+        problem: Problem,
+        num_sms: Int32,
+        stream,
+    ):
+        entries = plan.mCols.shape[0]
+        scans = cute.ceil_div(entries, SCAN_THREADS)
+        scans = scans if scans < num_sms else num_sms
+        visits = cute.ceil_div(entries, ENTRY_THREADS)
+        visits = visits if visits < 8 * num_sms else 8 * num_sms
+        scan = {"block": [SCAN_THREADS, 1, 1], "stream": stream}
+        visit = {"block": [ENTRY_THREADS, 1, 1], "stream": stream}
+        self.layout(mTable, mSeqLens, mQLens, plan, scratch, problem).launch(
+            grid=[scans, 1, 1], **scan
+        )
+        self.claim(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
+        self.link(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
+        self.segments(plan, scratch).launch(grid=[scans, 1, 1], **scan)
+        self.table(mSeqLens, plan, scratch, problem).launch(grid=[1, 1, 1], **scan)
+        self.lists(mSeqLens, plan, scratch, problem).launch(
+            grid=[num_sms, 4, 1], min_blocks_per_mp=1, **visit
+        )
+
+    @cute.kernel
+    def layout(
+        self,
+        mTable: cute.Tensor,
+        mSeqLens: cute.Tensor,
+        mQLens: cute.Tensor,
+        plan: Plan,
+        scratch: Scratch,
+        problem: Problem,
+    ):
+        smem = SmemAllocator()
+        sums = smem.allocate_tensor(Int32, cute.make_layout(const_expr(WARPS)))
+        ends = smem.allocate_tensor(
+            Int32, cute.make_layout(const_expr(self.config.row_capacity + 1))
+        )
+        build_layout(mTable, mSeqLens, mQLens, plan, scratch, problem, ends, sums)
+
+    @cute.kernel
+    def claim(self, plan: Plan, scratch: Scratch, problem: Problem):
+        claim_pages(plan, scratch, problem)
+
+    @cute.kernel
+    def link(self, plan: Plan, scratch: Scratch, problem: Problem):
+        mark_breaks(plan, scratch, problem)
+
+    @cute.kernel
+    def segments(self, plan: Plan, scratch: Scratch):
+        sums = SmemAllocator().allocate_tensor(Int32, cute.make_layout(const_expr(WARPS)))
+        number_segments(plan, scratch, sums)
+
+    @cute.kernel
+    def table(self, mSeqLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
+        shared = shared_memory(SmemAllocator())
+        num_segments, num_found = plan.mCounts[int(Count.SEGMENTS)], plan.mCounts[int(Count.FOUND)]
+        num_groups, num_kept = find_groups(plan, scratch, problem, num_segments, num_found, shared)
+        finish(plan, scratch, problem, mSeqLens.shape[0], num_groups, num_kept, shared)
+
+    @cute.kernel
+    def lists(self, mSeqLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
+        # A list for each y: the searches of one do not wait for those of another.
+        _, which, _ = cute.arch.block_idx()
+        if which == 0:
+            emit_work(plan, scratch, problem)
+        elif which == 1:
+            emit_merge(plan, scratch, mSeqLens.shape[0])
+        elif which == 2:
+            emit_gathered(plan, scratch)
+        else:
+            emit_tokens(plan, scratch, mSeqLens.shape[0])

@@ -1,0 +1,254 @@
+"""Step 5 of the plan, by one CTA: groups as found and what folding decides about them.
+
+The rules are those of `planner.folding`.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64
+
+from flashcore.config.planner import SCAN_THREADS, Reason, State
+from flashcore.config.planner import Entries as E
+from flashcore.config.planner import Groups as G
+from flashcore.config.planner import Segments as S
+from flashcore.kernels.planner_block import Shared, block_any, block_scan
+from flashcore.kernels.planner_operands import Plan, Problem, Scratch
+from flashcore.planner.work import Group
+
+
+@cute.jit
+def queries_of(plan: Plan, row: Int32):
+    """Query tokens of a sequence."""
+    return plan.mQOffsets[row + 1] - plan.mQOffsets[row]
+
+
+@cute.jit
+def segment_end(plan: Plan, scratch: Scratch, s: Int32, num_segments: Int32):
+    """Entry after segment s, and whether its row ends with it."""
+    row = scratch.mSegments[S.ROW, s]
+    end, last = plan.mRowOffsets[row + 1], Int32(1)
+    if s + 1 < num_segments:
+        if scratch.mSegments[S.ROW, s + 1] == row:
+            end, last = scratch.mSegments[S.ENTRY, s + 1], Int32(0)
+    return end, last
+
+
+@cute.jit
+def collect_groups(plan: Plan, scratch: Scratch, problem: Problem, num_segments: Int32):
+    """Sums over the members of each group, and the groups before it."""
+    tid, _, _ = cute.arch.thread_idx()
+    segments, found = scratch.mSegments, scratch.mFound
+    for s in cutlass.range(tid, num_segments, SCAN_THREADS, unroll=1):
+        entry, row, owner = segments[S.ENTRY, s], segments[S.ROW, s], segments[S.OWNER, s]
+        g = scratch.mEntries[E.GROUP, owner]
+        end, last = segment_end(plan, scratch, s, num_segments)
+        before = Int32(-1)
+        if s > 0:
+            if segments[S.ROW, s - 1] == row:
+                before = scratch.mEntries[E.GROUP, segments[S.OWNER, s - 1]]
+        segments[S.GROUP, s] = g
+        add_to(found, G.MEMBERS, g, Int32(1))
+        add_to(found, G.QUERIES, g, queries_of(plan, row))
+        low, high = line_of(found, G.LOW, g), line_of(found, G.HIGH, g)
+        cute.arch.atomic_min(low, before, sem="relaxed", scope="gpu")
+        cute.arch.atomic_max(high, before, sem="relaxed", scope="gpu")
+        if last == 1:
+            found[G.ENDS, g] = Int32(1)
+        if owner == entry:
+            tokens = (end - 1 - entry) * problem.page_tokens + plan.mTokenCounts[end - 1]
+            found[G.ENTRIES, g] = end - entry
+            found[G.TOKENS, g] = tokens
+
+
+@cute.jit
+def line_of(matrix: cute.Tensor, line: cutlass.Constexpr[int], index: Int32):
+    """Address of an element of a line."""
+    return matrix.iterator + cute.crd2idx((line, index), matrix.layout)
+
+
+@cute.jit
+def add_to(matrix: cute.Tensor, line: cutlass.Constexpr[int], index: Int32, value: Int32):
+    """Atomic addition to an element of a line."""
+    cute.arch.atomic_add(line_of(matrix, line, index), value, sem="relaxed", scope="gpu")
+
+
+@cute.jit
+def find_parents(scratch: Scratch, num_found: Int32):
+    """The group just before a group in all of its members, or -1."""
+    tid, _, _ = cute.arch.thread_idx()
+    found = scratch.mFound
+    for g in cutlass.range(tid, num_found, SCAN_THREADS, unroll=1):
+        low = found[G.LOW, g]
+        parent = low if low == found[G.HIGH, g] else Int32(-1)
+        found[G.PARENT, g] = parent
+        if parent >= 0:
+            add_to(found, G.CHILDREN, parent, Int32(1))
+
+
+@cute.jit
+def find_strays(scratch: Scratch, num_segments: Int32):
+    """Mark groups that some following group has not as its parent."""
+    tid, _, _ = cute.arch.thread_idx()
+    segments, found = scratch.mSegments, scratch.mFound
+    for s in cutlass.range(tid, num_segments - 1, SCAN_THREADS, unroll=1):
+        if segments[S.ROW, s] == segments[S.ROW, s + 1]:
+            g = segments[S.GROUP, s]
+            if found[G.PARENT, segments[S.GROUP, s + 1]] != g:
+                found[G.STRAYS, g] = Int32(1)
+
+
+@cute.jit
+def judge_groups(plan: Plan, scratch: Scratch, problem: Problem, num_found: Int32):
+    """Reasons before any fold; groups that may be folded stay undecided."""
+    tid, _, _ = cute.arch.thread_idx()
+    found = scratch.mFound
+    for g in cutlass.range(tid, num_found, SCAN_THREADS, unroll=1):
+        members, tokens, children = found[G.MEMBERS, g], found[G.TOKENS, g], found[G.CHILDREN, g]
+        state, reason = Int32(State.KEPT), Int32(Reason.PRIVATE)
+        if members > 1:
+            reason = Int32(Reason.KEPT_ALL)
+            if problem.fold != 0:
+                reason = Int32(Reason.KEPT)
+                if pays(problem, children, tokens, found[G.QUERIES, g]):
+                    state = Int32(State.UNDECIDED)
+                    if found[G.STRAYS, g] != 0:
+                        state, reason = Int32(State.KEPT), Int32(Reason.KEPT_BRANCHING)
+                    if found[G.ENDS, g] != 0:
+                        state, reason = Int32(State.KEPT), Int32(Reason.KEPT_LAST)
+                    if tokens != found[G.ENTRIES, g] * problem.page_tokens:
+                        state, reason = Int32(State.KEPT), Int32(Reason.KEPT_PARTIAL_PAGE)
+        found[G.STATE, g] = state
+        plan.mDecisions[g, 0] = tokens
+        plan.mDecisions[g, 1] = members
+        plan.mDecisions[g, 2] = children
+        plan.mDecisions[g, 3] = reason
+
+
+@cute.jit
+def pays(problem: Problem, children: Int32, tokens: Int32, queries: Int32):
+    """Whether reading a run once per child costs no more than its partial results."""
+    again = Int64(children - 1) * Int64(tokens) * Int64(problem.kv_token_bytes)
+    return again <= Int64(queries) * Int64(problem.partial_token_bytes)
+
+
+@cute.jit
+def fold_groups(plan: Plan, scratch: Scratch, problem: Problem, num_found: Int32, shared: Shared):
+    """Decide from the root down. A parent has a smaller number than its children, so groups are
+    taken by SCAN_THREADS in their order, each as soon as its parent is decided."""
+    tid, _, _ = cute.arch.thread_idx()
+    found = scratch.mFound
+    for base in cutlass.range(0, num_found, SCAN_THREADS, unroll=1):
+        g = base + tid
+        waits = Int32(1) if g < num_found else Int32(0)
+        waiting = Int32(1)
+        while waiting != 0:
+            parent, above = Int32(-1), Int32(State.KEPT)
+            if waits == 1:
+                parent = found[G.PARENT, g]
+                if parent >= 0:
+                    above = found[G.STATE, parent]
+            # What was decided before this barrier is complete; nobody writes before it.
+            cute.arch.sync_threads()
+            if waits == 1 and above != State.UNDECIDED:
+                decide(plan, scratch, problem, g, parent, above)
+                waits = Int32(0)
+            waiting = block_any(waits, shared.sums)
+
+
+@cute.jit
+def decide(plan: Plan, scratch: Scratch, problem: Problem, g: Int32, parent: Int32, above: Int32):
+    """Take over what a folded parent leaves; then fold or keep a group that may be folded."""
+    found = scratch.mFound
+    extra = Int32(0)
+    if above == State.FOLDED:
+        extra = found[G.TOKENS, parent] + found[G.EXTRA_TOKENS, parent]
+        found[G.EXTRA_TOKENS, g] = extra
+        found[G.EXTRA_ENTRIES, g] = found[G.ENTRIES, parent] + found[G.EXTRA_ENTRIES, parent]
+    if found[G.STATE, g] == State.UNDECIDED:
+        tokens = found[G.TOKENS, g] + extra
+        state = Int32(State.KEPT)
+        if pays(problem, found[G.CHILDREN, g], tokens, found[G.QUERIES, g]):
+            state = Int32(State.FOLDED)
+            plan.mDecisions[g, 3] = Int32(Reason.FOLDED)
+        found[G.STATE, g] = state
+
+
+@cute.jit
+def number_groups(scratch: Scratch, num_found: Int32, shared: Shared):
+    """New numbers of the groups that stay; how many do."""
+    tid, _, _ = cute.arch.thread_idx()
+    found = scratch.mFound
+    kept_before = Int32(0)
+    for base in cutlass.range(0, num_found, SCAN_THREADS, unroll=1):
+        g = base + tid
+        keep = Int32(0)
+        if g < num_found:
+            keep = Int32(0) if found[G.STATE, g] == State.FOLDED else Int32(1)
+        number, kept = block_scan(keep, shared.sums)
+        if g < num_found:
+            found[G.NUMBER, g] = kept_before + number if keep == 1 else Int32(-1)
+        kept_before = kept_before + kept
+    cute.arch.sync_threads()
+    return kept_before
+
+
+@cute.jit
+def keep_segments(
+    plan: Plan, scratch: Scratch, problem: Problem, num_segments: Int32, shared: Shared
+):
+    """Segments of the groups that stay, with the pages that folded ancestors leave them; how many.
+
+    The owner of each group writes its run into the group table.
+    """
+    tid, _, _ = cute.arch.thread_idx()
+    segments, found = scratch.mSegments, scratch.mFound
+    kept_before = Int32(0)
+    for base in cutlass.range(0, num_segments, SCAN_THREADS, unroll=1):
+        s = base + tid
+        g, h = Int32(0), Int32(-1)
+        if s < num_segments:
+            g = segments[S.GROUP, s]
+            h = found[G.NUMBER, g]
+        place, kept = block_scan(Int32(1) if h >= 0 else Int32(0), shared.sums)
+        if h >= 0:
+            place = kept_before + place
+            entry, row = segments[S.ENTRY, s], segments[S.ROW, s]
+            extra = found[G.EXTRA_ENTRIES, g]
+            segments[S.KEPT_ROW, place] = row
+            segments[S.KEPT_GROUP, place] = h
+            start = (entry - plan.mRowOffsets[row]) * problem.page_tokens
+            segments[S.KEPT_START, place] = start - found[G.EXTRA_TOKENS, g]
+            if segments[S.OWNER, s] == entry:
+                plan.mGroups[h, int(Group.ENTRY)] = entry - extra
+                plan.mGroups[h, int(Group.NUM_ENTRIES)] = found[G.ENTRIES, g] + extra
+                plan.mGroups[h, int(Group.NUM_TOKENS)] = (
+                    found[G.TOKENS, g] + found[G.EXTRA_TOKENS, g]
+                )
+                plan.mGroups[h, int(Group.NUM_Q)] = found[G.QUERIES, g]
+                plan.mMemberOffsets[h] = found[G.MEMBERS, g]
+        kept_before = kept_before + kept
+    cute.arch.sync_threads()
+    return kept_before
+
+
+@cute.jit
+def find_groups(
+    plan: Plan, scratch: Scratch, problem: Problem, num_segments: Int32, num_found: Int32,
+    shared: Shared,
+):  # fmt: skip
+    """All of this step; how many groups and segments stay."""
+    collect_groups(plan, scratch, problem, num_segments)
+    cute.arch.sync_threads()
+    find_parents(scratch, num_found)
+    cute.arch.sync_threads()
+    find_strays(scratch, num_segments)
+    cute.arch.sync_threads()
+    judge_groups(plan, scratch, problem, num_found)
+    cute.arch.sync_threads()
+    if problem.fold != 0:
+        fold_groups(plan, scratch, problem, num_found, shared)
+    num_groups = number_groups(scratch, num_found, shared)
+    num_kept = keep_segments(plan, scratch, problem, num_segments, shared)
+    return num_groups, num_kept

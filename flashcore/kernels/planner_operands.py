@@ -1,0 +1,59 @@
+"""The tensors and numbers that the planner's kernels share; all int32 and contiguous."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+
+class Problem(NamedTuple):
+    """What does not change from update to update, in the order of the call."""
+
+    page_tokens: Int32
+    num_pages: Int32
+    kv_heads: Int32
+    group_size: Int32  # query heads of one KV head
+    tile_m: Int32
+    kv_token_bytes: Int32  # `folding.Costs`
+    partial_token_bytes: Int32
+    fold: Int32  # 0: groups stay as found
+    items_aimed_at: Int32  # 0: no split
+    min_split_tokens: Int32
+    split_unit: Int32  # tokens; splits are multiples of it
+
+
+class Plan(NamedTuple):
+    """The plan, at capacity; docs as in `planner.types.Plan`."""
+
+    mCounts: cute.Tensor  # (Count.SIZE,)
+    mBad: cute.Tensor  # (max_batch,) `Fault` of each sequence
+    mRowOffsets: cute.Tensor  # (max_batch + 1,)
+    mKvLens: cute.Tensor  # (max_batch,)
+    mQOffsets: cute.Tensor  # (max_batch + 1,)
+    mCols: cute.Tensor  # (max_entries,)
+    mTokenCounts: cute.Tensor  # (max_entries,)
+    mGroups: cute.Tensor  # (max_entries, 8)
+    mMemberOffsets: cute.Tensor  # (max_entries + 1,)
+    mMemberRows: cute.Tensor  # (max_entries,)
+    mMemberStarts: cute.Tensor  # (max_entries,)
+    mDecisions: cute.Tensor  # (max_entries, 4)
+    mQTokens: cute.Tensor  # (max_gathered,)
+    mQPositions: cute.Tensor  # (max_gathered,)
+    mQIndex: cute.Tensor  # (max_q,)
+    mWork: cute.Tensor  # (max_items, 8)
+    mMergeOffsets: cute.Tensor  # (max_q + 1,)
+    mMerge: cute.Tensor  # (max_partials + max_q,)
+
+
+class Scratch(NamedTuple):
+    """Lines are named in `config.planner`."""
+
+    mSlots: cute.Tensor  # (num_pages, Slots.LINES)
+    mEntries: cute.Tensor  # (Entries.LINES, max_entries)
+    mSegments: cute.Tensor  # (Segments.LINES, max_entries)
+    mFound: cute.Tensor  # (Groups.LINES, max_entries)
+    mRows: cute.Tensor  # (Rows.LINES, max_batch)
+    mSort: cute.Tensor  # (Sort.LINES, 2 * max_entries)
+    mTiles: cute.Tensor  # (Tiles.LINES, SCAN_THREADS)

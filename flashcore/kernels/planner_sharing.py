@@ -1,0 +1,191 @@
+"""Steps 2 to 4 of the plan: owners of pages, links between entries, segments and groups.
+
+The rules are those of `planner.sharing`. Entries of sequences that take no part stay where they
+are and are passed over; two entries of one row are neighbours whatever lies between the rows.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+
+from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, UNUSED, Slots, Tiles
+from flashcore.config.planner import Entries as E
+from flashcore.config.planner import Groups as G
+from flashcore.config.planner import Segments as S
+from flashcore.kernels.planner_block import block_scan
+from flashcore.kernels.planner_layout import is_active
+from flashcore.kernels.planner_operands import Plan, Problem, Scratch
+from flashcore.planner.counters import Count
+
+
+@cute.jit
+def claim_pages(plan: Plan, scratch: Scratch, problem: Problem):
+    """Each entry enters itself in the slot of its page."""
+    tid, _, _ = cute.arch.thread_idx()
+    bid, _, _ = cute.arch.block_idx()
+    grid, _, _ = cute.arch.grid_dim()
+    nnz = plan.mCounts[int(Count.NNZ)]
+    for e in cutlass.range(bid * ENTRY_THREADS + tid, nnz, grid * ENTRY_THREADS, unroll=1):
+        scratch.mEntries[E.BROKEN, e] = Int32(0)
+        if is_active(plan, scratch, scratch.mEntries[E.ROW, e]):
+            tokens = plan.mTokenCounts[e]
+            slot = scratch.mSlots.iterator + plan.mCols[e] * Slots.LINES
+            cute.arch.atomic_min(slot + Slots.FIRST, e, sem="relaxed", scope="gpu")
+            cute.arch.atomic_add(slot + Slots.USES, Int32(1), sem="relaxed", scope="gpu")
+            if tokens < problem.page_tokens:
+                cute.arch.atomic_add(
+                    slot + Slots.PARTIAL_TOKENS, tokens, sem="relaxed", scope="gpu"
+                )
+                cute.arch.atomic_max(
+                    slot + Slots.LONGEST_PARTIAL, tokens, sem="relaxed", scope="gpu"
+                )
+
+
+@cute.jit
+def owner_and_uses(plan: Plan, scratch: Scratch, e: Int32):
+    """Owner of an entry's page and its uses. Entries that disagree on its tokens own themselves:
+    partial counts are all there is and all equal, or there are none."""
+    words = cute.make_rmem_tensor(const_expr(Slots.LINES), Int32)
+    at = (scratch.mSlots.iterator + plan.mCols[e] * Slots.LINES).align(16)
+    cute.autovec_copy(cute.make_tensor(at, cute.make_layout(Slots.LINES)), words)
+    owner, uses = words[Slots.FIRST], words[Slots.USES]
+    partial = words[Slots.PARTIAL_TOKENS]
+    if partial != 0 and partial != uses * words[Slots.LONGEST_PARTIAL]:
+        owner, uses = e, Int32(1)
+    return owner, uses
+
+
+@cute.jit
+def mark_breaks(plan: Plan, scratch: Scratch, problem: Problem):
+    """Each entry finds its owner, and breaks the owner's run where it does not go on like it."""
+    tid, _, _ = cute.arch.thread_idx()
+    bid, _, _ = cute.arch.block_idx()
+    grid, _, _ = cute.arch.grid_dim()
+    nnz = plan.mCounts[int(Count.NNZ)]
+    for e in cutlass.range(bid * ENTRY_THREADS + tid, nnz, grid * ENTRY_THREADS, unroll=1):
+        row = scratch.mEntries[E.ROW, e]
+        if is_active(plan, scratch, row):
+            owner, uses = owner_and_uses(plan, scratch, e)
+            linked = Int32(0)
+            if e + 1 < plan.mRowOffsets[row + 1]:
+                next_owner, next_uses = owner_and_uses(plan, scratch, e + 1)
+                full = plan.mTokenCounts[e] == problem.page_tokens
+                if full and next_uses == uses and next_owner == owner + 1:
+                    linked = Int32(1)
+            scratch.mEntries[E.OWNER, e] = owner
+            if linked == 0:
+                scratch.mEntries[E.BROKEN, owner] = Int32(1)
+
+
+@cute.jit
+def begins_segment(plan: Plan, scratch: Scratch, e: Int32, nnz: Int32):
+    """Whether a segment begins at entry e, and whether it begins a group: it owns its first page.
+
+    Returns both as 0 or 1, and the row.
+    """
+    segment, group, row = Int32(0), Int32(0), Int32(0)
+    if e < nnz:
+        row = scratch.mEntries[E.ROW, e]
+        if is_active(plan, scratch, row):
+            if e == plan.mRowOffsets[row]:
+                segment = Int32(1)
+            else:
+                segment = scratch.mEntries[E.BROKEN, scratch.mEntries[E.OWNER, e - 1]]
+            if segment == 1 and scratch.mEntries[E.OWNER, e] == e:
+                group = Int32(1)
+    return segment, group, row
+
+
+@cute.jit
+def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
+    """Segments and groups in the order of entries.
+
+    Every CTA counts its stretch of the entries, tells the others, and waits for those before it,
+    which were started no later than itself.
+    """
+    tid, _, _ = cute.arch.thread_idx()
+    bid, _, _ = cute.arch.block_idx()
+    grid, _, _ = cute.arch.grid_dim()
+    nnz = plan.mCounts[int(Count.NNZ)]
+    stretch = cute.ceil_div(cute.ceil_div(nnz, grid), SCAN_THREADS) * SCAN_THREADS
+    begin = bid * stretch
+    segments, groups = Int32(0), Int32(0)
+    for offset in cutlass.range(0, stretch, SCAN_THREADS, unroll=1):
+        segment, group, _ = begins_segment(plan, scratch, begin + offset + tid, nnz)
+        segments, groups = segments + segment, groups + group
+    _, segments = block_scan(segments, sums)
+    _, groups = block_scan(groups, sums)
+    segments_before, groups_before = exchange_counts(plan, scratch, segments, groups, sums)
+    if bid == grid - 1 and tid == 0:
+        plan.mCounts[int(Count.SEGMENTS)] = segments_before + segments
+        plan.mCounts[int(Count.FOUND)] = groups_before + groups
+    for offset in cutlass.range(0, stretch, SCAN_THREADS, unroll=1):
+        e = begin + offset + tid
+        segment, group, row = begins_segment(plan, scratch, e, nnz)
+        s, all_segments = block_scan(segment, sums)
+        g, all_groups = block_scan(group, sums)
+        if segment == 1:
+            scratch.mSegments[S.ENTRY, segments_before + s] = e
+            scratch.mSegments[S.ROW, segments_before + s] = row
+            scratch.mSegments[S.OWNER, segments_before + s] = scratch.mEntries[E.OWNER, e]
+        if group == 1:
+            scratch.mEntries[E.GROUP, e] = groups_before + g
+            clear_group(scratch, groups_before + g)
+        if e < nnz:
+            release_page(plan, scratch, e)
+        segments_before = segments_before + all_segments
+        groups_before = groups_before + all_groups
+
+
+@cute.jit
+def exchange_counts(
+    plan: Plan, scratch: Scratch, segments: Int32, groups: Int32, sums: cute.Tensor
+):
+    """Publish this CTA's counts and add up those of all CTAs before it."""
+    tid, _, _ = cute.arch.thread_idx()
+    bid, _, _ = cute.arch.block_idx()
+    stamp = plan.mCounts[int(Count.STAMP)] + 1
+    stamps = scratch.mTiles.iterator + Tiles.STAMP * SCAN_THREADS
+    if tid == 0:
+        scratch.mTiles[Tiles.SEGMENTS, bid] = segments
+        scratch.mTiles[Tiles.GROUPS, bid] = groups
+        cute.arch.fence_acq_rel_gpu()
+        cute.arch.atomic_exch(stamps + bid, stamp, sem="release", scope="gpu")
+    segments_there, groups_there = Int32(0), Int32(0)
+    if tid < bid:
+        seen = stamp - 1
+        while seen != stamp:
+            seen = cute.arch.load(stamps + tid, Int32, sem="acquire", scope="gpu")
+        segments_there = cute.arch.load(
+            scratch.mTiles.iterator + Tiles.SEGMENTS * SCAN_THREADS + tid,
+            Int32, sem="relaxed", scope="gpu",
+        )  # fmt: skip
+        groups_there = cute.arch.load(
+            scratch.mTiles.iterator + Tiles.GROUPS * SCAN_THREADS + tid,
+            Int32, sem="relaxed", scope="gpu",
+        )  # fmt: skip
+    _, segments_before = block_scan(segments_there, sums)
+    _, groups_before = block_scan(groups_there, sums)
+    return segments_before, groups_before
+
+
+@cute.jit
+def release_page(plan: Plan, scratch: Scratch, e: Int32):
+    """Leave the slot as the next update wants it; users of a page all write the same."""
+    words = cute.make_rmem_tensor(const_expr(Slots.LINES), Int32)
+    words.fill(0)
+    words[Slots.FIRST] = Int32(UNUSED)
+    at = (scratch.mSlots.iterator + plan.mCols[e] * Slots.LINES).align(16)
+    cute.autovec_copy(words, cute.make_tensor(at, cute.make_layout(Slots.LINES)))
+
+
+@cute.jit
+def clear_group(scratch: Scratch, g: Int32):
+    """Start values of what the next step adds up."""
+    for line in cutlass.range_constexpr(G.LINES):
+        if const_expr(line in G.ZEROED):
+            scratch.mFound[line, g] = Int32(0)
+    scratch.mFound[G.LOW, g] = Int32(UNUSED)
+    scratch.mFound[G.HIGH, g] = Int32(-1)

@@ -1,0 +1,357 @@
+"""Step 6 of the plan, by one CTA: splits, the group table, members, places in the merge lists and
+in the work list. Only the lists themselves, which may be long, are left to step 7.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64
+
+from flashcore.config.planner import SCAN_THREADS, Rows, Sort
+from flashcore.config.planner import Groups as G
+from flashcore.config.planner import Segments as S
+from flashcore.kernels.planner_block import Shared, block_scan, block_sum, radix_sort
+from flashcore.kernels.planner_groups import queries_of
+from flashcore.kernels.planner_operands import Plan, Problem, Scratch
+from flashcore.planner.counters import Count, Fault
+from flashcore.planner.work import DIRECT, Group
+
+
+@cute.jit
+def row_blocks(problem: Problem, queries: Int32):
+    """Work items that the packed query rows of a group need."""
+    return (queries * problem.group_size + problem.tile_m - 1) // problem.tile_m
+
+
+@cute.jit
+def pages_per_split(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared):
+    """`split.split_tokens` in pages; 0 for no split."""
+    tid, _, _ = cute.arch.thread_idx()
+    tokens = Int64(0)
+    for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
+        blocks = row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)])
+        tokens = tokens + Int64(plan.mGroups[h, int(Group.NUM_TOKENS)]) * Int64(blocks)
+    tokens = block_sum(tokens, shared.wide) * Int64(problem.kv_heads)
+    split = Int64(0)
+    if problem.items_aimed_at > 0:
+        aimed_at, unit = Int64(problem.items_aimed_at), Int64(problem.split_unit)
+        share = (tokens + aimed_at - 1) // aimed_at
+        least = Int64(problem.min_split_tokens)
+        share = share if share > least else least
+        split = (share + unit - 1) // unit * unit // Int64(problem.page_tokens)
+    largest = Int64(2**31 - 1)
+    return (split if split < largest else largest).to(Int32)
+
+
+@cute.jit
+def cut_groups(plan: Plan, num_groups: Int32, split: Int32):
+    """Even splits of at most `split` pages."""
+    tid, _, _ = cute.arch.thread_idx()
+    for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
+        pages = plan.mGroups[h, int(Group.NUM_ENTRIES)]
+        splits = Int32(1)
+        if split > 0:
+            splits = (pages - 1) // split + 1
+        per_split = (pages + splits - 1) // splits
+        plan.mGroups[h, int(Group.SPLIT_ENTRIES)] = per_split
+        plan.mGroups[h, int(Group.NUM_SPLITS)] = (pages + per_split - 1) // per_split
+
+
+@cute.jit
+def find_company(scratch: Scratch, num_kept: Int32):
+    """Mark groups with a member whose row has other segments: their results are merged."""
+    tid, _, _ = cute.arch.thread_idx()
+    segments = scratch.mSegments
+    for k in cutlass.range(tid, num_kept, SCAN_THREADS, unroll=1):
+        row = segments[S.KEPT_ROW, k]
+        company = Int32(0)
+        if k > 0:
+            if segments[S.KEPT_ROW, k - 1] == row:
+                company = Int32(1)
+        if k + 1 < num_kept:
+            if segments[S.KEPT_ROW, k + 1] == row:
+                company = Int32(1)
+        if company == 1:
+            scratch.mFound[G.MERGED, segments[S.KEPT_GROUP, k]] = Int32(1)
+
+
+@cute.jit
+def place_groups(
+    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, longest: Int32,
+    shared: Shared,
+):  # fmt: skip
+    """First member, gathered token and partial token of each group, and its two classes of items.
+
+    Returns all gathered tokens, partial tokens and work items, in 64 bits: they may be too many.
+    """
+    tid, _, _ = cute.arch.thread_idx()
+    members_before, queries_before, partials_before = Int32(0), Int32(0), Int32(0)
+    gathered, partials, items = Int64(0), Int64(0), Int64(0)
+    for base in cutlass.range(0, num_groups, SCAN_THREADS, unroll=1):
+        h = base + tid
+        members, queries, partial, direct = Int32(0), Int32(0), Int32(0), Int32(0)
+        if h < num_groups:
+            members = plan.mMemberOffsets[h]
+            queries = plan.mGroups[h, int(Group.NUM_Q)]
+            splits = plan.mGroups[h, int(Group.NUM_SPLITS)]
+            if splits == 1 and scratch.mFound[G.MERGED, h] == 0:
+                direct = Int32(1)
+            else:
+                partial = splits * queries
+                partials = partials + Int64(splits) * Int64(queries)
+            gathered = gathered + Int64(queries)
+            blocks = Int64(row_blocks(problem, queries))
+            items = items + Int64(splits) * blocks * Int64(problem.kv_heads)
+            enter_classes(plan, scratch, problem, h, splits, longest)
+        member_begin, all_members = block_scan(members, shared.sums)
+        query_begin, all_queries = block_scan(queries, shared.sums)
+        partial_begin, all_partials = block_scan(partial, shared.sums)
+        if h < num_groups:
+            plan.mMemberOffsets[h] = members_before + member_begin
+            plan.mGroups[h, int(Group.Q_BEGIN)] = queries_before + query_begin
+            first = partials_before + partial_begin
+            plan.mGroups[h, int(Group.PARTIAL)] = first if direct == 0 else Int32(DIRECT)
+        members_before = members_before + all_members
+        queries_before = queries_before + all_queries
+        partials_before = partials_before + all_partials
+    if tid == 0:
+        plan.mMemberOffsets[num_groups] = members_before
+    gathered = block_sum(gathered, shared.wide)
+    return gathered, block_sum(partials, shared.wide), block_sum(items, shared.wide)
+
+
+@cute.jit
+def enter_classes(
+    plan: Plan, scratch: Scratch, problem: Problem, h: Int32, splits: Int32, longest: Int32
+):
+    """Two classes of work items, to be sorted longest first: class 2 h, the splits of group h but
+    the last, and class 2 h + 1, its last split. Items of a class have one length and stay together.
+    """
+    full = plan.mGroups[h, int(Group.SPLIT_ENTRIES)] * problem.page_tokens
+    last = plan.mGroups[h, int(Group.NUM_TOKENS)] - (splits - 1) * full
+    full = full if splits > 1 else last
+    scratch.mSort[Sort.KEY, 2 * h] = longest - full
+    scratch.mSort[Sort.VALUE, 2 * h] = 2 * h
+    scratch.mSort[Sort.KEY, 2 * h + 1] = longest - last
+    scratch.mSort[Sort.VALUE, 2 * h + 1] = 2 * h + 1
+
+
+@cute.jit
+def longest_run(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared):
+    """No split has more tokens than this."""
+    tid, _, _ = cute.arch.thread_idx()
+    if tid == 0:
+        shared.bins[0] = Int32(0)
+    cute.arch.sync_threads()
+    for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
+        tokens = plan.mGroups[h, int(Group.SPLIT_ENTRIES)] * problem.page_tokens
+        cute.arch.atomic_max(shared.bins.iterator, tokens, sem="relaxed", scope="cta")
+    cute.arch.sync_threads()
+    longest = shared.bins[0]
+    cute.arch.sync_threads()
+    return longest
+
+
+@cute.jit
+def place_classes(
+    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, longest: Int32,
+    shared: Shared,
+):  # fmt: skip
+    """Sort the classes; first work item of each. Returns the buffer they are in."""
+    tid, _, _ = cute.arch.thread_idx()
+    buffer = radix_sort(scratch.mSort, 2 * num_groups, longest, shared)
+    items_before = Int32(0)
+    for base in cutlass.range(0, 2 * num_groups, SCAN_THREADS, unroll=1):
+        i = base + tid
+        items = Int32(0)
+        if i < 2 * num_groups:
+            which = scratch.mSort[2 * buffer + Sort.VALUE, i]
+            h = which >> 1
+            splits = plan.mGroups[h, int(Group.NUM_SPLITS)]
+            blocks = row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)])
+            items = (Int32(1) if (which & 1) == 1 else splits - 1) * blocks * problem.kv_heads
+        begin, all_items = block_scan(items, shared.sums)
+        if i < 2 * num_groups:
+            scratch.mSort[Sort.ITEM_BEGIN, i] = items_before + begin
+        items_before = items_before + all_items
+    cute.arch.sync_threads()
+    return buffer
+
+
+@cute.jit
+def place_members(plan: Plan, scratch: Scratch, num_kept: Int32, num_groups: Int32, shared: Shared):
+    """Members in the order of groups, within a group in that of segments; their first gathered
+    tokens."""
+    tid, _, _ = cute.arch.thread_idx()
+    segments = scratch.mSegments
+    for k in cutlass.range(tid, num_kept, SCAN_THREADS, unroll=1):
+        scratch.mSort[Sort.KEY, k] = segments[S.KEPT_GROUP, k]
+        scratch.mSort[Sort.VALUE, k] = k
+    cute.arch.sync_threads()
+    largest = num_groups - 1 if num_groups > 0 else Int32(0)
+    buffer = radix_sort(scratch.mSort, num_kept, largest, shared)
+    queries_before = Int32(0)
+    for base in cutlass.range(0, num_kept, SCAN_THREADS, unroll=1):
+        i = base + tid
+        k, row, queries = Int32(0), Int32(0), Int32(0)
+        if i < num_kept:
+            k = scratch.mSort[2 * buffer + Sort.VALUE, i]
+            row = segments[S.KEPT_ROW, k]
+            queries = queries_of(plan, row)
+        begin, all_queries = block_scan(queries, shared.sums)
+        if i < num_kept:
+            segments[S.Q_BEGIN, k] = queries_before + begin
+            segments[S.MEMBER_BEGIN, i] = queries_before + begin
+            plan.mMemberRows[i] = row
+            plan.mMemberStarts[i] = segments[S.KEPT_START, k]
+        queries_before = queries_before + all_queries
+    cute.arch.sync_threads()
+
+
+@cute.jit
+def place_splits(plan: Plan, scratch: Scratch, num_kept: Int32, shared: Shared):
+    """Splits before each segment, and the stretch of segments of each row.
+
+    Returns the elements of all merge lists, in 64 bits.
+    """
+    tid, _, _ = cute.arch.thread_idx()
+    segments, rows = scratch.mSegments, scratch.mRows
+    splits_before, elements = Int32(0), Int64(0)
+    for base in cutlass.range(0, num_kept, SCAN_THREADS, unroll=1):
+        k = base + tid
+        splits, row = Int32(0), Int32(0)
+        if k < num_kept:
+            row = segments[S.KEPT_ROW, k]
+            splits = plan.mGroups[segments[S.KEPT_GROUP, k], int(Group.NUM_SPLITS)]
+            elements = elements + Int64(splits) * Int64(queries_of(plan, row))
+            before, after = Int32(-1), Int32(-1)
+            if k > 0:
+                before = segments[S.KEPT_ROW, k - 1]
+            if k + 1 < num_kept:
+                after = segments[S.KEPT_ROW, k + 1]
+            if before != row:
+                rows[Rows.FIRST_SEGMENT, row] = k
+            if after != row:
+                rows[Rows.END_SEGMENT, row] = k + 1
+        begin, all_splits = block_scan(splits, shared.sums)
+        if k < num_kept:
+            segments[S.SPLITS_BEFORE, k] = splits_before + begin
+        splits_before = splits_before + all_splits
+    elements = block_sum(elements, shared.wide)
+    return splits_before, elements
+
+
+@cute.jit
+def place_lists(
+    plan: Plan, scratch: Scratch, batch: Int32, num_kept: Int32, num_splits: Int32, failed: Int32,
+    shared: Shared,
+):  # fmt: skip
+    """Length of each sequence's merge lists and where they begin; sequences with a fault get lists
+    of one element. Returns the elements of all lists; leaves the longest query in bins[0] and all
+    faults in bins[1]."""
+    tid, _, _ = cute.arch.thread_idx()
+    rows = scratch.mRows
+    elements_before, longest, faults = Int32(0), Int32(0), Int32(0)
+    if tid < 2:
+        shared.bins[tid] = Int32(0)
+    cute.arch.sync_threads()
+    for base in cutlass.range(0, batch, SCAN_THREADS, unroll=1):
+        b = base + tid
+        elements, length = Int32(0), Int32(0)
+        if b < batch:
+            queries = queries_of(plan, b)
+            longest = longest if longest > queries else queries
+            fault = close_row(plan, scratch, b, queries, failed)
+            faults = faults | fault
+            first, end = rows[Rows.FIRST_SEGMENT, b], rows[Rows.END_SEGMENT, b]
+            if fault != 0:
+                length = Int32(1)
+            elif end > first:
+                after = num_splits
+                if end < num_kept:
+                    after = scratch.mSegments[S.SPLITS_BEFORE, end]
+                length = after - scratch.mSegments[S.SPLITS_BEFORE, first]
+            elements = length * queries
+        begin, all_elements = block_scan(elements, shared.sums)
+        if b < batch:
+            rows[Rows.LIST_LENGTH, b] = length
+            rows[Rows.MERGE_BEGIN, b] = elements_before + begin
+        elements_before = elements_before + all_elements
+    cute.arch.atomic_max(shared.bins.iterator, longest, sem="relaxed", scope="cta")
+    cute.arch.atomic_or(shared.bins.iterator + 1, faults, sem="relaxed", scope="cta")
+    cute.arch.sync_threads()
+    return elements_before
+
+
+@cute.jit
+def close_row(plan: Plan, scratch: Scratch, b: Int32, queries: Int32, failed: Int32):
+    """Write what is wrong with a sequence, and leave PAGE_FAULT as the next update wants it."""
+    rows = scratch.mRows
+    fault = rows[Rows.FAULTS, b]
+    if rows[Rows.PAGE_FAULT, b] != 0:
+        fault = fault | int(Fault.PAGE)
+        rows[Rows.PAGE_FAULT, b] = Int32(0)
+    if failed != 0 and queries > 0:
+        fault = fault | int(Fault.PLAN)
+    if fault != 0:
+        plan.mKvLens[b] = Int32(0)
+    plan.mBad[b] = fault
+    return fault
+
+
+@cute.jit
+def bad_queries(plan: Plan, scratch: Scratch, batch: Int32, shared: Shared):
+    """Query tokens of sequences with a fault; also no row has segments yet."""
+    tid, _, _ = cute.arch.thread_idx()
+    rows = scratch.mRows
+    total = Int64(0)
+    for b in cutlass.range(tid, batch, SCAN_THREADS, unroll=1):
+        rows[Rows.FIRST_SEGMENT, b] = Int32(0)
+        rows[Rows.END_SEGMENT, b] = Int32(0)
+        if rows[Rows.FAULTS, b] + rows[Rows.PAGE_FAULT, b] != 0:
+            total = total + Int64(queries_of(plan, b))
+    return block_sum(total, shared.wide)
+
+
+@cute.jit
+def finish(
+    plan: Plan, scratch: Scratch, problem: Problem, batch: Int32, num_groups: Int32,
+    num_kept: Int32, shared: Shared,
+):  # fmt: skip
+    """All of this step, and the counts."""
+    tid, _, _ = cute.arch.thread_idx()
+    split = pages_per_split(plan, problem, num_groups, shared)
+    cut_groups(plan, num_groups, split)
+    find_company(scratch, num_kept)
+    cute.arch.sync_threads()
+    longest = longest_run(plan, problem, num_groups, shared)
+    place_members(plan, scratch, num_kept, num_groups, shared)
+    gathered, partials, items = place_groups(plan, scratch, problem, num_groups, longest, shared)
+    cute.arch.sync_threads()
+    buffer = place_classes(plan, scratch, problem, num_groups, longest, shared)
+    elements = bad_queries(plan, scratch, batch, shared)
+    num_splits, listed = place_splits(plan, scratch, num_kept, shared)
+    elements = elements + listed
+    failed = Int32(0)
+    if gathered > Int64(plan.mQTokens.shape[0]) or items > Int64(plan.mWork.shape[0]):
+        failed = Int32(1)
+    # The merge lists hold max_q elements more than there may be partial tokens.
+    room = Int64(plan.mMerge.shape[0])
+    if elements > room or partials > room - Int64(plan.mQIndex.shape[0]):
+        failed = Int32(1)
+    merge = place_lists(plan, scratch, batch, num_kept, num_splits, failed, shared)
+    if tid == 0:
+        kept = Int64(1 - failed)
+        counts = plan.mCounts
+        counts[int(Count.TOTAL_Q)] = plan.mQOffsets[batch]
+        counts[int(Count.GROUPS)] = num_groups
+        counts[int(Count.MEMBERS)] = num_kept
+        counts[int(Count.GATHERED)] = (gathered * kept).to(Int32)
+        counts[int(Count.ITEMS)] = (items * kept).to(Int32)
+        counts[int(Count.PARTIALS)] = (partials * kept).to(Int32)
+        counts[int(Count.MERGE)] = merge
+        counts[int(Count.MAX_Q_LEN)] = shared.bins[0]
+        counts[int(Count.FAULTS)] = shared.bins[1]
+        counts[int(Count.CLASSES)] = buffer
+        counts[int(Count.STAMP)] = counts[int(Count.STAMP)] + 1

@@ -1,0 +1,43 @@
+"""What a plan made on the device says of itself, in one int32 tensor. Needs neither torch nor DSL.
+
+Kernels read it instead of tensor shapes, which are capacities there.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+
+INVALID = -2
+"""In place of a partial token: the only element of the merge list of a query token whose sequence
+could not be planned. Its result is NaN."""
+
+
+class Count(IntEnum):
+    """Elements of DevicePlan.counts."""
+
+    NNZ = 0  # entries of the layout
+    TOTAL_Q = 1  # query tokens
+    GROUPS = 2
+    MEMBERS = 3
+    GATHERED = 4  # gathered query tokens
+    ITEMS = 5  # work items
+    PARTIALS = 6  # partial tokens
+    MERGE = 7  # elements of the merge lists
+    FOUND = 8  # groups before folding: rows of `decisions`
+    MAX_Q_LEN = 9
+    FAULTS = 10  # `Fault` of any sequence
+    SEGMENTS = 11  # before folding; scratch of the planner
+    CLASSES = 12  # buffer that holds the sorted classes of work items; scratch of the planner
+    STAMP = 13  # updates finished
+    SIZE = 16
+
+
+class Fault(IntFlag):
+    """Why a sequence could not be planned; bits of DevicePlan.bad and of Count.FAULTS."""
+
+    LENGTH = 1  # a length below 0, or beyond the page table
+    QUERY_LENGTH = 2  # a query length below 0
+    PAGE = 4  # a page id out of range
+    ENTRIES = 8  # more pages than max_entries, counting from the first sequence
+    QUERIES = 16  # more query tokens than max_q, counting from the first sequence
+    PLAN = 32  # gathered tokens, work items or partial tokens exceed their capacity

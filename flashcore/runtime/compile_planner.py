@@ -1,0 +1,112 @@
+"""Compile function of the planner's kernels: config in, compiled function out, no tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashcore.config.planner import PlannerConfig, Slots, illegal_reason
+from flashcore.planner.counters import Count
+from flashcore.planner.work import FIELDS
+from flashcore.runtime.compile import COMPILE_OPTIONS
+
+
+def compile_planner(config: PlannerConfig, options: str = "") -> Any:
+    """Compile the planner for `config`; the result exports with `export_to_c`.
+
+    Call arguments, in order: page_table, seq_lens, q_lens, then the fields of
+    `kernels.planner_operands` `Plan`, `Scratch` and `Problem` as three tuples, and the number of
+    multiprocessors. The stream is the caller's current one.
+    """
+    reason = illegal_reason(config)
+    if reason is not None:
+        raise ValueError(reason)
+
+    import cutlass.cute as cute
+    from cutlass import Int32
+    from cutlass.cute.runtime import make_fake_stream
+
+    from flashcore.kernels.planner import Planner
+    from flashcore.kernels.planner_operands import Problem
+
+    batch = cute.sym_int()
+    return cute.compile(
+        Planner(config),
+        _matrix(batch, cute.sym_int(), align=4),
+        _vector(batch),
+        _vector(batch),
+        _plan(),
+        _scratch(),
+        Problem(*(Int32(1) for _ in Problem._fields)),
+        Int32(1),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+        options=f"{COMPILE_OPTIONS} {options}".strip(),
+    )
+
+
+def _plan() -> Any:
+    import cutlass.cute as cute
+
+    from flashcore.kernels.planner_operands import Plan
+
+    entries, gathered, items = cute.sym_int(), cute.sym_int(), cute.sym_int()
+    return Plan(
+        mCounts=_vector(int(Count.SIZE)),
+        mBad=_vector(cute.sym_int()),
+        mRowOffsets=_vector(cute.sym_int()),
+        mKvLens=_vector(cute.sym_int()),
+        mQOffsets=_vector(cute.sym_int()),
+        mCols=_vector(entries),
+        mTokenCounts=_vector(entries),
+        mGroups=_table(entries, FIELDS),
+        mMemberOffsets=_vector(cute.sym_int()),
+        mMemberRows=_vector(entries),
+        mMemberStarts=_vector(entries),
+        mDecisions=_table(entries, 4),
+        mQTokens=_vector(gathered),
+        mQPositions=_vector(gathered),
+        mQIndex=_vector(cute.sym_int()),
+        mWork=_table(items, FIELDS),
+        mMergeOffsets=_vector(cute.sym_int()),
+        mMerge=_vector(cute.sym_int()),
+    )
+
+
+def _scratch() -> Any:
+    import cutlass.cute as cute
+
+    from flashcore.config import planner as lines
+    from flashcore.kernels.planner_operands import Scratch
+
+    entries = cute.sym_int()
+    return Scratch(
+        mSlots=_table(cute.sym_int(), Slots.LINES),
+        mEntries=_matrix(lines.Entries.LINES, entries),
+        mSegments=_matrix(lines.Segments.LINES, entries),
+        mFound=_matrix(lines.Groups.LINES, entries),
+        mRows=_matrix(lines.Rows.LINES, cute.sym_int()),
+        mSort=_matrix(lines.Sort.LINES, cute.sym_int()),
+        mTiles=_matrix(lines.Tiles.LINES, lines.SCAN_THREADS),
+    )
+
+
+def _vector(extent: Any) -> Any:
+    from cutlass import Int32
+    from cutlass.cute.runtime import make_fake_tensor
+
+    return make_fake_tensor(Int32, (extent,), (1,), assumed_align=4)
+
+
+def _table(rows: Any, columns: int) -> Any:
+    """Rows that are read in 16-byte loads."""
+    from cutlass import Int32
+    from cutlass.cute.runtime import make_fake_tensor
+
+    return make_fake_tensor(Int32, (rows, columns), (columns, 1), assumed_align=16)
+
+
+def _matrix(rows: Any, columns: Any, align: int = 16) -> Any:
+    import cutlass.cute as cute
+    from cutlass import Int32
+    from cutlass.cute.runtime import make_fake_tensor
+
+    return make_fake_tensor(Int32, (rows, columns), (cute.sym_int64(), 1), assumed_align=align)

@@ -1,0 +1,176 @@
+"""The planner's kernels on a Hopper GPU against `flashcore.plan`, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from flashcore.planner.counters import Count, Fault
+from flashcore.planner.device import Capacities, DevicePlanner
+from flashcore.runtime import launch
+from tests.cases import ABSURD_PAGE, Batch, prefix_tree
+from tests.device_plan_cases import (
+    assert_same_plan,
+    inputs,
+    plan_without,
+    planner_for,
+    short_splits,
+)
+
+pytestmark = pytest.mark.skipif(
+    not launch.available("cuda")[0], reason=f"no Hopper GPU: {launch.available('cuda')[1]}"
+)
+
+ROWS = 64
+COLUMNS = 40
+PAGE_TOKENS = 16
+CAPACITIES = Capacities(max_batch=ROWS, max_entries=ROWS * COLUMNS, max_q=256)
+
+
+def random_batch(seed: int, rows: int = ROWS, columns: int = COLUMNS) -> Batch:
+    """Prefix trees over few pages (repeats, accidental sharing) or many; zero lengths occur."""
+    rng = np.random.default_rng(seed)
+    rows = int(rng.integers(0, rows + 1))
+    num_pages = int(rng.choice([3, 60, 4000]))
+    longest = int(rng.integers(1, columns + 1)) * PAGE_TOKENS
+    kv_lens = [int(rng.integers(0, longest + 1)) for _ in range(rows)]
+    table = prefix_tree(rng, rows, columns, num_pages, [n // PAGE_TOKENS for n in kv_lens])
+    for row, length in enumerate(kv_lens):
+        table[row, -(-length // PAGE_TOKENS) :] = ABSURD_PAGE
+    q_lens = [int(rng.integers(0, rng.choice([2, 5]))) for _ in range(rows)]
+    return Batch(
+        torch.from_numpy(table).reshape(rows, columns).int(),
+        kv_lens,
+        q_lens,
+        PAGE_TOKENS,
+        4000,
+        *((8, 2) if seed % 2 else (6, 1)),
+        head_dim=64,
+        seed=seed,
+    )
+
+
+def padded(batch: Batch, rows: int) -> Batch:
+    """The same batch with idle sequences at its end, as a captured graph has them."""
+    missing = rows - len(batch.kv_lens)
+    table = torch.full((missing, batch.page_table.shape[1]), ABSURD_PAGE, dtype=torch.int32)
+    idle = [0] * missing
+    return Batch(
+        torch.cat([batch.page_table, table]),
+        batch.kv_lens + idle,
+        batch.q_lens + idle,
+        batch.page_tokens,
+        batch.num_pages,
+        batch.num_q_heads,
+        batch.num_kv_heads,
+        batch.head_dim,
+    )
+
+
+def captured(
+    planner: DevicePlanner, table: torch.Tensor, *lens: torch.Tensor
+) -> Callable[[], None]:
+    """An update of these tensors as a graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        planner.update(table, *lens)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        planner.update(table, *lens)
+    return graph.replay
+
+
+@pytest.mark.parametrize("workers", [0, 40, 400])
+@pytest.mark.parametrize("fold", [True, False])
+def test_same_plan(workers: int, fold: bool) -> None:
+    for seed in range(12):
+        batch = random_batch(seed)
+        options = {"num_workers": workers, "fold": fold, "tile_m": 64}
+        with short_splits():
+            planner = planner_for(batch, CAPACITIES, "cuda", **options)
+            planner.update(*inputs(batch, "cuda"))
+            found = planner.trimmed(len(batch.kv_lens)).to("cpu")
+            assert_same_plan(found, batch._plan(**options))
+        assert planner.plan.faults() == Fault(0)
+
+
+def test_replayed_with_other_contents() -> None:
+    """One graph, other tables, lengths and sharing at each replay; again and again the same."""
+    odd = [padded(random_batch(seed), ROWS) for seed in range(1, 60, 2)]
+    with short_splits():
+        planner = planner_for(odd[0], CAPACITIES, "cuda", num_workers=40)
+        buffers = inputs(odd[0], "cuda")
+        replay = captured(planner, *buffers)
+        for _ in range(2):
+            for batch in odd:
+                for buffer, value in zip(buffers, inputs(batch, "cpu"), strict=True):
+                    buffer.copy_(value)
+                replay()
+                assert_same_plan(
+                    planner.trimmed(ROWS).to("cpu"), batch._plan(num_workers=40, tile_m=64)
+                )
+
+
+# 64 x 1024 entries: several tiles in every scan and sort, splits as in earnest.
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_large_batches(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, columns, num_pages = 64, 1024, 70_000
+    kv_lens = [int(n) for n in rng.integers(1, columns * PAGE_TOKENS + 1, rows)]
+    full = [n // PAGE_TOKENS for n in kv_lens]
+    table = prefix_tree(rng, rows, columns, num_pages, full)
+    if seed == 2:  # chance meetings everywhere: thousands of short segments
+        table = rng.integers(0, 30_000, (rows, columns))
+    q_lens = [1] * rows
+    batch = Batch(
+        torch.from_numpy(table).int(), kv_lens, q_lens, PAGE_TOKENS, num_pages, 32, 8, 128
+    )
+    planner = planner_for(batch, Capacities(rows, rows * columns, 64), "cuda", num_workers=132)
+    expected = batch._plan(num_workers=132, tile_m=64)
+    for _ in range(3):
+        planner.update(*inputs(batch, "cuda"))
+        assert_same_plan(planner.trimmed(rows).to("cpu"), expected)
+
+
+def test_faults_concern_their_sequences_alone() -> None:
+    for seed in range(1, 30, 2):
+        batch = random_batch(seed)
+        rng = np.random.default_rng(seed)
+        bad = [b for b, n in enumerate(batch.kv_lens) if n and rng.random() < 0.2]
+        damaged = batch.page_table.clone()
+        for b in bad:
+            column = rng.integers(0, -(-batch.kv_lens[b] // PAGE_TOKENS))
+            damaged[b, column] = int(rng.choice([-1, batch.num_pages, 2**31 - 1]))
+        with short_splits():
+            planner = planner_for(batch, CAPACITIES, "cuda", num_workers=40)
+            table, *lens = inputs(batch, "cuda")
+            planner.update(damaged.cuda(), *lens)
+            found = planner.trimmed(len(batch.kv_lens))
+            for name, value in plan_without(batch, bad, bad, num_workers=40, tile_m=64).items():
+                assert getattr(found, name).tolist() == value.tolist(), name
+            assert planner.plan.faults() == (Fault.PAGE if bad else Fault(0))
+            assert torch.nonzero(planner.plan.bad).flatten().tolist() == bad
+            planner.update(table, *lens)
+            assert_same_plan(
+                planner.trimmed(len(batch.kv_lens)).to("cpu"),
+                batch._plan(num_workers=40, tile_m=64),
+            )
+
+
+def test_capacities() -> None:
+    batch = padded(random_batch(5), ROWS)
+    planner = planner_for(batch, Capacities(ROWS, 100, 20, 500, 1000), "cuda")
+    planner.update(*inputs(batch, "cuda"))
+    pages = np.cumsum([-(-n // PAGE_TOKENS) for n in batch.kv_lens])
+    faults = np.where((pages > 100) & (np.array(batch.kv_lens) > 0), Fault.ENTRIES, 0)
+    queries = np.cumsum(batch.q_lens)
+    faults |= np.where((queries > 20) & (np.array(batch.q_lens) > 0), Fault.QUERIES, 0)
+    assert planner.plan.bad.tolist() == faults.tolist()
+    too_small = planner_for(batch, Capacities(ROWS, 4000, 256, 7, 7, 7), "cuda")
+    too_small.update(*inputs(batch, "cuda"))
+    assert too_small.plan.faults() == Fault.PLAN
+    assert int(too_small.plan.counts[Count.ITEMS]) == 0

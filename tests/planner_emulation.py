@@ -1,0 +1,485 @@
+"""The planner's kernels step by step in numpy, on the buffers of a `DevicePlanner` on the CPU.
+
+The same steps, loops and scratch as flashcore/kernels/planner_*.py; what is parallel there is done
+here in an order drawn at random, so that a result that depends on the order shows. Scratch is
+poisoned between updates where the kernels may not rely on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from flashcore.config.planner import UNUSED, Reason, Rows, Slots, State
+from flashcore.config.planner import Entries as E
+from flashcore.config.planner import Groups as G
+from flashcore.config.planner import Segments as S
+from flashcore.planner.counters import INVALID, Count, Fault
+from flashcore.planner.device import DevicePlanner
+from flashcore.planner.work import DIRECT, FIELDS, Group, Work
+
+POISON = -123_456_789
+
+
+def last_at_most(values: np.ndarray, low: int, high: int, x: int) -> int:
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if values[middle] <= x:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+class Emulation:
+    """Stands in for the launch of the kernels."""
+
+    def __init__(self, planner: DevicePlanner, seed: int = 0):
+        self.c = planner.capacities
+        self.p = {name: tensor.numpy() for name, tensor in vars(planner.plan).items()}
+        slots, entries, segments, found, rows, _, _ = (t.numpy() for t in planner._scratch)
+        self.slots, self.entries, self.segs, self.found = slots, entries, segments, found
+        self.rows = rows
+        (
+            self.page_tokens, self.num_pages, self.kv_heads, self.group_size, self.tile_m,
+            self.kv_token, self.partial_token, self.fold, self.aimed_at, self.least, self.unit,
+        ) = planner._problem  # fmt: skip
+        self.rng = np.random.default_rng(seed)
+
+    def any_order(self, n: int) -> Iterator[int]:
+        yield from self.rng.permutation(n).tolist()
+
+    def update(self, table: torch.Tensor, seq_lens: torch.Tensor, q_lens: torch.Tensor) -> None:
+        self.entries[:], self.segs[:], self.found[:] = POISON, POISON, POISON
+        self.rows[Rows.FAULTS], self.rows[Rows.PAGE_FAULT + 1 :] = POISON, POISON
+        self.batch = table.shape[0]
+        self.layout(table.numpy(), seq_lens.numpy(), q_lens.numpy())
+        self.claim()
+        self.link()
+        self.number_segments()
+        self.find_groups()
+        self.finish()
+        self.emit()
+
+    def queries_of(self, row: int) -> int:
+        return int(self.p["q_offsets"][row + 1] - self.p["q_offsets"][row])
+
+    def active(self, row: int) -> bool:
+        faults = self.rows[Rows.FAULTS, row] + self.rows[Rows.PAGE_FAULT, row]
+        return self.queries_of(row) > 0 and faults == 0
+
+    # Step 1
+
+    def layout(self, table: np.ndarray, seq_lens: np.ndarray, q_lens: np.ndarray) -> None:
+        p, c = self.p, self.c
+        ends, queries = [0], 0
+        p["q_offsets"][0] = p["row_offsets"][0] = 0
+        for b in range(self.batch):
+            length, q, faults = int(seq_lens[b]), int(q_lens[b]), 0
+            pages = (length - 1) // self.page_tokens + 1 if length > 0 else 0
+            if length < 0 or pages > table.shape[1]:
+                pages, faults = 0, faults | Fault.LENGTH
+            if q < 0:
+                q, faults = 0, faults | Fault.QUERY_LENGTH
+            q = min(q, c.max_q + 1)
+            ends.append(ends[-1] + pages)
+            queries += q
+            if pages and ends[-1] > c.max_entries:
+                faults |= Fault.ENTRIES
+            if q and queries > c.max_q:
+                faults |= Fault.QUERIES
+            p["q_offsets"][b + 1] = min(queries, c.max_q)
+            p["kv_lens"][b] = 0 if faults else length
+            self.rows[Rows.FAULTS, b] = faults
+        nnz = max(end for end in ends if end <= c.max_entries)
+        for b in range(self.batch):
+            p["row_offsets"][b + 1] = min(ends[b + 1], nnz)
+        p["counts"][Count.NNZ] = nnz
+        for e in self.any_order(nnz):
+            row = last_at_most(np.array(ends), 0, self.batch, e)
+            column = e - ends[row]
+            page = int(table[row, column])
+            if not 0 <= page < self.num_pages:
+                page = 0
+                self.rows[Rows.PAGE_FAULT, row] = 1
+            p["cols"][e] = page
+            left = int(seq_lens[row]) - column * self.page_tokens
+            p["token_counts"][e] = min(left, self.page_tokens)
+            self.entries[E.ROW, e] = row
+
+    # Steps 2 to 4
+
+    def claim(self) -> None:
+        for e in self.any_order(int(self.p["counts"][Count.NNZ])):
+            self.entries[E.BROKEN, e] = 0
+            if self.active(self.entries[E.ROW, e]):
+                slot = self.slots[self.p["cols"][e]]
+                tokens = self.p["token_counts"][e]
+                slot[Slots.FIRST] = min(slot[Slots.FIRST], e)
+                slot[Slots.USES] += 1
+                if tokens < self.page_tokens:
+                    slot[Slots.PARTIAL_TOKENS] += tokens
+                    slot[Slots.LONGEST_PARTIAL] = max(slot[Slots.LONGEST_PARTIAL], tokens)
+
+    def owner_and_uses(self, e: int) -> tuple[int, int]:
+        first, uses, partial, longest = self.slots[self.p["cols"][e]].tolist()
+        if partial != 0 and partial != uses * longest:
+            return e, 1
+        return first, uses
+
+    def link(self) -> None:
+        p = self.p
+        for e in self.any_order(int(p["counts"][Count.NNZ])):
+            row = self.entries[E.ROW, e]
+            if not self.active(row):
+                continue
+            owner, uses = self.owner_and_uses(e)
+            linked = False
+            if e + 1 < p["row_offsets"][row + 1]:
+                next_owner, next_uses = self.owner_and_uses(e + 1)
+                full = p["token_counts"][e] == self.page_tokens
+                linked = full and next_uses == uses and next_owner == owner + 1
+            self.entries[E.OWNER, e] = owner
+            if not linked:
+                self.entries[E.BROKEN, owner] = 1
+
+    def number_segments(self) -> None:
+        p, segments, groups = self.p, 0, 0
+        for e in range(int(p["counts"][Count.NNZ])):
+            row = self.entries[E.ROW, e]
+            if self.active(row):
+                begins = e == p["row_offsets"][row]
+                if begins or self.entries[E.BROKEN, self.entries[E.OWNER, e - 1]] == 1:
+                    owner = self.entries[E.OWNER, e]
+                    self.segs[[S.ENTRY, S.ROW, S.OWNER], segments] = e, row, owner
+                    segments += 1
+                    if owner == e:
+                        self.entries[E.GROUP, e] = groups
+                        self.found[list(G.ZEROED), groups] = 0
+                        self.found[G.LOW, groups], self.found[G.HIGH, groups] = UNUSED, -1
+                        groups += 1
+            self.slots[p["cols"][e]] = UNUSED, 0, 0, 0
+        p["counts"][[Count.SEGMENTS, Count.FOUND]] = segments, groups
+
+    # Step 5
+
+    def find_groups(self) -> None:
+        n, found = int(self.p["counts"][Count.SEGMENTS]), self.found
+        num_found = int(self.p["counts"][Count.FOUND])
+        for s in self.any_order(n):
+            self.collect(s, n)
+        for g in self.any_order(num_found):
+            low = found[G.LOW, g]
+            found[G.PARENT, g] = low if low == found[G.HIGH, g] else -1
+            if found[G.PARENT, g] >= 0:
+                found[G.CHILDREN, found[G.PARENT, g]] += 1
+        for s in self.any_order(max(n - 1, 0)):
+            if self.segs[S.ROW, s] == self.segs[S.ROW, s + 1]:
+                g = self.segs[S.GROUP, s]
+                if found[G.PARENT, self.segs[S.GROUP, s + 1]] != g:
+                    found[G.STRAYS, g] = 1
+        for g in self.any_order(num_found):
+            self.judge(g)
+        if self.fold:
+            self.fold_groups(num_found)
+        self.keep(num_found, n)
+
+    def collect(self, s: int, n: int) -> None:
+        p, segs, found = self.p, self.segs, self.found
+        entry, row, owner = segs[[S.ENTRY, S.ROW, S.OWNER], s]
+        g = self.entries[E.GROUP, owner]
+        end, last = p["row_offsets"][row + 1], True
+        if s + 1 < n and segs[S.ROW, s + 1] == row:
+            end, last = segs[S.ENTRY, s + 1], False
+        before = -1
+        if s > 0 and segs[S.ROW, s - 1] == row:
+            before = self.entries[E.GROUP, segs[S.OWNER, s - 1]]
+        segs[S.GROUP, s] = g
+        found[G.MEMBERS, g] += 1
+        found[G.QUERIES, g] += self.queries_of(row)
+        found[G.LOW, g] = min(found[G.LOW, g], before)
+        found[G.HIGH, g] = max(found[G.HIGH, g], before)
+        if last:
+            found[G.ENDS, g] = 1
+        if owner == entry:
+            found[G.ENTRIES, g] = end - entry
+            tokens = (end - 1 - entry) * self.page_tokens + p["token_counts"][end - 1]
+            found[G.TOKENS, g] = tokens
+
+    def pays(self, children: int, tokens: int, queries: int) -> bool:
+        return (int(children) - 1) * int(tokens) * self.kv_token <= int(
+            queries
+        ) * self.partial_token
+
+    def judge(self, g: int) -> None:
+        found = self.found
+        members, tokens, children = found[[G.MEMBERS, G.TOKENS, G.CHILDREN], g]
+        state, reason = State.KEPT, Reason.PRIVATE
+        if members > 1:
+            reason = Reason.KEPT if self.fold else Reason.KEPT_ALL
+            if self.fold and self.pays(children, tokens, found[G.QUERIES, g]):
+                state = State.UNDECIDED
+                if found[G.STRAYS, g]:
+                    state, reason = State.KEPT, Reason.KEPT_BRANCHING
+                if found[G.ENDS, g]:
+                    state, reason = State.KEPT, Reason.KEPT_LAST
+                if tokens != found[G.ENTRIES, g] * self.page_tokens:
+                    state, reason = State.KEPT, Reason.KEPT_PARTIAL_PAGE
+        found[G.STATE, g] = state
+        self.p["decisions"][g] = tokens, members, children, reason
+
+    def fold_groups(self, num_found: int, threads: int = 4) -> None:
+        """In tiles, as the kernel does it; small ones, so that there are several."""
+        found = self.found
+        for base in range(0, num_found, threads):
+            waiting = set(range(base, min(base + threads, num_found)))
+            while waiting:
+                seen = {}
+                for g in waiting:
+                    parent = int(found[G.PARENT, g])
+                    above = int(found[G.STATE, parent]) if parent >= 0 else State.KEPT
+                    seen[g] = parent, above
+                for g, (parent, above) in seen.items():
+                    if above != State.UNDECIDED:
+                        self.decide(g, parent, above)
+                        waiting.remove(g)
+
+    def decide(self, g: int, parent: int, above: int) -> None:
+        found = self.found
+        extra = 0
+        if above == State.FOLDED:
+            extra = found[G.TOKENS, parent] + found[G.EXTRA_TOKENS, parent]
+            found[G.EXTRA_TOKENS, g] = extra
+            found[G.EXTRA_ENTRIES, g] = found[G.ENTRIES, parent] + found[G.EXTRA_ENTRIES, parent]
+        if found[G.STATE, g] == State.UNDECIDED:
+            tokens = found[G.TOKENS, g] + extra
+            found[G.STATE, g] = State.KEPT
+            if self.pays(found[G.CHILDREN, g], tokens, found[G.QUERIES, g]):
+                found[G.STATE, g] = State.FOLDED
+                self.p["decisions"][g, 3] = Reason.FOLDED
+
+    def keep(self, num_found: int, n: int) -> None:
+        p, segs, found = self.p, self.segs, self.found
+        self.groups = 0
+        for g in range(num_found):
+            folded = found[G.STATE, g] == State.FOLDED
+            found[G.NUMBER, g] = -1 if folded else self.groups
+            self.groups += not folded
+        self.kept = 0
+        for s in range(n):
+            g = segs[S.GROUP, s]
+            h = found[G.NUMBER, g]
+            if h < 0:
+                continue
+            entry, row = segs[[S.ENTRY, S.ROW], s]
+            start = (entry - p["row_offsets"][row]) * self.page_tokens
+            start -= found[G.EXTRA_TOKENS, g]
+            segs[[S.KEPT_ROW, S.KEPT_GROUP, S.KEPT_START], self.kept] = row, h, start
+            self.kept += 1
+            if segs[S.OWNER, s] == entry:
+                extra = found[G.EXTRA_ENTRIES, g]
+                table = p["groups"][h]
+                table[Group.ENTRY] = entry - extra
+                table[Group.NUM_ENTRIES] = found[G.ENTRIES, g] + extra
+                table[Group.NUM_TOKENS] = found[G.TOKENS, g] + found[G.EXTRA_TOKENS, g]
+                table[Group.NUM_Q] = found[G.QUERIES, g]
+                p["member_offsets"][h] = found[G.MEMBERS, g]
+
+    # Step 6
+
+    def blocks(self, queries: int) -> int:
+        return (int(queries) * self.group_size + self.tile_m - 1) // self.tile_m
+
+    def finish(self) -> None:
+        p, counts = self.p, self.p["counts"]
+        self.cut()
+        self.place_members()
+        gathered, partials, items = self.place_groups()
+        self.place_classes()
+        bad = [b for b in range(self.batch) if self.rows[[0, 1], b].any()]
+        elements = sum(self.queries_of(b) for b in bad) + self.place_splits()
+        room = len(p["merge_partials"])
+        failed = gathered > len(p["q_tokens"]) or items > len(p["work"])
+        failed = failed or elements > room or partials > room - len(p["q_index"])
+        self.place_lists(failed)
+        counts[Count.TOTAL_Q] = p["q_offsets"][self.batch]
+        counts[Count.GROUPS], counts[Count.MEMBERS] = self.groups, self.kept
+        counts[Count.GATHERED] = 0 if failed else gathered
+        counts[Count.ITEMS] = 0 if failed else items
+        counts[Count.PARTIALS] = 0 if failed else partials
+
+    def cut(self) -> None:
+        table, segs = self.p["groups"], self.segs
+        total = self.kv_heads * sum(
+            int(row[Group.NUM_TOKENS]) * self.blocks(row[Group.NUM_Q])
+            for row in table[: self.groups]
+        )
+        split = 0
+        if self.aimed_at:
+            share = max((total + self.aimed_at - 1) // self.aimed_at, self.least)
+            split = (share + self.unit - 1) // self.unit * self.unit // self.page_tokens
+        for row in table[: self.groups]:
+            pages = int(row[Group.NUM_ENTRIES])
+            splits = (pages - 1) // split + 1 if split else 1
+            per_split = (pages + splits - 1) // splits
+            row[Group.SPLIT_ENTRIES] = per_split
+            row[Group.NUM_SPLITS] = (pages + per_split - 1) // per_split
+        for k in self.any_order(self.kept):
+            around = [j for j in (k - 1, k + 1) if 0 <= j < self.kept]
+            if any(segs[S.KEPT_ROW, j] == segs[S.KEPT_ROW, k] for j in around):
+                self.found[G.MERGED, segs[S.KEPT_GROUP, k]] = 1
+
+    def place_members(self) -> None:
+        p, segs = self.p, self.segs
+        order = np.argsort(segs[S.KEPT_GROUP, : self.kept], kind="stable")
+        before = 0
+        for i, k in enumerate(order):
+            row = segs[S.KEPT_ROW, k]
+            segs[S.Q_BEGIN, k] = segs[S.MEMBER_BEGIN, i] = before
+            p["member_rows"][i], p["member_starts"][i] = row, segs[S.KEPT_START, k]
+            before += self.queries_of(row)
+
+    def place_groups(self) -> tuple[int, int, int]:
+        p, table = self.p, self.p["groups"]
+        members = gathered = partials = items = 0
+        self.classes = []
+        for h in range(self.groups):
+            row = table[h]
+            queries, splits = int(row[Group.NUM_Q]), int(row[Group.NUM_SPLITS])
+            direct = splits == 1 and self.found[G.MERGED, h] == 0
+            full = int(row[Group.SPLIT_ENTRIES]) * self.page_tokens
+            last = int(row[Group.NUM_TOKENS]) - (splits - 1) * full
+            per_split = self.blocks(queries) * self.kv_heads
+            self.classes.append((full if splits > 1 else last, 2 * h, (splits - 1) * per_split))
+            self.classes.append((last, 2 * h + 1, per_split))
+            size = p["member_offsets"][h]
+            p["member_offsets"][h] = members
+            row[Group.Q_BEGIN] = gathered
+            row[Group.PARTIAL] = DIRECT if direct else partials
+            members += size
+            gathered += queries
+            partials += 0 if direct else splits * queries
+            items += splits * per_split
+        p["member_offsets"][self.groups] = members
+        return gathered, partials, items
+
+    def place_classes(self) -> None:
+        self.classes.sort(key=lambda c: -c[0])  # stable
+        begins = np.cumsum([0] + [c[2] for c in self.classes])
+        self.class_begin = begins[:-1]
+
+    def place_splits(self) -> int:
+        segs, rows = self.segs, self.rows
+        rows[[Rows.FIRST_SEGMENT, Rows.END_SEGMENT]] = 0
+        self.splits = elements = 0
+        for k in range(self.kept):
+            row = segs[S.KEPT_ROW, k]
+            splits = int(self.p["groups"][segs[S.KEPT_GROUP, k], Group.NUM_SPLITS])
+            if k == 0 or segs[S.KEPT_ROW, k - 1] != row:
+                rows[Rows.FIRST_SEGMENT, row] = k
+            if k + 1 == self.kept or segs[S.KEPT_ROW, k + 1] != row:
+                rows[Rows.END_SEGMENT, row] = k + 1
+            segs[S.SPLITS_BEFORE, k] = self.splits
+            self.splits += splits
+            elements += splits * self.queries_of(row)
+        return elements
+
+    def place_lists(self, failed: bool) -> None:
+        p, rows = self.p, self.rows
+        begin, longest, faults = 0, 0, 0
+        for b in range(self.batch):
+            queries = self.queries_of(b)
+            longest = max(longest, queries)
+            fault = int(rows[Rows.FAULTS, b])
+            if rows[Rows.PAGE_FAULT, b]:
+                fault |= Fault.PAGE
+                rows[Rows.PAGE_FAULT, b] = 0
+            if failed and queries:
+                fault |= Fault.PLAN
+            if fault:
+                p["kv_lens"][b] = 0
+            p["bad"][b] = fault
+            faults |= fault
+            first, end = rows[[Rows.FIRST_SEGMENT, Rows.END_SEGMENT], b]
+            length = 0
+            if fault:
+                length = 1
+            elif end > first:
+                after = self.segs[S.SPLITS_BEFORE, end] if end < self.kept else self.splits
+                length = after - self.segs[S.SPLITS_BEFORE, first]
+            rows[[Rows.LIST_LENGTH, Rows.MERGE_BEGIN], b] = length, begin
+            begin += length * queries
+        p["counts"][Count.MERGE] = begin
+        p["counts"][Count.MAX_Q_LEN], p["counts"][Count.FAULTS] = longest, faults
+
+    # Step 7
+
+    def emit(self) -> None:
+        p, counts = self.p, self.p["counts"]
+        begins = self.segs[S.MEMBER_BEGIN]
+        for i in self.any_order(int(counts[Count.GATHERED])):
+            member = last_at_most(begins, 0, int(counts[Count.MEMBERS]), i)
+            row = p["member_rows"][member]
+            token = i - begins[member]
+            own = p["kv_lens"][row] - self.queries_of(row)
+            p["q_tokens"][i] = p["q_offsets"][row] + token
+            p["q_positions"][i] = own + token - p["member_starts"][member]
+        for q in self.any_order(len(p["merge_offsets"])):
+            begin, token = counts[Count.MERGE], 0
+            if q < counts[Count.TOTAL_Q]:
+                row = last_at_most(p["q_offsets"], 0, self.batch, q)
+                token = q - p["q_offsets"][row]
+                begin = self.rows[Rows.MERGE_BEGIN, row]
+                begin = begin + token * self.rows[Rows.LIST_LENGTH, row]
+            p["merge_offsets"][q] = begin
+            if q < len(p["q_index"]):
+                p["q_index"][q] = token
+        for i in self.any_order(int(counts[Count.MERGE])):
+            p["merge_partials"][i] = self.merge_element(i)
+        for i in self.any_order(int(counts[Count.ITEMS])):
+            p["work"][i] = self.work_item(i)
+
+    def merge_element(self, i: int) -> int:
+        segs, rows = self.segs, self.rows
+        row = last_at_most(rows[Rows.MERGE_BEGIN], 0, self.batch, i)
+        if self.p["bad"][row]:
+            return INVALID
+        place = i - int(rows[Rows.MERGE_BEGIN, row])
+        token, place = divmod(place, int(rows[Rows.LIST_LENGTH, row]))
+        first = int(rows[Rows.FIRST_SEGMENT, row])
+        place += int(segs[S.SPLITS_BEFORE, first])
+        k = last_at_most(segs[S.SPLITS_BEFORE], first, int(rows[Rows.END_SEGMENT, row]), place)
+        group = self.p["groups"][segs[S.KEPT_GROUP, k]].tolist()
+        if group[Group.PARTIAL] == DIRECT:
+            return DIRECT
+        split = place - int(segs[S.SPLITS_BEFORE, k])
+        gathered = int(segs[S.Q_BEGIN, k]) + token - group[Group.Q_BEGIN]
+        return group[Group.PARTIAL] + split * group[Group.NUM_Q] + gathered
+
+    def work_item(self, i: int) -> list[int]:
+        place = last_at_most(self.class_begin, 0, 2 * self.groups, i)
+        which = self.classes[place][1]
+        group = self.p["groups"][which >> 1].tolist()
+        blocks, index = self.blocks(group[Group.NUM_Q]), i - int(self.class_begin[place])
+        split = index // (blocks * self.kv_heads)
+        if which & 1:
+            split = group[Group.NUM_SPLITS] - 1
+        row = index % blocks * self.tile_m
+        first_entry = split * group[Group.SPLIT_ENTRIES]
+        offset = first_entry * self.page_tokens
+        partial = group[Group.PARTIAL]
+        if partial != DIRECT:
+            partial += split * group[Group.NUM_Q] + row // self.group_size
+        item = [0] * FIELDS
+        item[Work.KV_HEAD] = index // blocks % self.kv_heads
+        item[Work.ROW_BEGIN] = group[Group.Q_BEGIN] * self.group_size + row
+        item[Work.NUM_ROWS] = min(group[Group.NUM_Q] * self.group_size - row, self.tile_m)
+        item[Work.ENTRY] = group[Group.ENTRY] + first_entry
+        item[Work.NUM_TOKENS] = min(
+            group[Group.NUM_TOKENS] - offset, group[Group.SPLIT_ENTRIES] * self.page_tokens
+        )
+        item[Work.KV_OFFSET], item[Work.PARTIAL] = offset, partial
+        item[Work.GROUP] = which >> 1
+        return item

@@ -1,0 +1,134 @@
+"""The steps of the planner's kernels, emulated, against `flashcore.plan`, element by element."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashcore.config.planner import Reason as KernelReason
+from flashcore.planner.counters import INVALID, Count, Fault
+from flashcore.planner.device import Capacities, DevicePlanner
+from flashcore.planner.folding import Reason
+from tests.cases import Batch, batches
+from tests.device_plan_cases import (
+    assert_same_plan,
+    inputs,
+    plan_without,
+    planner_for,
+    short_splits,
+)
+from tests.planner_emulation import Emulation
+
+ROOMY = Capacities(max_batch=16, max_entries=400, max_q=64, max_partials=20_000)
+batches_of_rows = batches(max_batch=9, ragged=False)
+
+
+def emulate(batch: Batch, capacities: Capacities = ROOMY, **options) -> DevicePlanner:
+    planner = planner_for(batch, capacities, "cpu", **options)
+    emulation = Emulation(planner, batch.seed)
+    for _ in range(2):  # the first leaves its scratch to the second
+        emulation.update(*inputs(batch, "cpu"))
+    return planner
+
+
+def test_kernels_name_the_reasons_of_folding():
+    assert {r.name: int(r) for r in Reason} == {
+        name: value for name, value in vars(KernelReason).items() if name.isupper()
+    }
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    batches_of_rows, st.booleans(), st.sampled_from([0, 2, 40, 500]), st.sampled_from([1, 5, 64])
+)
+def test_same_plan(batch: Batch, fold: bool, workers: int, tile_m: int):
+    options = {"fold": fold, "num_workers": workers, "tile_m": tile_m}
+    with short_splits():
+        planner = emulate(batch, **options)
+        assert_same_plan(planner.trimmed(len(batch.kv_lens)), batch._plan(**options))
+    assert planner.plan.faults() == Fault(0)
+    assert not planner.plan.bad.any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches_of_rows, st.sampled_from([1, 2, 8]))
+def test_same_folds(batch: Batch, itemsize: int):
+    planner = emulate(batch, itemsize=itemsize)
+    assert_same_plan(planner.trimmed(len(batch.kv_lens)), batch._plan(itemsize=itemsize, tile_m=64))
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches_of_rows, st.data())
+def test_pages_out_of_range_concern_their_sequence_alone(batch: Batch, data: st.DataObject):
+    held = [b for b, n in enumerate(batch.kv_lens) if n]
+    bad = sorted(data.draw(st.sets(st.sampled_from(held)))) if held else []
+    damaged = batch.page_table.clone()
+    for b in bad:
+        column = data.draw(st.integers(0, -(-batch.kv_lens[b] // batch.page_tokens) - 1))
+        damaged[b, column] = data.draw(st.sampled_from([-1, batch.num_pages, 2**31 - 1, -(2**31)]))
+    with short_splits():
+        planner = planner_for(batch, ROOMY, "cpu", num_workers=40)
+        table, *lens = inputs(batch, "cpu")
+        Emulation(planner).update(damaged, *lens)
+        expected = plan_without(batch, bad, bad, num_workers=40, tile_m=64)
+    found = planner.trimmed(len(batch.kv_lens))
+    for name, value in expected.items():
+        assert getattr(found, name).tolist() == value.tolist(), name
+    assert planner.plan.faults() == (Fault.PAGE if bad else Fault(0))
+    assert [b for b, fault in enumerate(planner.plan.bad.tolist()) if fault] == bad
+    # The next update is not affected.
+    with short_splits():
+        Emulation(planner).update(table, *lens)
+        assert_same_plan(
+            planner.trimmed(len(batch.kv_lens)), batch._plan(num_workers=40, tile_m=64)
+        )
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches_of_rows, st.integers(1, 30), st.integers(1, 10), st.data())
+def test_capacities_and_lengths(batch: Batch, max_entries: int, max_q: int, data: st.DataObject):
+    """Sequences that do not fit or have impossible lengths are left out, the others planned."""
+    rows = len(batch.kv_lens)
+    kv_lens, q_lens = np.array(batch.kv_lens, np.int64), np.array(batch.q_lens, np.int64)
+    expected = np.zeros(rows, np.int64)
+    for b in range(rows):
+        wrong = data.draw(st.sampled_from([None] * 4 + [-1, 2**31 - 1, -(2**31)]))
+        if wrong is not None:
+            kv_lens[b], expected[b] = wrong, Fault.LENGTH
+    pages = np.where(expected == 0, -(-kv_lens // batch.page_tokens), 0)
+    expected |= np.where((pages > 0) & (pages.cumsum() > max_entries), Fault.ENTRIES, 0)
+    expected |= np.where((q_lens > 0) & (q_lens.cumsum() > max_q), Fault.QUERIES, 0)
+    capacities = Capacities(16, max_entries, max_q, 2000, 4000)
+    planner = planner_for(batch, capacities, "cpu")
+    lens = (torch.from_numpy(n).int() for n in (kv_lens, q_lens))
+    Emulation(planner).update(batch.page_table, *lens)
+    assert planner.plan.bad[:rows].tolist() == expected.tolist()
+    assert planner.plan.faults() == Fault(int(np.bitwise_or.reduce(expected, initial=0)))
+    total_q = min(int(q_lens.sum()), max_q)
+    assert int(planner.plan.counts[Count.TOTAL_Q]) == total_q
+    found = planner.trimmed(rows)
+    offsets = found.merge_offsets.tolist()
+    for row in range(rows):
+        for q in range(*found.q_offsets[row : row + 2].tolist()):
+            elements = found.merge_partials[offsets[q] : offsets[q + 1]].tolist()
+            assert (elements == [INVALID]) == bool(expected[row])
+    members = set(found.member_rows.tolist())
+    active = {b for b in range(rows) if not expected[b] and q_lens[b] and kv_lens[b]}
+    assert members == active
+
+
+@pytest.mark.parametrize("short", ["max_gathered", "max_partials", "max_items"])
+def test_lists_that_do_not_fit_leave_no_plan(short: str):
+    batch = Batch(torch.arange(8).reshape(2, 4).int(), [8, 8], [3, 2], 2, 8, 2, 2, 8)
+    with short_splits():
+        capacities = {"max_gathered": 100, "max_partials": 100, "max_items": 100} | {short: 3}
+        planner = emulate(batch, Capacities(4, 16, 8, **capacities), num_workers=40)
+    assert planner.plan.faults() == Fault.PLAN
+    counts = planner.plan.counts
+    assert counts[[Count.ITEMS, Count.GATHERED, Count.PARTIALS]].tolist() == [0, 0, 0]
+    found = planner.trimmed(2)
+    assert found.merge_partials.tolist() == [INVALID] * 5
+    assert planner.plan.merge_offsets.tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 5]
