@@ -69,14 +69,15 @@ def attention(
             as q. num_q_heads is a multiple of num_kv_heads (MHA, GQA, MQA). Strides are free but
             for the last axis, which is contiguous.
         causal: query i sees key j iff j <= i + seqlen_k - seqlen_q (aligned bottom-right).
-        scale: of the scores; 1 / sqrt(head_dim) by default.
+        scale: of the scores, above 0; 1 / sqrt(head_dim) by default.
         window: (left, right), keys from i - left to i + right in the same alignment; -1 does not
             bind.
         softcap: scores become softcap * tanh(score / softcap); 0 is off.
         sinks: [num_q_heads], a logit per head that joins the softmax's sum with no value.
         cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], ends of the packed sequences, 0 first.
-        max_seqlen_q: the longest packed query sequence, where the caller knows it (fewer empty
-            tiles on a GPU; never a different result).
+        max_seqlen_q: at least the longest packed query sequence, where the caller knows it. It
+            saves empty tiles on a GPU, where a smaller number leaves rows out of the result (the
+            CPU can check it without waiting, and does).
         return_lse: also return the natural log of the softmax's sum, sinks included.
 
     Returns:
@@ -345,8 +346,8 @@ def _window(window: Window | None) -> Window:
 def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be finite and above 0, got {scale}")
     return float(scale)
 
 
