@@ -146,8 +146,8 @@ def choose(problem: DenseProblem) -> DenseConfig:
         # Equal tiles need no counter: static order measured the same within 1 %.
         dynamic=not full or p.varlen,
         # Turns pay where softmax takes longer than the products (hd 64: 471 against 435 TFLOP/s
-        # without) and cost 1 % at hd 128.
-        ping_pong=head_dim != 128,
+        # without) and cost 1 % at hd 96 and 128.
+        ping_pong=head_dim not in (96, 128),
         # 1 % at hd 64 without a mask; elsewhere it costs 4 to 10 %.
         joint_wait=head_dim == 64 and full,
         # Three consumer warpgroups leave 160 registers each; the varlen scheduler needs 40.
