@@ -218,6 +218,7 @@ def paged_attention(
         plan.merge_offsets,
         plan.merge_partials,
         plan.num_partial_tokens,
+        plan.needs_merge,
         plan.tile_m,
         _scale(scale, q.shape[-1]),
         bool(causal),

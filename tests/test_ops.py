@@ -55,7 +55,22 @@ def test_opcheck_paged():
     q, k, v = batch.tensors()
     names = "cols groups q_tokens q_positions q_index work merge_offsets merge_partials"
     tensors = [getattr(plan, name) for name in names.split()]
-    arguments = (q, k, v, *tensors, plan.num_partial_tokens, 64, 0.1, True, -1, -1, 0.0, None, None)
+    arguments = (
+        q,
+        k,
+        v,
+        *tensors,
+        plan.num_partial_tokens,
+        True,
+        64,
+        0.1,
+        True,
+        -1,
+        -1,
+        0.0,
+        None,
+        None,
+    )
     torch.library.opcheck(torch.ops.flashcore.paged_attention.default, arguments)
 
 

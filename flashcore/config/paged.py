@@ -140,3 +140,16 @@ class CombineConfig:
     dtype: str  # "bf16" | "fp16": of out
     head_dim: int
     sinks: bool = False
+    warps_per_row: int = 1  # that share a merge list; 8 where lists are long
+
+
+LONG_LIST = 8
+"""Partial results per query token from which a list is shared by several warps: one warp walks it
+with four loads in flight."""
+
+
+def choose_combine(
+    dtype: str, head_dim: int, sinks: bool, partials: int, total_q: int
+) -> CombineConfig:
+    """The config for `partials` merge list entries of `total_q` query tokens."""
+    return CombineConfig(dtype, head_dim, sinks, 8 if partials >= LONG_LIST * total_q else 1)

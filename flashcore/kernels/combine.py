@@ -1,8 +1,8 @@
 """Merging partial results: out = sum_i exp(lse_i - lse) out_i over a query token's merge list.
 
-One warp per (query token, head). The list is walked in its order, so the same inputs give the same
-bits. Tokens whose only result is in the output already are left alone; tokens with an empty list
-see no key.
+One warp per (query token, head), or a CTA of eight where lists are long. The list is walked in its
+order, so the same inputs give the same bits. Tokens whose only result is in the output already are
+left alone; tokens with an empty list see no key.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from cutlass import BFloat16, Float16, Float32, Int32, const_expr
 from flashcore.config.paged import CombineConfig
 from flashcore.kernels.parts.softmax import LN2, LOG2_E
 
-WARPS = 4
+try:
+    from cutlass.memory import SmemAllocator
+except ImportError:  # before 4.8
+    from cutlass.utils import SmemAllocator
+
+WARPS = 8
 LANES = 32
 
 
@@ -24,6 +29,7 @@ class Combine:
     def __init__(self, config: CombineConfig):
         self.config = config
         self.dtype = {"bf16": BFloat16, "fp16": Float16}[config.dtype]
+        self.columns = config.head_dim // LANES  # of a lane
 
     @cute.jit
     def __call__(
@@ -39,7 +45,10 @@ class Combine:
     ):
         rows = mO.shape[0] * mO.shape[1]
         self.kernel(mO, mLSE, mPartialO, mPartialLSE, mOffsets, mList, mSinks).launch(
-            grid=[cute.ceil_div(rows, WARPS), 1, 1], block=[WARPS * LANES, 1, 1], stream=stream
+            grid=[cute.ceil_div(rows * self.config.warps_per_row, WARPS), 1, 1],
+            block=[WARPS * LANES, 1, 1],
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -55,8 +64,12 @@ class Combine:
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bid, _, _ = cute.arch.block_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         heads = mO.shape[1]
-        index = bid * WARPS + cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        index = bid * (WARPS // self.config.warps_per_row)
+        if const_expr(self.config.warps_per_row == 1):
+            index += warp
+        cute.arch.griddepcontrol_wait()
         if index < mO.shape[0] * heads:
             token, head = index // heads, index % heads
             begin, end = mOffsets[token], mOffsets[token + 1]
@@ -66,7 +79,7 @@ class Combine:
             if direct == 0:
                 self.merge(
                     mO, mLSE, mPartialO, mPartialLSE, mList, mSinks, token, head, begin, end,
-                    tidx % LANES,
+                    tidx % LANES, warp,
                 )  # fmt: skip
 
     @cute.jit
@@ -83,9 +96,10 @@ class Combine:
         begin: Int32,
         end: Int32,
         lane: Int32,
+        warp: Int32,
     ):
         """One row: the peak of all terms, then the weighted sum in list order."""
-        columns = const_expr(self.config.head_dim // LANES)
+        columns = const_expr(self.columns)
         peak = -Float32.inf
         i = begin + lane
         while i < end:
@@ -96,34 +110,79 @@ class Combine:
         if const_expr(self.config.sinks):
             peak = cute.arch.fmax(peak, mSinks[head])
         safe = Float32(0.0) if peak == -Float32.inf else peak
+        first, last = begin, end
+        if const_expr(self.config.warps_per_row > 1):
+            # A contiguous share for each warp: the order of the sum depends on nothing else.
+            share = cute.ceil_div(end - begin, self.config.warps_per_row)
+            first = min(begin + warp * share, end)
+            last = min(first + share, end)
         total = Float32(0.0)
         acc = cute.make_rmem_tensor(columns, Float32)
         acc.fill(0.0)
-        for i in cutlass.range(begin, end, unroll=4):
+        for i in cutlass.range(first, last, unroll=4):
             partial = mList[i]
             weight = cute.math.exp2((mPartialLSE[partial, head] - safe) * LOG2_E, fastmath=True)
             total += weight
-            part = self.row(mPartialO[partial, head, None], lane, columns)
             values = cute.make_rmem_tensor(columns, Float32)
-            cute.autovec_copy(part, values)
+            cute.autovec_copy(self.row(mPartialO[partial, head, None], lane), values)
             for c in cutlass.range_constexpr(columns):
                 acc[c] = acc[c] + weight * values[c]
+        if const_expr(self.config.warps_per_row == 1):
+            self.store(mO, mLSE, mSinks, token, head, lane, safe, total, acc)
+        else:
+            total = self.gather(acc, total, lane, warp)
+            if warp == 0:
+                self.store(mO, mLSE, mSinks, token, head, lane, safe, total, acc)
+
+    @cute.jit
+    def gather(self, acc: cute.Tensor, total: Float32, lane: Int32, warp: Int32):
+        """Add the warps' shares in warp order; the result is warp 0's."""
+        columns = const_expr(self.columns)
+        layout = cute.make_layout(
+            (WARPS, LANES, columns + 1), stride=(LANES * (columns + 1), columns + 1, 1)
+        )
+        shares = SmemAllocator().allocate_tensor(Float32, layout, byte_alignment=16)
+        for c in cutlass.range_constexpr(columns):
+            shares[warp, lane, c] = acc[c]
+        shares[warp, lane, columns] = total
+        cute.arch.sync_threads()
+        for w in cutlass.range_constexpr(1, WARPS):
+            for c in cutlass.range_constexpr(columns):
+                acc[c] = acc[c] + shares[w, lane, c]
+            total += shares[w, lane, columns]
+        return total
+
+    @cute.jit
+    def store(
+        self,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        mSinks: cute.Tensor | None,
+        token: Int32,
+        head: Int32,
+        lane: Int32,
+        peak: Float32,
+        total: Float32,
+        acc: cute.Tensor,
+    ):
+        """Normalise and write a row, with its LSE."""
+        columns = const_expr(self.columns)
         if const_expr(self.config.sinks):
-            total += cute.math.exp2((mSinks[head] - safe) * LOG2_E, fastmath=True)
+            total += cute.math.exp2((mSinks[head] - peak) * LOG2_E, fastmath=True)
         factor = Float32(0.0) if total == 0.0 else 1.0 / total
         rO = cute.make_rmem_tensor(columns, self.dtype)
         for c in cutlass.range_constexpr(columns):
             rO[c] = (acc[c] * factor).to(self.dtype)
-        cute.autovec_copy(rO, self.row(mO[token, head, None], lane, columns))
+        cute.autovec_copy(rO, self.row(mO[token, head, None], lane))
         if lane == 0:
             lse = -Float32.inf
             if total > 0.0:
-                lse = safe + cute.math.log2(total, fastmath=True) * LN2
+                lse = peak + cute.math.log2(total, fastmath=True) * LN2
             mLSE[token, head] = lse
 
     @cute.jit
-    def row(self, mRow: cute.Tensor, lane: Int32, columns: cutlass.Constexpr[int]) -> cute.Tensor:
+    def row(self, mRow: cute.Tensor, lane: Int32) -> cute.Tensor:
         """This lane's columns of a row, for a vector copy."""
-        bytes_ = const_expr(columns * mRow.element_type.width // 8)
-        at = (mRow.iterator + lane * columns).align(min(bytes_, 16))
-        return cute.make_tensor(at, cute.make_layout(columns))
+        width = const_expr(self.columns * mRow.element_type.width // 8)
+        at = (mRow.iterator + lane * self.columns).align(min(width, 16))
+        return cute.make_tensor(at, cute.make_layout(self.columns))

@@ -25,7 +25,6 @@ from flashcore.kernels.parts.intervals import (
     measure_item,
     row_interval,
 )
-from flashcore.kernels.parts.scheduler import Slot, await_tile, first_index, release_tile
 from flashcore.kernels.parts.softmax import (
     LOG2_E,
     finalize,
@@ -34,7 +33,7 @@ from flashcore.kernels.parts.softmax import (
     rescale,
     soft_cap,
 )
-from flashcore.kernels.parts.work_loop import SLOT_WORDS, Item
+from flashcore.kernels.parts.work_loop import SLOT_WORDS, Item, Slot
 from flashcore.planner.work import Work
 
 try:
@@ -193,7 +192,7 @@ class PagedAttention:
         if warp == 0:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(slot.full, 1)
-                cute.arch.mbarrier_init(slot.empty, warps)
+                cute.arch.mbarrier_init(slot.empty, 32 * warps)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -227,7 +226,7 @@ class PagedAttention:
         c = self.config
         k_state = pipelines.producer_state(c.stages)
         v_state = pipelines.producer_state(c.stages)
-        index = first_index()
+        index, _, _ = cute.arch.block_idx()
         num_items = m.mWork.shape[0]
         slot_phase = Int32(1)
         while index < num_items:
@@ -257,6 +256,8 @@ class PagedAttention:
         over = Item(Int32(-1), *[nothing] * (len(Item._fields) - 1))
         work_loop.publish_item(slot, slot_phase, over)
         work_loop.reset_counter(m.mCounter)
+        # The merge may be set up while the last items are computed; it waits for all of them.
+        cute.arch.griddepcontrol_launch_dependents()
         ring_k.producer_tail(k_state)
         ring_v.producer_tail(v_state)
 
@@ -292,10 +293,8 @@ class PagedAttention:
         v_state = pipelines.consumer_state(c.stages)
         pipelines.first_turn(wg, self.warpgroups)
         slot_phase = Int32(0)
-        valid = await_tile(slot, slot_phase)
-        while valid >= 0:
-            item = work_loop.read_item(slot)
-            release_tile(slot)
+        item = work_loop.await_item(slot, slot_phase)
+        while item.valid >= 0:
             slot_phase ^= 1
             rows = self.row_intervals(m, item, window, thread_row)
             frag.accO.fill(0.0)
@@ -336,7 +335,7 @@ class PagedAttention:
                 self.last_product(frag, ring_v, v_state)
                 v_state.advance()
             self.store(frag, m, item, rows, thread_row, lane, scale)
-            valid = await_tile(slot, slot_phase)
+            item = work_loop.await_item(slot, slot_phase)
 
     @cute.jit
     def fragments(self, mma_qk, mma_pv, sQ: cute.Tensor, sK: cute.Tensor, sV: cute.Tensor, wg):
@@ -397,7 +396,7 @@ class PagedAttention:
         k_state, ring_v, v_state, wg: Int32, tid: Int32, item: Item, column: Int32,
     ):  # fmt: skip
         """Scores and softmax of the item's last tile: always masked, nothing to rescale."""
-        ring_k.consumer_wait(k_state)
+        pipelines.await_stage(ring_k, k_state)
         pipelines.take_turn(wg, self.warpgroups)
         accS = cute.make_rmem_tensor(frag.layout_s, Float32)
         matmul.issue(frag.mma_qk, accS, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], True)
@@ -416,12 +415,12 @@ class PagedAttention:
         masked: cutlass.Constexpr[bool],
     ):  # fmt: skip
         """QK of tile n in flight with PV of the tile before it; then softmax of tile n."""
-        ring_k.consumer_wait(k_state)
+        pipelines.await_stage(ring_k, k_state)
         pipelines.take_turn(wg, self.warpgroups)
         # A fresh accumulator for each tile: with a reused one ptxas serialises every product.
         accS = cute.make_rmem_tensor(frag.layout_s, Float32)
         matmul.issue(frag.mma_qk, accS, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], True)
-        ring_v.consumer_wait(v_state)
+        pipelines.await_stage(ring_v, v_state)
         tOrV = frag.tOrV[None, None, None, v_state.index]
         matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
         pipelines.pass_turn(wg, self.warpgroups)
@@ -442,7 +441,7 @@ class PagedAttention:
     @cute.jit
     def last_product(self, frag: Fragments, ring_v, v_state):
         """PV of an item's last tile, alone."""
-        ring_v.consumer_wait(v_state)
+        pipelines.await_stage(ring_v, v_state)
         tOrV = frag.tOrV[None, None, None, v_state.index]
         matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
         warpgroup.wait_group(0)
@@ -454,7 +453,7 @@ class PagedAttention:
         c = self.config
         begin, end = item.low - n * c.tile_n, item.high - n * c.tile_n
         if begin > 0 or end < c.tile_n:
-            ring_v.consumer_wait(v_state)
+            pipelines.await_stage(ring_v, v_state)
             pages.clear_rows(c, sV[None, None, v_state.index], begin, end, tid)
             cute.arch.fence_proxy("async.shared", space="cta")
             barriers.sync_consumers(self.warpgroups)

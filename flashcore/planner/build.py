@@ -95,6 +95,7 @@ def plan(
         max_q_len=int(lengths.max()) if lengths.numel() else 0,
         num_pages=int(layout.cols.max()) + 1 if layout.cols.numel() else 0,
         num_partial_tokens=num_partials,
+        needs_merge=num_partials > 0 or bool((merge_offsets.diff() == 0).any()),
         cols=layout.cols,
         token_counts=layout.token_counts,
         row_offsets=layout.row_offsets,

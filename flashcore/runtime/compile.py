@@ -65,7 +65,7 @@ def _dense_tensors(config: DenseConfig) -> tuple[Any, ...]:
     lse = None
     if config.return_lse:
         shape = (seqlen_q, heads) if config.varlen else (batch, seqlen_q, heads)
-        stride = (*(cute.sym_int64() for _ in shape[:-1]), 1)
+        stride = (*(cute.sym_int64() for _ in range(len(shape) - 1)), 1)
         lse = make_fake_tensor(Float32, shape, stride, assumed_align=4)
     bounds = cute.sym_int()
     return (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from flashcore.config.paged import CombineConfig, PagedConfig, choose
+from flashcore.config.paged import CombineConfig, PagedConfig, choose, choose_combine
 from flashcore.runtime.cache import shared_cache
 from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
 from flashcore.runtime.launch import DTYPE_NAMES, scheduler_scratch, sm_count, tma_ready
@@ -31,6 +31,7 @@ def paged_attention(
     merge_offsets: torch.Tensor,
     merge_partials: torch.Tensor,
     num_partial_tokens: int,
+    needs_merge: bool,
     tile_m: int,
     *,
     causal: bool,
@@ -100,11 +101,12 @@ def paged_attention(
             window_right,
             min(num_items, sm_count(q.device)),
         )
-    # Also where nothing is partial: query tokens without keys get their zeros here.
-    if merge_partials.numel() == 0:
-        merge_partials = merge_offsets
-    merge = CombineConfig(dtype, dim, sinks is not None)
-    _function(merge)(out, lse, partial_out, partial_lse, merge_offsets, merge_partials, sinks)
+    if needs_merge:
+        entries = merge_partials.numel()
+        if entries == 0:  # query tokens without keys: their zeros are written by the merge
+            merge_partials = merge_offsets
+        merge = choose_combine(dtype, dim, sinks is not None, entries, total_q)
+        _function(merge)(out, lse, partial_out, partial_lse, merge_offsets, merge_partials, sinks)
     return out, lse
 
 

@@ -92,4 +92,5 @@ def _paged_configs() -> list[PagedConfig]:
 def _combine_configs() -> list[CombineConfig]:
     """One for each head_dim and dtype, and with sinks for the models that have them."""
     plain = [CombineConfig(dtype, dim) for dtype in DTYPES for dim in paged.HEAD_DIMS]
-    return [*plain, CombineConfig("bf16", 64, sinks=True)]
+    long = [CombineConfig("bf16", dim, warps_per_row=8) for dim in paged.HEAD_DIMS]
+    return [*plain, *long, CombineConfig("bf16", 64, sinks=True)]

@@ -81,6 +81,7 @@ def run(batch: Batch, dtype: torch.dtype, options: dict[str, Any], **plan_option
         plan.merge_offsets,
         plan.merge_partials,
         plan.num_partial_tokens,
+        plan.needs_merge,
         plan.tile_m,
         **{**defaults, **options},
     )

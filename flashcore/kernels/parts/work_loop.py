@@ -8,10 +8,17 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from flashcore.kernels.parts.scheduler import Slot
 from flashcore.planner.work import FIELDS
 
 SLOT_WORDS = 16
+
+
+class Slot(NamedTuple):
+    """Shared memory through which the producer publishes an item."""
+
+    words: cute.Tensor
+    full: cute.Pointer
+    empty: cute.Pointer
 
 
 class Item(NamedTuple):
@@ -76,7 +83,10 @@ def publish_item(slot: Slot, phase: Int32, item: Item):
 
 
 @cute.jit
-def read_item(slot: Slot) -> Item:
-    """The published item."""
+def await_item(slot: Slot, phase: Int32) -> Item:
+    """The next published item, its slot freed; `valid` is -1 after the last."""
+    cute.arch.mbarrier_wait(slot.full, phase)
     words = [slot.words[i] for i in range(len(Item._fields))]
+    # Every lane has read and every lane arrives, which needs no order between them.
+    cute.arch.mbarrier_arrive(slot.empty)
     return Item(*words)
