@@ -56,7 +56,10 @@ def _dense_tensors(config: DenseConfig) -> tuple[Any, ...]:
     def strided(rows: Any, num_heads: Any) -> Any:
         # 8 elements are the 16 bytes TMA and the stores need.
         leading = (rows,) if config.varlen else (batch, rows)
-        stride = (*(cute.sym_int64(divisibility=8) for _ in range(len(leading) + 1)), 1)
+        stride: tuple[Any, ...] = (
+            *(cute.sym_int64(divisibility=8) for _ in range(len(leading) + 1)),
+            1,
+        )
         return make_fake_tensor(dtype, (*leading, num_heads, dim), stride, assumed_align=16)
 
     def vector(element: Any, extent: Any) -> Any:
@@ -65,7 +68,7 @@ def _dense_tensors(config: DenseConfig) -> tuple[Any, ...]:
     lse = None
     if config.return_lse:
         shape = (seqlen_q, heads) if config.varlen else (batch, seqlen_q, heads)
-        stride = (*(cute.sym_int64() for _ in range(len(shape) - 1)), 1)
+        stride: tuple[Any, ...] = (*(cute.sym_int64() for _ in range(len(shape) - 1)), 1)
         lse = make_fake_tensor(Float32, shape, stride, assumed_align=4)
     bounds = cute.sym_int()
     return (
