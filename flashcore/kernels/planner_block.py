@@ -50,10 +50,11 @@ def block_scan(x: Int32, sums: cute.Tensor):
 @cute.jit
 def block_sum(x: Int64, wide: cute.Tensor):
     """Sum over the CTA's threads in 64 bits."""
-    lane = cute.arch.lane_idx()
+    # warp_idx is itself a shuffle of the whole warp: never under a condition on the lane.
+    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
     x = warp_sum(x)
     if lane == 0:
-        wide[cute.arch.warp_idx()] = x
+        wide[warp] = x
     cute.arch.sync_threads()
     total = warp_sum(wide[lane])
     cute.arch.sync_threads()
@@ -73,18 +74,19 @@ def warp_sum(x: Int64):
 @cute.jit
 def block_any(x: Int32, sums: cute.Tensor):
     """Whether x is not 0 in some thread, as 0 or 1."""
+    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
     mine = cute.arch.vote_ballot_sync(x != 0)
-    if cute.arch.lane_idx() == 0:
-        sums[cute.arch.warp_idx()] = mine
+    if lane == 0:
+        sums[warp] = mine
     cute.arch.sync_threads()
-    found = cute.arch.vote_ballot_sync(sums[cute.arch.lane_idx()] != 0)
+    found = cute.arch.vote_ballot_sync(sums[lane] != 0)
     cute.arch.sync_threads()
     return Int32(1) if found != 0 else Int32(0)
 
 
 @cute.jit
 def last_at_most(values: cute.Tensor, low: Int32, high: Int32, x: Int32):
-    """Largest index of low .. high - 1 with a value of at most x; values[low] is, and they ascend."""
+    """Largest index of low .. high - 1 whose value is at most x; values ascend from <= x."""
     while high - low > 1:
         middle = (low + high) >> 1
         below = values[middle] <= x

@@ -17,7 +17,7 @@ from flashcore.planner import split
 from flashcore.planner.counters import Count, Fault
 from flashcore.planner.folding import Costs
 from flashcore.planner.types import Plan
-from flashcore.planner.work import FIELDS
+from flashcore.planner.work import DIRECT, FIELDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +143,8 @@ class DevicePlanner:
         p, n = self.plan, self.plan.counts.tolist()
         nnz, total_q, groups = n[Count.NNZ], n[Count.TOTAL_Q], n[Count.GROUPS]
         members, gathered, found = n[Count.MEMBERS], n[Count.GATHERED], n[Count.FOUND]
+        offsets = p.merge_offsets[: total_q + 1].clone()
+        lists = p.merge_partials[: n[Count.MERGE]].clone()
         return Plan(
             num_q_heads=self.num_q_heads,
             num_kv_heads=self.num_kv_heads,
@@ -153,6 +155,7 @@ class DevicePlanner:
             max_q_len=n[Count.MAX_Q_LEN],
             num_pages=int(p.cols[:nnz].max()) + 1 if nnz else 0,
             num_partial_tokens=n[Count.PARTIALS],
+            needs_merge=bool((lists != DIRECT).any() or (offsets.diff() == 0).any()),
             cols=p.cols[:nnz].clone(),
             token_counts=p.token_counts[:nnz].clone(),
             row_offsets=p.row_offsets[: batch + 1].clone(),
@@ -166,8 +169,8 @@ class DevicePlanner:
             q_tokens=p.q_tokens[:gathered].clone(),
             q_positions=p.q_positions[:gathered].clone(),
             work=p.work[: n[Count.ITEMS]].clone(),
-            merge_offsets=p.merge_offsets[: total_q + 1].clone(),
-            merge_partials=p.merge_partials[: n[Count.MERGE]].clone(),
+            merge_offsets=offsets,
+            merge_partials=lists,
             decisions=p.decisions[:found].clone(),
         )
 
