@@ -43,36 +43,6 @@ class Tile(NamedTuple):
     seqlen_k: Int32
 
 
-class Slot(NamedTuple):
-    """Shared memory through which a producer publishes one work item at a time."""
-
-    words: cute.Tensor
-    full: cute.Pointer
-    empty: cute.Pointer
-
-
-@cute.jit
-def await_tile(slot: Slot, phase: Int32):
-    """Block until an item is published; its first word."""
-    cute.arch.mbarrier_wait(slot.full, phase)
-    return slot.words[0]
-
-
-@cute.jit
-def release_tile(slot: Slot):
-    """This warp has read the item."""
-    cute.arch.sync_warp()
-    with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive(slot.empty)
-
-
-@cute.jit
-def first_index():
-    """The item a CTA starts with."""
-    bid, _, _ = cute.arch.block_idx()
-    return bid
-
-
 class Slots(NamedTuple):
     """The ring in shared memory through which tiles are published, SLOTS deep."""
 
