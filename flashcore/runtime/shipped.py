@@ -31,6 +31,8 @@ def _dense_configs() -> list[DenseConfig]:
         for head_dim in HEAD_DIMS
         for causal in (False, True)
     ]
+    # Full attention at head_dim 128 has a tile of its own for few keys.
+    problems += [_problem(128, dtype, seqlen_k=2048) for dtype in DTYPES]
     for causal in (False, True):
         problems += [_problem(d, causal=causal, return_lse=True) for d in (64, 128)]
         problems += [_problem(d, causal=causal, varlen=True) for d in (64, 128, 256)]
@@ -51,6 +53,7 @@ def _problem(
     dtype: str = "bf16",
     *,
     seqlen_q: int = _LONG,
+    seqlen_k: int = _LONG,
     group: int = 1,
     causal: bool = False,
     window_left: int = -1,
@@ -64,7 +67,7 @@ def _problem(
         head_dim=head_dim,
         batch=4,
         seqlen_q=seqlen_q,
-        seqlen_k=_LONG,
+        seqlen_k=seqlen_k,
         num_heads=16,
         num_kv_heads=16 // group,
         causal=causal,
