@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashcore.bench.problems import DenseProblem
@@ -104,20 +106,34 @@ def _fa3_fwd() -> Provider:
 
 
 def _sgl_kernel() -> Provider:
+    """The operator itself, on unpacked tensors: faster than the package's varlen function."""
     import torch
 
-    attend = import_module("sgl_kernel.flash_attn").flash_attn_varlen_func
+    spec = find_spec("sgl_kernel")
+    if spec is None or not spec.submodule_search_locations:
+        raise UnsupportedError("sgl_kernel is not installed")
+    library = Path(next(iter(spec.submodule_search_locations))) / "flash_ops.abi3.so"
+    load_library: Any = torch.ops.load_library
+    load_library(str(library))
+    forward = torch.ops.sgl_kernel.fwd.default
 
     def prepare(problem: DenseProblem, q: Any, k: Any, v: Any) -> Call:
-        ends = torch.arange(problem.batch + 1, device=q.device, dtype=torch.int32) * problem.seqlen
-        packed = [t.flatten(0, 1) for t in (q, k, v)]
-        longest = problem.seqlen
-
-        def call() -> torch.Tensor:
-            out = _first(attend(*packed, ends, ends, longest, longest, causal=problem.causal))
-            return out.view(q.shape)
-
-        return call
+        # Between the tensors and the scale: new keys, output, lengths, page table, rotary, scales.
+        lengths = (problem.seqlen, problem.seqlen)
+        unused = ([None] * 9, [None] * 9)
+        scale = problem.head_dim**-0.5
+        options = {
+            "is_rotary_interleaved": False,
+            "scheduler_metadata": None,
+            "num_splits": 1,
+            "pack_gqa": None,
+            "sm_margin": 0,
+            "sinks": None,
+            "sparse_mask_fine": None,
+            "only_qv": False,
+        }
+        arguments = (*unused[0], *lengths, *unused[1], scale, problem.causal, -1, -1, 0, 0.0)
+        return lambda: _first(forward(q, k, v, *arguments, **options))
 
     return Provider("sgl_kernel", "fa3", _version("sglang-kernel", "sgl-kernel"), prepare)
 
