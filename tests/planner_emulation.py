@@ -39,7 +39,7 @@ class Emulation:
     def __init__(self, planner: DevicePlanner, seed: int = 0):
         self.c = planner.capacities
         self.p = {name: tensor.numpy() for name, tensor in vars(planner.plan).items()}
-        slots, entries, segments, found, rows, _, _ = (t.numpy() for t in planner._scratch)
+        slots, entries, segments, found, rows, *_ = (t.numpy() for t in planner._scratch)
         self.slots, self.entries, self.segs, self.found = slots, entries, segments, found
         self.rows = rows
         (
@@ -108,6 +108,8 @@ class Emulation:
             left = int(seq_lens[row]) - column * self.page_tokens
             p["token_counts"][e] = min(left, self.page_tokens)
             self.entries[E.ROW, e] = row
+            if column == 0:
+                self.entries[E.PREVIOUS, e] = -1
 
     # Steps 2 to 4
 
@@ -134,6 +136,7 @@ class Emulation:
         for e in self.any_order(int(p["counts"][Count.NNZ])):
             row = self.entries[E.ROW, e]
             if not self.active(row):
+                self.entries[E.OWNER, e] = -1
                 continue
             owner, uses = self.owner_and_uses(e)
             linked = False
@@ -141,6 +144,7 @@ class Emulation:
                 next_owner, next_uses = self.owner_and_uses(e + 1)
                 full = p["token_counts"][e] == self.page_tokens
                 linked = full and next_uses == uses and next_owner == owner + 1
+                self.entries[E.PREVIOUS, e + 1] = owner
             self.entries[E.OWNER, e] = owner
             if not linked:
                 self.entries[E.BROKEN, owner] = 1
@@ -148,18 +152,15 @@ class Emulation:
     def number_segments(self) -> None:
         p, segments, groups = self.p, 0, 0
         for e in range(int(p["counts"][Count.NNZ])):
-            row = self.entries[E.ROW, e]
-            if self.active(row):
-                begins = e == p["row_offsets"][row]
-                if begins or self.entries[E.BROKEN, self.entries[E.OWNER, e - 1]] == 1:
-                    owner = self.entries[E.OWNER, e]
-                    self.segs[[S.ENTRY, S.ROW, S.OWNER], segments] = e, row, owner
-                    segments += 1
-                    if owner == e:
-                        self.entries[E.GROUP, e] = groups
-                        self.found[list(G.ZEROED), groups] = 0
-                        self.found[G.LOW, groups], self.found[G.HIGH, groups] = UNUSED, -1
-                        groups += 1
+            row, owner, previous = self.entries[[E.ROW, E.OWNER, E.PREVIOUS], e]
+            if owner >= 0 and (previous < 0 or self.entries[E.BROKEN, previous] == 1):
+                self.segs[[S.ENTRY, S.ROW, S.OWNER], segments] = e, row, owner
+                segments += 1
+                if owner == e:
+                    self.entries[E.GROUP, e] = groups
+                    self.found[list(G.ZEROED), groups] = 0
+                    self.found[G.LOW, groups], self.found[G.HIGH, groups] = UNUSED, -1
+                    groups += 1
             self.slots[p["cols"][e]] = UNUSED, 0, 0, 0
         p["counts"][[Count.SEGMENTS, Count.FOUND]] = segments, groups
 

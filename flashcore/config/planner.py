@@ -65,10 +65,11 @@ class Entries:
     """Per entry of the layout."""
 
     ROW = 0
-    OWNER = 1
-    BROKEN = 2  # at an owner: not every use of its page goes on to the owner's next page
-    GROUP = 3  # at the owner that begins a group: its number
-    LINES = 4
+    OWNER = 1  # -1: its sequence takes no part
+    PREVIOUS = 2  # owner of the entry before it in its row, -1: it is the first
+    BROKEN = 3  # at an owner: not every use of its page goes on to the owner's next page
+    GROUP = 4  # at the owner that begins a group: its number
+    LINES = 5
 
 
 class Segments:
@@ -142,19 +143,20 @@ class Rows:
 
 
 class Sort:
-    """Lines of two buffers of (key, value) that take turns, and where sorted classes begin."""
+    """Lines of two buffers of (key, value) that take turns: key and value of buffer b are lines
+    2 b and 2 b + 1. With classes of work items also where each begins."""
 
     KEY = 0
     VALUE = 1
-    LINES_OF_BUFFER = 2
+    LINES = 4
     ITEM_BEGIN = 4
-    LINES = 5
+    LINES_OF_CLASSES = 5
 
 
 class Tiles:
-    """Per CTA of the segment scan. STAMP tells this update's sums from those of the last one."""
+    """Per CTA of the segment scan, int64: its count below 2**32, above it the update's stamp, which
+    tells it from that of the last update; one word, so that nothing need be ordered."""
 
     SEGMENTS = 0
     GROUPS = 1
-    STAMP = 2
-    LINES = 3
+    LINES = 2

@@ -1,7 +1,9 @@
 """The planner's kernels, chained on one stream.
 
-    layout ─► claim ─► link ─► segments ─► groups and table ─► lists
-      grid     grid     grid      grid           one CTA        grid
+    layout ─► claim ─► link ─► segments ─► groups ─► places ─► lists
+     grid     grid     grid      grid     one CTA   3 CTAs     grid
+
+Each is started while the one before it runs, and waits for that one's end.
 
 All sizes but the batch are capacities; what is there is counted on the device, so one captured
 graph serves any page tables, lengths and sharing.
@@ -20,7 +22,7 @@ from flashcore.kernels.planner_groups import find_groups
 from flashcore.kernels.planner_layout import build_layout
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.kernels.planner_sharing import claim_pages, mark_breaks, number_segments
-from flashcore.kernels.planner_table import finish
+from flashcore.kernels.planner_table import cut, place_items, place_members, place_results
 from flashcore.planner.counters import Count
 
 
@@ -47,18 +49,20 @@ class Planner:
         scans = scans if scans < num_sms else num_sms
         visits = cute.ceil_div(entries, ENTRY_THREADS)
         visits = visits if visits < 8 * num_sms else 8 * num_sms
-        scan = {"block": [SCAN_THREADS, 1, 1], "stream": stream}
-        visit = {"block": [ENTRY_THREADS, 1, 1], "stream": stream}
+        first = {"block": [SCAN_THREADS, 1, 1], "stream": stream}
+        scan = {"block": [SCAN_THREADS, 1, 1], "stream": stream, "use_pdl": True}
+        visit = {"block": [ENTRY_THREADS, 1, 1], "stream": stream, "use_pdl": True}
         self.layout(mTable, mSeqLens, mQLens, plan, scratch, problem).launch(
-            grid=[scans, 1, 1], **scan
+            grid=[scans, 1, 1], **first
         )
         self.claim(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
         self.link(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
         self.segments(plan, scratch).launch(grid=[scans, 1, 1], **scan)
-        self.table(mSeqLens, plan, scratch, problem).launch(grid=[1, 1, 1], **scan)
-        self.lists(mSeqLens, plan, scratch, problem).launch(
-            grid=[num_sms, 4, 1], min_blocks_per_mp=1, **visit
-        )
+        # Told that one CTA on an SM will do, ptxas takes the registers that it needs.
+        roomy = {"min_blocks_per_mp": 1}
+        self.groups(plan, scratch, problem).launch(grid=[1, 1, 1], **scan, **roomy)
+        self.places(mSeqLens, plan, scratch, problem).launch(grid=[3, 1, 1], **scan, **roomy)
+        self.lists(mSeqLens, plan, scratch, problem).launch(grid=[num_sms, 4, 1], **visit, **roomy)
 
     @cute.kernel
     def layout(
@@ -75,30 +79,49 @@ class Planner:
         ends = smem.allocate_tensor(
             Int32, cute.make_layout(const_expr(self.config.row_capacity + 1))
         )
+        cute.arch.griddepcontrol_launch_dependents()
         build_layout(mTable, mSeqLens, mQLens, plan, scratch, problem, ends, sums)
 
     @cute.kernel
     def claim(self, plan: Plan, scratch: Scratch, problem: Problem):
+        self.take_over()
         claim_pages(plan, scratch, problem)
 
     @cute.kernel
     def link(self, plan: Plan, scratch: Scratch, problem: Problem):
+        self.take_over()
         mark_breaks(plan, scratch, problem)
 
     @cute.kernel
     def segments(self, plan: Plan, scratch: Scratch):
+        self.take_over()
         sums = SmemAllocator().allocate_tensor(Int32, cute.make_layout(const_expr(WARPS)))
         number_segments(plan, scratch, sums)
 
     @cute.kernel
-    def table(self, mSeqLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
+    def groups(self, plan: Plan, scratch: Scratch, problem: Problem):
+        self.take_over()
         shared = shared_memory(SmemAllocator())
         num_segments, num_found = plan.mCounts[int(Count.SEGMENTS)], plan.mCounts[int(Count.FOUND)]
         num_groups, num_kept = find_groups(plan, scratch, problem, num_segments, num_found, shared)
-        finish(plan, scratch, problem, mSeqLens.shape[0], num_groups, num_kept, shared)
+        cut(plan, scratch, problem, num_groups, num_kept, shared)
+
+    @cute.kernel
+    def places(self, mSeqLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
+        self.take_over()
+        bid, _, _ = cute.arch.block_idx()
+        shared = shared_memory(SmemAllocator())
+        num_groups, num_kept = plan.mCounts[int(Count.GROUPS)], plan.mCounts[int(Count.MEMBERS)]
+        if bid == 0:
+            place_members(plan, scratch, num_kept, num_groups, shared)
+        elif bid == 1:
+            place_items(plan, scratch, problem, num_groups, shared)
+        else:
+            place_results(plan, scratch, problem, mSeqLens.shape[0], num_groups, num_kept, shared)
 
     @cute.kernel
     def lists(self, mSeqLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
+        cute.arch.griddepcontrol_wait()
         # A list for each y: the searches of one do not wait for those of another.
         _, which, _ = cute.arch.block_idx()
         if which == 0:
@@ -109,3 +132,9 @@ class Planner:
             emit_gathered(plan, scratch)
         else:
             emit_tokens(plan, scratch, mSeqLens.shape[0])
+
+    @cute.jit
+    def take_over(self):
+        """Wait for the kernel before; its results are there. The next one may be started."""
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()

@@ -92,10 +92,10 @@ def emit_work(plan: Plan, scratch: Scratch, problem: Problem):
     first, stride = first_and_stride()
     classes = 2 * plan.mCounts[int(Count.GROUPS)]
     values = 2 * plan.mCounts[int(Count.CLASSES)] + Sort.VALUE
-    begins = scratch.mSort[Sort.ITEM_BEGIN, None]
+    begins = scratch.mClasses[Sort.ITEM_BEGIN, None]
     for i in cutlass.range(first, plan.mCounts[int(Count.ITEMS)], stride, unroll=1):
         place = last_at_most(begins, Int32(0), classes, i)
-        which = scratch.mSort[values, place]
+        which = scratch.mClasses[values, place]
         h = which >> 1
         words = cute.make_rmem_tensor(const_expr(FIELDS), Int32)
         group = cute.make_tensor(

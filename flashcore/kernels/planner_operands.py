@@ -1,4 +1,4 @@
-"""The tensors and numbers that the planner's kernels share; all int32 and contiguous."""
+"""The tensors and numbers that the planner's kernels share; contiguous, int32 if not said else."""
 
 from __future__ import annotations
 
@@ -55,5 +55,6 @@ class Scratch(NamedTuple):
     mSegments: cute.Tensor  # (Segments.LINES, max_entries)
     mFound: cute.Tensor  # (Groups.LINES, max_entries)
     mRows: cute.Tensor  # (Rows.LINES, max_batch)
-    mSort: cute.Tensor  # (Sort.LINES, 2 * max_entries)
-    mTiles: cute.Tensor  # (Tiles.LINES, SCAN_THREADS)
+    mMembers: cute.Tensor  # (Sort.LINES, max_entries)
+    mClasses: cute.Tensor  # (Sort.LINES_OF_CLASSES, 2 * max_entries)
+    mTiles: cute.Tensor  # int64 (Tiles.LINES, SCAN_THREADS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Int32, Int64, const_expr
 
 from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, UNUSED, Slots, Tiles
 from flashcore.config.planner import Entries as E
@@ -66,6 +66,7 @@ def mark_breaks(plan: Plan, scratch: Scratch, problem: Problem):
     nnz = plan.mCounts[int(Count.NNZ)]
     for e in cutlass.range(bid * ENTRY_THREADS + tid, nnz, grid * ENTRY_THREADS, unroll=1):
         row = scratch.mEntries[E.ROW, e]
+        owner, uses = Int32(-1), Int32(0)
         if is_active(plan, scratch, row):
             owner, uses = owner_and_uses(plan, scratch, e)
             linked = Int32(0)
@@ -74,28 +75,28 @@ def mark_breaks(plan: Plan, scratch: Scratch, problem: Problem):
                 full = plan.mTokenCounts[e] == problem.page_tokens
                 if full and next_uses == uses and next_owner == owner + 1:
                     linked = Int32(1)
-            scratch.mEntries[E.OWNER, e] = owner
+                scratch.mEntries[E.PREVIOUS, e + 1] = owner
             if linked == 0:
                 scratch.mEntries[E.BROKEN, owner] = Int32(1)
+        scratch.mEntries[E.OWNER, e] = owner
 
 
 @cute.jit
-def begins_segment(plan: Plan, scratch: Scratch, e: Int32, nnz: Int32):
+def begins_segment(scratch: Scratch, e: Int32, nnz: Int32):
     """Whether a segment begins at entry e, and whether it begins a group: it owns its first page.
 
-    Returns both as 0 or 1, and the row.
+    Returns both as 0 or 1.
     """
-    segment, group, row = Int32(0), Int32(0), Int32(0)
+    segment, group = Int32(0), Int32(0)
     if e < nnz:
-        row = scratch.mEntries[E.ROW, e]
-        if is_active(plan, scratch, row):
-            if e == plan.mRowOffsets[row]:
-                segment = Int32(1)
-            else:
-                segment = scratch.mEntries[E.BROKEN, scratch.mEntries[E.OWNER, e - 1]]
-            if segment == 1 and scratch.mEntries[E.OWNER, e] == e:
+        owner, previous = scratch.mEntries[E.OWNER, e], scratch.mEntries[E.PREVIOUS, e]
+        if owner >= 0:
+            segment = Int32(1)
+            if previous >= 0:
+                segment = scratch.mEntries[E.BROKEN, previous]
+            if segment == 1 and owner == e:
                 group = Int32(1)
-    return segment, group, row
+    return segment, group
 
 
 @cute.jit
@@ -111,9 +112,9 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
     nnz = plan.mCounts[int(Count.NNZ)]
     stretch = cute.ceil_div(cute.ceil_div(nnz, grid), SCAN_THREADS) * SCAN_THREADS
     begin = bid * stretch
-    segments, groups = Int32(0), Int32(0)
+    segment, group, segments, groups = Int32(0), Int32(0), Int32(0), Int32(0)
     for offset in cutlass.range(0, stretch, SCAN_THREADS, unroll=1):
-        segment, group, _ = begins_segment(plan, scratch, begin + offset + tid, nnz)
+        segment, group = begins_segment(scratch, begin + offset + tid, nnz)
         segments, groups = segments + segment, groups + group
     _, segments = block_scan(segments, sums)
     _, groups = block_scan(groups, sums)
@@ -123,12 +124,13 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
         plan.mCounts[int(Count.FOUND)] = groups_before + groups
     for offset in cutlass.range(0, stretch, SCAN_THREADS, unroll=1):
         e = begin + offset + tid
-        segment, group, row = begins_segment(plan, scratch, e, nnz)
+        if stretch > SCAN_THREADS:  # else both are known from above
+            segment, group = begins_segment(scratch, e, nnz)
         s, all_segments = block_scan(segment, sums)
         g, all_groups = block_scan(group, sums)
         if segment == 1:
             scratch.mSegments[S.ENTRY, segments_before + s] = e
-            scratch.mSegments[S.ROW, segments_before + s] = row
+            scratch.mSegments[S.ROW, segments_before + s] = scratch.mEntries[E.ROW, e]
             scratch.mSegments[S.OWNER, segments_before + s] = scratch.mEntries[E.OWNER, e]
         if group == 1:
             scratch.mEntries[E.GROUP, e] = groups_before + g
@@ -147,28 +149,33 @@ def exchange_counts(
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     stamp = plan.mCounts[int(Count.STAMP)] + 1
-    stamps = scratch.mTiles.iterator + Tiles.STAMP * SCAN_THREADS
+    tiles = scratch.mTiles.iterator
     if tid == 0:
-        scratch.mTiles[Tiles.SEGMENTS, bid] = segments
-        scratch.mTiles[Tiles.GROUPS, bid] = groups
-        cute.arch.fence_acq_rel_gpu()
-        cute.arch.atomic_exch(stamps + bid, stamp, sem="release", scope="gpu")
+        publish_count(tiles + Tiles.SEGMENTS * SCAN_THREADS + bid, stamp, segments)
+        publish_count(tiles + Tiles.GROUPS * SCAN_THREADS + bid, stamp, groups)
     segments_there, groups_there = Int32(0), Int32(0)
     if tid < bid:
-        seen = stamp - 1
-        while seen != stamp:
-            seen = cute.arch.load(stamps + tid, Int32, sem="acquire", scope="gpu")
-        segments_there = cute.arch.load(
-            scratch.mTiles.iterator + Tiles.SEGMENTS * SCAN_THREADS + tid,
-            Int32, sem="relaxed", scope="gpu",
-        )  # fmt: skip
-        groups_there = cute.arch.load(
-            scratch.mTiles.iterator + Tiles.GROUPS * SCAN_THREADS + tid,
-            Int32, sem="relaxed", scope="gpu",
-        )  # fmt: skip
+        segments_there = await_count(tiles + Tiles.SEGMENTS * SCAN_THREADS + tid, stamp)
+        groups_there = await_count(tiles + Tiles.GROUPS * SCAN_THREADS + tid, stamp)
     _, segments_before = block_scan(segments_there, sums)
     _, groups_before = block_scan(groups_there, sums)
     return segments_before, groups_before
+
+
+@cute.jit
+def publish_count(at: cute.Pointer, stamp: Int32, count: Int32):
+    """One word, so that whoever sees the stamp sees the count."""
+    word = (Int64(stamp) << 32) | Int64(count)
+    cute.arch.atomic_exch(at, word, sem="relaxed", scope="gpu")
+
+
+@cute.jit
+def await_count(at: cute.Pointer, stamp: Int32):
+    """The count that another CTA publishes in this update."""
+    word = cute.arch.load(at, Int64, sem="relaxed", scope="gpu")
+    while (word >> 32).to(Int32) != stamp:
+        word = cute.arch.load(at, Int64, sem="relaxed", scope="gpu")
+    return (word & Int64(0x7FFFFFFF)).to(Int32)
 
 
 @cute.jit

@@ -1,5 +1,8 @@
-"""Step 6 of the plan, by one CTA: splits, the group table, members, places in the merge lists and
-in the work list. Only the lists themselves, which may be long, are left to step 7.
+"""Step 6 of the plan: splits, the group table, members, places in the merge lists and in the work
+list. Only the lists themselves, which may be long, are left to step 7.
+
+One CTA cuts the groups; then three work side by side, none reading what another writes: members
+(`place_members`), groups and work items (`place_items`), merge lists and counts (`place_results`).
 """
 
 from __future__ import annotations
@@ -77,17 +80,43 @@ def find_company(scratch: Scratch, num_kept: Int32):
 
 
 @cute.jit
+def is_direct(plan: Plan, scratch: Scratch, h: Int32):
+    """Whether a group's results are all there is to its query tokens: 0 or 1."""
+    direct = Int32(0)
+    if plan.mGroups[h, int(Group.NUM_SPLITS)] == 1 and scratch.mFound[G.MERGED, h] == 0:
+        direct = Int32(1)
+    return direct
+
+
+@cute.jit
+def count_results(
+    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, shared: Shared
+):
+    """Gathered tokens, partial tokens and work items, in 64 bits: they may be too many."""
+    tid, _, _ = cute.arch.thread_idx()
+    gathered, partials, items = Int64(0), Int64(0), Int64(0)
+    for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
+        queries = plan.mGroups[h, int(Group.NUM_Q)]
+        splits = Int64(plan.mGroups[h, int(Group.NUM_SPLITS)])
+        gathered = gathered + Int64(queries)
+        if is_direct(plan, scratch, h) == 0:
+            partials = partials + splits * Int64(queries)
+        items = items + splits * Int64(row_blocks(problem, queries)) * Int64(problem.kv_heads)
+    gathered = block_sum(gathered, shared.wide)
+    return gathered, block_sum(partials, shared.wide), block_sum(items, shared.wide)
+
+
+@cute.jit
 def place_groups(
-    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, longest: Int32,
+    plan: Plan, scratch: Scratch, num_groups: Int32, longest: Int32, problem: Problem,
     shared: Shared,
 ):  # fmt: skip
     """First member, gathered token and partial token of each group, and its two classes of items.
 
-    Returns all gathered tokens, partial tokens and work items, in 64 bits: they may be too many.
+    Where there are too many partial tokens the sums are wrong, and `place_results` says so.
     """
     tid, _, _ = cute.arch.thread_idx()
     members_before, queries_before, partials_before = Int32(0), Int32(0), Int32(0)
-    gathered, partials, items = Int64(0), Int64(0), Int64(0)
     for base in cutlass.range(0, num_groups, SCAN_THREADS, unroll=1):
         h = base + tid
         members, queries, partial, direct = Int32(0), Int32(0), Int32(0), Int32(0)
@@ -95,14 +124,9 @@ def place_groups(
             members = plan.mMemberOffsets[h]
             queries = plan.mGroups[h, int(Group.NUM_Q)]
             splits = plan.mGroups[h, int(Group.NUM_SPLITS)]
-            if splits == 1 and scratch.mFound[G.MERGED, h] == 0:
-                direct = Int32(1)
-            else:
+            direct = is_direct(plan, scratch, h)
+            if direct == 0:
                 partial = splits * queries
-                partials = partials + Int64(splits) * Int64(queries)
-            gathered = gathered + Int64(queries)
-            blocks = Int64(row_blocks(problem, queries))
-            items = items + Int64(splits) * blocks * Int64(problem.kv_heads)
             enter_classes(plan, scratch, problem, h, splits, longest)
         member_begin, all_members = block_scan(members, shared.sums)
         query_begin, all_queries = block_scan(queries, shared.sums)
@@ -117,8 +141,7 @@ def place_groups(
         partials_before = partials_before + all_partials
     if tid == 0:
         plan.mMemberOffsets[num_groups] = members_before
-    gathered = block_sum(gathered, shared.wide)
-    return gathered, block_sum(partials, shared.wide), block_sum(items, shared.wide)
+    cute.arch.sync_threads()
 
 
 @cute.jit
@@ -131,49 +154,54 @@ def enter_classes(
     full = plan.mGroups[h, int(Group.SPLIT_ENTRIES)] * problem.page_tokens
     last = plan.mGroups[h, int(Group.NUM_TOKENS)] - (splits - 1) * full
     full = full if splits > 1 else last
-    scratch.mSort[Sort.KEY, 2 * h] = longest - full
-    scratch.mSort[Sort.VALUE, 2 * h] = 2 * h
-    scratch.mSort[Sort.KEY, 2 * h + 1] = longest - last
-    scratch.mSort[Sort.VALUE, 2 * h + 1] = 2 * h + 1
+    scratch.mClasses[Sort.KEY, 2 * h] = longest - full
+    scratch.mClasses[Sort.VALUE, 2 * h] = 2 * h
+    scratch.mClasses[Sort.KEY, 2 * h + 1] = longest - last
+    scratch.mClasses[Sort.VALUE, 2 * h + 1] = 2 * h + 1
 
 
 @cute.jit
-def longest_run(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared):
-    """No split has more tokens than this."""
+def run_lengths(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared):
+    """No split has more tokens than the first number, and none fewer than the second."""
     tid, _, _ = cute.arch.thread_idx()
     if tid == 0:
         shared.bins[0] = Int32(0)
+        shared.bins[1] = Int32(2**31 - 1)
     cute.arch.sync_threads()
     for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
-        tokens = plan.mGroups[h, int(Group.SPLIT_ENTRIES)] * problem.page_tokens
-        cute.arch.atomic_max(shared.bins.iterator, tokens, sem="relaxed", scope="cta")
+        full = plan.mGroups[h, int(Group.SPLIT_ENTRIES)] * problem.page_tokens
+        splits = plan.mGroups[h, int(Group.NUM_SPLITS)]
+        last = plan.mGroups[h, int(Group.NUM_TOKENS)] - (splits - 1) * full
+        cute.arch.atomic_max(shared.bins.iterator, full, sem="relaxed", scope="cta")
+        cute.arch.atomic_min(shared.bins.iterator + 1, last, sem="relaxed", scope="cta")
     cute.arch.sync_threads()
-    longest = shared.bins[0]
+    longest, shortest = shared.bins[0], shared.bins[1]
     cute.arch.sync_threads()
-    return longest
+    return longest, shortest
 
 
 @cute.jit
 def place_classes(
-    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, longest: Int32,
+    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, largest: Int32,
     shared: Shared,
 ):  # fmt: skip
-    """Sort the classes; first work item of each. Returns the buffer they are in."""
+    """Sort the classes, whose keys are at most `largest`; first work item of each. Returns the
+    buffer they are in."""
     tid, _, _ = cute.arch.thread_idx()
-    buffer = radix_sort(scratch.mSort, 2 * num_groups, longest, shared)
+    buffer = radix_sort(scratch.mClasses, 2 * num_groups, largest, shared)
     items_before = Int32(0)
     for base in cutlass.range(0, 2 * num_groups, SCAN_THREADS, unroll=1):
         i = base + tid
         items = Int32(0)
         if i < 2 * num_groups:
-            which = scratch.mSort[2 * buffer + Sort.VALUE, i]
+            which = scratch.mClasses[2 * buffer + Sort.VALUE, i]
             h = which >> 1
             splits = plan.mGroups[h, int(Group.NUM_SPLITS)]
             blocks = row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)])
             items = (Int32(1) if (which & 1) == 1 else splits - 1) * blocks * problem.kv_heads
         begin, all_items = block_scan(items, shared.sums)
         if i < 2 * num_groups:
-            scratch.mSort[Sort.ITEM_BEGIN, i] = items_before + begin
+            scratch.mClasses[Sort.ITEM_BEGIN, i] = items_before + begin
         items_before = items_before + all_items
     cute.arch.sync_threads()
     return buffer
@@ -186,17 +214,17 @@ def place_members(plan: Plan, scratch: Scratch, num_kept: Int32, num_groups: Int
     tid, _, _ = cute.arch.thread_idx()
     segments = scratch.mSegments
     for k in cutlass.range(tid, num_kept, SCAN_THREADS, unroll=1):
-        scratch.mSort[Sort.KEY, k] = segments[S.KEPT_GROUP, k]
-        scratch.mSort[Sort.VALUE, k] = k
+        scratch.mMembers[Sort.KEY, k] = segments[S.KEPT_GROUP, k]
+        scratch.mMembers[Sort.VALUE, k] = k
     cute.arch.sync_threads()
     largest = num_groups - 1 if num_groups > 0 else Int32(0)
-    buffer = radix_sort(scratch.mSort, num_kept, largest, shared)
+    buffer = radix_sort(scratch.mMembers, num_kept, largest, shared)
     queries_before = Int32(0)
     for base in cutlass.range(0, num_kept, SCAN_THREADS, unroll=1):
         i = base + tid
         k, row, queries = Int32(0), Int32(0), Int32(0)
         if i < num_kept:
-            k = scratch.mSort[2 * buffer + Sort.VALUE, i]
+            k = scratch.mMembers[2 * buffer + Sort.VALUE, i]
             row = segments[S.KEPT_ROW, k]
             queries = queries_of(plan, row)
         begin, all_queries = block_scan(queries, shared.sums)
@@ -315,21 +343,37 @@ def bad_queries(plan: Plan, scratch: Scratch, batch: Int32, shared: Shared):
 
 
 @cute.jit
-def finish(
-    plan: Plan, scratch: Scratch, problem: Problem, batch: Int32, num_groups: Int32,
-    num_kept: Int32, shared: Shared,
-):  # fmt: skip
-    """All of this step, and the counts."""
+def cut(plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, num_kept: Int32,
+        shared: Shared):  # fmt: skip
+    """What all three of the others need: splits, and which groups' results are merged."""
     tid, _, _ = cute.arch.thread_idx()
     split = pages_per_split(plan, problem, num_groups, shared)
     cut_groups(plan, num_groups, split)
     find_company(scratch, num_kept)
-    cute.arch.sync_threads()
-    longest = longest_run(plan, problem, num_groups, shared)
-    place_members(plan, scratch, num_kept, num_groups, shared)
-    gathered, partials, items = place_groups(plan, scratch, problem, num_groups, longest, shared)
-    cute.arch.sync_threads()
-    buffer = place_classes(plan, scratch, problem, num_groups, longest, shared)
+    if tid == 0:
+        plan.mCounts[int(Count.GROUPS)] = num_groups
+        plan.mCounts[int(Count.MEMBERS)] = num_kept
+
+
+@cute.jit
+def place_items(plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, shared: Shared):
+    """The group table, and where the work items of each class begin."""
+    tid, _, _ = cute.arch.thread_idx()
+    longest, shortest = run_lengths(plan, problem, num_groups, shared)
+    place_groups(plan, scratch, num_groups, longest, problem, shared)
+    buffer = place_classes(plan, scratch, problem, num_groups, longest - shortest, shared)
+    if tid == 0:
+        plan.mCounts[int(Count.CLASSES)] = buffer
+
+
+@cute.jit
+def place_results(
+    plan: Plan, scratch: Scratch, problem: Problem, batch: Int32, num_groups: Int32,
+    num_kept: Int32, shared: Shared,
+):  # fmt: skip
+    """Merge lists, and all counts; nothing of the lists where one does not fit."""
+    tid, _, _ = cute.arch.thread_idx()
+    gathered, partials, items = count_results(plan, scratch, problem, num_groups, shared)
     elements = bad_queries(plan, scratch, batch, shared)
     num_splits, listed = place_splits(plan, scratch, num_kept, shared)
     elements = elements + listed
@@ -345,13 +389,10 @@ def finish(
         kept = Int64(1 - failed)
         counts = plan.mCounts
         counts[int(Count.TOTAL_Q)] = plan.mQOffsets[batch]
-        counts[int(Count.GROUPS)] = num_groups
-        counts[int(Count.MEMBERS)] = num_kept
         counts[int(Count.GATHERED)] = (gathered * kept).to(Int32)
         counts[int(Count.ITEMS)] = (items * kept).to(Int32)
         counts[int(Count.PARTIALS)] = (partials * kept).to(Int32)
         counts[int(Count.MERGE)] = merge
         counts[int(Count.MAX_Q_LEN)] = shared.bins[0]
         counts[int(Count.FAULTS)] = shared.bins[1]
-        counts[int(Count.CLASSES)] = buffer
         counts[int(Count.STAMP)] = counts[int(Count.STAMP)] + 1

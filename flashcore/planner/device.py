@@ -125,6 +125,8 @@ class DevicePlanner:
         serves any number of sequences up to its batch.
         """
         self._check(page_table, seq_lens, q_lens)
+        if page_table.numel() == 0:  # torch gives empty tensors any strides
+            page_table = torch.empty(page_table.shape, dtype=torch.int32, device=page_table.device)
         from flashcore.runtime.launch_planner import make_plan
 
         make_plan(
@@ -195,7 +197,7 @@ class DevicePlanner:
             )
         if page_table.numel() > validate.INT32_MAX:
             raise ValueError("page_table must have fewer than 2**31 elements")
-        if page_table.stride(1) != 1 and page_table.shape[1] > 1:
+        if page_table.stride(1) != 1 and page_table.numel():
             raise ValueError(
                 f"page_table must have contiguous rows, got strides {page_table.stride()}"
             )
@@ -254,6 +256,7 @@ def _allocate_scratch(
         zeros(lines.Segments.LINES, c.max_entries),
         zeros(lines.Groups.LINES, c.max_entries),
         zeros(lines.Rows.LINES, c.max_batch),
-        zeros(lines.Sort.LINES, 2 * c.max_entries),
-        zeros(lines.Tiles.LINES, lines.SCAN_THREADS),
+        zeros(lines.Sort.LINES, c.max_entries),
+        zeros(lines.Sort.LINES_OF_CLASSES, 2 * c.max_entries),
+        zeros(lines.Tiles.LINES, lines.SCAN_THREADS).long(),
     )

@@ -73,6 +73,8 @@ def _plan() -> Any:
 
 def _scratch() -> Any:
     import cutlass.cute as cute
+    from cutlass import Int64
+    from cutlass.cute.runtime import make_fake_tensor
 
     from flashcore.config import planner as lines
     from flashcore.kernels.planner_operands import Scratch
@@ -84,8 +86,11 @@ def _scratch() -> Any:
         mSegments=_matrix(lines.Segments.LINES, entries),
         mFound=_matrix(lines.Groups.LINES, entries),
         mRows=_matrix(lines.Rows.LINES, cute.sym_int()),
-        mSort=_matrix(lines.Sort.LINES, cute.sym_int()),
-        mTiles=_matrix(lines.Tiles.LINES, lines.SCAN_THREADS),
+        mMembers=_matrix(lines.Sort.LINES, entries),
+        mClasses=_matrix(lines.Sort.LINES_OF_CLASSES, cute.sym_int()),
+        mTiles=make_fake_tensor(
+            Int64, (lines.Tiles.LINES, lines.SCAN_THREADS), (lines.SCAN_THREADS, 1), assumed_align=8
+        ),
     )
 
 

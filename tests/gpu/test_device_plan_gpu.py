@@ -27,7 +27,9 @@ pytestmark = pytest.mark.skipif(
 ROWS = 64
 COLUMNS = 40
 PAGE_TOKENS = 16
-CAPACITIES = Capacities(max_batch=ROWS, max_entries=ROWS * COLUMNS, max_q=256)
+CAPACITIES = Capacities(
+    ROWS, max_entries=ROWS * COLUMNS, max_q=256, max_gathered=12_000, max_partials=12_000
+)
 
 
 def random_batch(seed: int, rows: int = ROWS, columns: int = COLUMNS) -> Batch:
