@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
-from cutlass.memory import SmemAllocator
 
 from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, WARPS, PlannerConfig
 from flashcore.kernels.planner_block import shared_memory
@@ -24,6 +23,11 @@ from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.kernels.planner_sharing import claim_pages, mark_breaks, number_segments
 from flashcore.kernels.planner_table import cut, place_items, place_members, place_results
 from flashcore.planner.counters import Count
+
+try:
+    from cutlass.memory import SmemAllocator
+except ImportError:  # before 4.8
+    from cutlass.utils import SmemAllocator
 
 
 class Planner:

@@ -19,6 +19,8 @@ from flashcore.planner.folding import Costs
 from flashcore.planner.types import Plan
 from flashcore.planner.work import DIRECT, FIELDS
 
+_MOST = validate.INT32_MAX // FIELDS  # rows of a table whose elements are counted in int32
+
 
 @dataclass(frozen=True, eq=False)
 class DevicePlan:
@@ -92,15 +94,16 @@ class DevicePlanner:
         device: torch.device | str = "cuda",
     ):
         group_size = validate.head_counts(num_q_heads, num_kv_heads)
-        for name, value in vars(capacities).items():
-            if value or not name.startswith(("max_gathered", "max_partials", "max_items")):
-                validate.positive_int(name, value, maximum=validate.INT32_MAX // 4)
+        validate.positive_int("tile_m", tile_m)
+        validate.positive_int("page_tokens", page_tokens)
         c = self.capacities = _with_defaults(capacities, group_size, num_kv_heads, tile_m)
+        for name, value in vars(c).items():
+            validate.positive_int(name, value, maximum=_MOST)
         if c.max_batch * (c.max_q + 1) > validate.INT32_MAX:
             raise ValueError(
                 f"max_batch x (max_q + 1) must be below 2**31, got {c.max_batch} x {c.max_q + 1}"
             )
-        validate.positive_int("num_pages", num_pages, maximum=validate.INT32_MAX // 4)
+        validate.positive_int("num_pages", num_pages, maximum=_MOST)
         self.page_tokens, self.tile_m = page_tokens, tile_m
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.config = lines.choose(c.max_batch)

@@ -1,0 +1,68 @@
+"""What can be said of the planner's kernels without a GPU: their machine code, and their caller."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flashcore.config.planner import ROW_CAPACITIES, PlannerConfig, choose, illegal_reason
+from flashcore.planner.device import Capacities, DevicePlanner
+from flashcore.runtime.folder import default_folder
+from flashcore.runtime.gates import check_kernel
+from flashcore.runtime.kernel import Kernel
+from flashcore.runtime.target import detect_target
+from tests.runtime_fixtures import needs_disassembler, needs_dsl
+
+
+@needs_dsl
+@needs_disassembler
+@pytest.mark.parametrize("rows", ROW_CAPACITIES)
+def test_nothing_spills(rows: int) -> None:
+    from flashcore.runtime.launch_planner import PLANNER
+
+    row = check_kernel(Kernel(PLANNER, PlannerConfig(rows)), default_folder(), detect_target())
+    assert row.violations == []
+
+
+def test_smallest_kernel_is_chosen() -> None:
+    assert [choose(n).row_capacity for n in (1, 1024, 1025, 32768)] == [1024, 1024, 8192, 32768]
+    with pytest.raises(ValueError, match="max_batch must be at most 32768, got 32769"):
+        choose(32769)
+    assert "row_capacity 7 is not one of" in str(illegal_reason(PlannerConfig(7)))
+
+
+def planner(**changes: int) -> DevicePlanner:
+    capacities = {"max_batch": 4, "max_entries": 64, "max_q": 16}
+    options = {"num_pages": 32, "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64}
+    capacities |= {n: v for n, v in changes.items() if n.startswith("max_")}
+    options |= {n: v for n, v in changes.items() if not n.startswith("max_")}
+    return DevicePlanner(Capacities(**capacities), page_tokens=16, device="cpu", **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_batch": 0}, "max_batch must be at least 1 .* got 0"),
+        ({"max_entries": -1}, "max_entries must be at least 1 .* got -1"),
+        ({"max_items": 2**30}, "max_items must be .* at most"),
+        ({"num_pages": 0}, "num_pages must be at least 1 .* got 0"),
+        ({"num_kv_heads": 3}, "num_q_heads must be a multiple"),
+        ({"max_batch": 30_000, "max_q": 100_000}, r"max_batch x \(max_q \+ 1\) must be below"),
+    ],
+)
+def test_impossible_capacities_are_named(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planner(**changes)
+
+
+def test_inputs_are_checked() -> None:
+    table = torch.zeros(3, 8, dtype=torch.int32)
+    lens = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(TypeError, match="page_table must have dtype int32"):
+        planner().update(table.long(), lens, lens)
+    with pytest.raises(ValueError, match="has 3 rows, max_batch is 2"):
+        planner(max_batch=2).update(table, lens, lens)
+    with pytest.raises(ValueError, match=r"one length per row of page_table \(3\), got 3 and 2"):
+        planner().update(table, lens, lens[:2])
+    with pytest.raises(ValueError, match="page_table must have contiguous rows"):
+        planner().update(torch.zeros(8, 3, dtype=torch.int32).T, lens, lens)
