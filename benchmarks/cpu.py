@@ -30,7 +30,7 @@ from flashcore.bench.shared_prefix import Problem, interleaved_ms, make
 from flashcore.cli.info import collect
 
 HERE = Path(__file__).parent
-ROUNDS = 51
+ROUNDS = 201
 
 
 def decode(shared: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ there is what the files say.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,39 @@ def _decode_row(label: str, run: dict[str, Any]) -> tuple[str, str, str, str]:
     return (f"{label} ({shape})", *times, f"{run['ratio']:.2f}")  # type: ignore[return-value]
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {"cpu": ("cpu.json", cpu_table)}
+def dense_table(data: dict[str, Any]) -> str:
+    """Figures of dense_h100.json as Markdown: TFLOP/s, and ours over the better FA3."""
+    rows = ["| shape | dtype | flashcore | FA3 | cuDNN | FA2 | ratio to FA3 |", "|---" * 7 + "|"]
+    best: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in data["rows"]:
+        keys = ("batch", "heads", "seqlen", "head_dim", "causal", "dtype")
+        speeds = best.setdefault(tuple(row[key] for key in keys), {})
+        speeds[row["kernel"]] = max(speeds.get(row["kernel"], 0.0), row["tflops"])
+    for (batch, heads, seqlen, dim, causal, dtype), speed in best.items():
+        shape = f"B{batch} H{heads} S{seqlen} hd {dim} {'causal' if causal else 'full'}"
+        figures = (f"{speed[k]:.0f}" if k in speed else "" for k in KERNELS)
+        ratio = speed["flashcore"] / speed["fa3"]
+        rows.append(f"| {shape} | {dtype} | " + " | ".join(figures) + f" | {ratio:.3f} |")
+    for dtype, summary in data["summary"].items():
+        mean = math.prod(
+            p["speed_over"]["fa3"] ** (1 / len(summary["problems"])) for p in summary["problems"]
+        )
+        rows.append(f"| geometric mean | {dtype} | | | | | {mean:.3f} |")
+    versions = data["versions"]
+    return (
+        "\n".join(rows) + f"\n\n{data['device']}, driver {data['driver']}, "
+        f"torch {versions['torch']}, CuTe DSL {versions['nvidia-cutlass-dsl']}, FA3: the better of "
+        f"fa3-fwd {versions['fa3-fwd']} (bf16) and sgl_kernel {versions['sglang-kernel']}, "
+        f"{data['date'][:10]}, commit {data['commit']}; `{data['command']}`"
+    )
+
+
+KERNELS = ("flashcore", "fa3", "cudnn", "fa2")
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "cpu": ("cpu.json", cpu_table),
+    "dense": ("dense_h100.json", dense_table),
+}
 
 
 def filled(text: str) -> str:

@@ -134,7 +134,8 @@ def _measure(
         "versions": package_versions(),
         "commit": args.commit or source_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["flashcore", *sys.argv[1:]]),
+        # Folders are the machine's own business.
+        "command": shlex.join(["flashcore", *(Path(word).name for word in sys.argv[1:])]),
         "host_us_per_launch": host_us,
         "skipped": skipped,
         "rows": measured["rows"],

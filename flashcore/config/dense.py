@@ -37,7 +37,6 @@ class DenseConfig:
     cluster_m: int = 1  # CTAs with neighbouring row tiles that share K/V by TMA multicast
     dynamic: bool = False  # tiles from an atomic counter, longest first: needs scheduler_scratch
     ping_pong: bool = True  # warpgroups take turns at the tensor cores
-    joint_wait: bool = False  # softmax starts when PV is done too, not when QK is
     rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
     producer_registers: int = 24
     consumer_registers: int = 240
@@ -148,8 +147,6 @@ def choose(problem: DenseProblem) -> DenseConfig:
         # Turns pay where softmax takes longer than the products (hd 64: 471 against 435 TFLOP/s
         # without) and cost 1 % at hd 96 and 128.
         ping_pong=head_dim not in (96, 128),
-        # 1 % at hd 64 without a mask; elsewhere it costs 4 to 10 %.
-        joint_wait=head_dim == 64 and full,
         # Three consumer warpgroups leave 160 registers each; the varlen scheduler needs 40.
         producer_registers=32 if warpgroups == 3 else (40 if p.varlen else 24),
         consumer_registers=160 if warpgroups == 3 else (232 if p.varlen else 240),
@@ -164,7 +161,8 @@ def _tile(head_dim: int, full: bool, local: bool, seqlen_k: int) -> tuple[int, i
     """(consumer warpgroups, tile_n, q_stages); TFLOP/s and more attempts in docs/kernels.md."""
     if head_dim == 64:
         # Two warpgroups leave the exponentials exposed: 397 against 454. Wider blocks spill.
-        return 3, 128, 2
+        # Narrower ones need fewer registers: at 8K keys 533 against 526, at 2K 456 against 463.
+        return 3, 112 if full and seqlen_k >= 4096 else 128, 2
     if head_dim == 96:
         return 2, 160 if full else 144, 2  # 586 against 542 with 128; causal 528 against 524
     if head_dim == 128:

@@ -10,7 +10,7 @@ import torch
 
 from flashcore.eager.workspace import scratch
 
-KEYS_PER_CHUNK = 2048
+KEYS_PER_CHUNK = 4096
 """Keys of a run taken at a time: the gathered copies stay in the cache; shorter chunks pay more in
 calls."""
 

@@ -369,7 +369,7 @@ class DenseAttention:
         tOrV = frag.tOrV[None, None, None, v_state.index]
         matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
         pipelines.pass_turn(wg, self.turns)
-        warpgroup.wait_group(0 if const_expr(self.config.joint_wait) else 1)
+        warpgroup.wait_group(1)
         ring_k.consumer_release(k_state)
         moved = self.softmax(frag, view, scale, accS, n, masked, False)
         warpgroup.wait_group(0)

@@ -31,8 +31,8 @@ def _dense_configs() -> list[DenseConfig]:
         for head_dim in HEAD_DIMS
         for causal in (False, True)
     ]
-    # Full attention at head_dim 128 has a tile of its own for few keys.
-    problems += [_problem(128, dtype, seqlen_k=2048) for dtype in DTYPES]
+    # Full attention at head_dim 64 and 128 has a tile of its own for few keys.
+    problems += [_problem(dim, dtype, seqlen_k=2048) for dim in (64, 128) for dtype in DTYPES]
     for causal in (False, True):
         problems += [_problem(d, causal=causal, return_lse=True) for d in (64, 128)]
         problems += [_problem(d, causal=causal, varlen=True) for d in (64, 128, 256)]
