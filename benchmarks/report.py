@@ -53,7 +53,8 @@ def _decode_row(label: str, run: dict[str, Any]) -> tuple[str, str, str, str]:
     q_heads, kv_heads, dim = run["heads"]
     shape = f"{run['sequences']} x {run['tokens']}, {q_heads}/{kv_heads} heads of {dim}, fp32"
     times = (f"{run[key]:.2f} ms" for key in ("sdpa_ms", "flashcore_ms"))
-    return (f"{label} ({shape})", *times, f"{run['ratio']:.2f}")  # type: ignore[return-value]
+    spread = f"{run['ratio']:.2f} ({min(run['ratios']):.2f} to {max(run['ratios']):.2f})"
+    return (f"{label} ({shape})", *times, spread)  # type: ignore[return-value]
 
 
 def dense_table(data: dict[str, Any]) -> str:
