@@ -99,8 +99,8 @@ def filled(text: str) -> str:
         if not path.exists():
             continue
         body = table(json.loads(path.read_text()))
-        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.S)
-        text = pattern.sub(lambda m, body=body: m[1] + body + m[2], text)
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.S)
+        text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
     return text
 
 

@@ -18,7 +18,7 @@ def test_tables_are_what_the_result_files_say():
     spec.loader.exec_module(report)
     for name, (file, _) in report.TABLES.items():
         assert (ROOT / "benchmarks" / "results" / file).exists(), file
-        assert f"<!-- table: {name} -->" in README
+        assert f"<!-- table: {name} -->\n| " in README
     assert report.filled(README) == README
 
 
