@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flashcore.config import dense
+from flashcore.config import dense, paged
 from flashcore.runtime.folder import default_folder
 from flashcore.runtime.gates import (
     GateRow,
@@ -23,7 +23,7 @@ from flashcore.runtime.gates import (
     violations,
 )
 from flashcore.runtime.inspect import Resources, extract_cubins
-from flashcore.runtime.kernel import DENSE, Kernel
+from flashcore.runtime.kernel import COMBINE, DENSE, PAGED, Kernel
 from flashcore.runtime.target import detect_target
 from tests.runtime_fixtures import CONSTANT, TILE, ConstantConfig, needs_disassembler, needs_dsl
 from tests.toy_kernels import TileConfig
@@ -127,14 +127,24 @@ def test_required_opcodes_are_the_family_s() -> None:
     assert violations(resources, ("UTMALDG",)) == ["no UTMALDG"]
 
 
+FAMILIES = (DENSE, PAGED, COMBINE)
+
+
 def test_shipped_kernels_are_legal_and_distinct() -> None:
     from flashcore.runtime.shipped import shipped_kernels
 
-    configs = [kernel.config for kernel in shipped_kernels()]
-    assert len(set(configs)) == len(configs)
-    assert [dense.illegal_reason(config) for config in configs] == [None] * len(configs)
-    plain = {(c.dtype, c.head_dim, c.causal) for c in configs}
+    kernels = shipped_kernels()
+    assert len(set(kernels)) == len(kernels)
+    of = {family: [k.config for k in kernels if k.family is family] for family in FAMILIES}
+    assert sum(map(len, of.values())) == len(kernels)
+    assert [dense.illegal_reason(c) for c in of[DENSE]] == [None] * len(of[DENSE])
+    assert [paged.illegal_reason(c) for c in of[PAGED]] == [None] * len(of[PAGED])
+    plain = {(c.dtype, c.head_dim, c.causal) for c in of[DENSE]}
     assert plain >= {(t, d, m) for t in dense.DTYPES for d in dense.HEAD_DIMS for m in (0, 1)}
+    tiles = {(c.head_dim, c.tile_m) for c in of[PAGED]}
+    assert tiles >= {(d, m) for d in paged.HEAD_DIMS for m in (64, 128)}
+    merges = {(c.dtype, c.head_dim) for c in of[COMBINE]}
+    assert merges >= {(t, d) for t in dense.DTYPES for d in paged.HEAD_DIMS}
 
 
 def test_unknown_shared_memory_fails() -> None:
