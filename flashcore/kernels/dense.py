@@ -6,8 +6,6 @@ off leaves no instruction behind.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
@@ -15,6 +13,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA, DenseConfig, illegal_reason
 from flashcore.kernels.parts import loads, matmul, pipelines, scheduler
+from flashcore.kernels.parts.consumer import Fragments, Scale, fragments, last_product
 from flashcore.kernels.parts.epilogue import store_row
 from flashcore.kernels.parts.mask import View, key_blocks, mask_scores
 from flashcore.kernels.parts.scheduler import SLOT_WORDS, SLOTS, Extent, Slots, Tile
@@ -31,29 +30,6 @@ try:
     from cutlass.memory import SmemAllocator
 except ImportError:  # before 4.8
     from cutlass.utils import SmemAllocator
-
-
-class Scale(NamedTuple):
-    """Factors of a score: to log2 units, and before tanh when there is a soft cap."""
-
-    log2: Float32
-    cap_factor: Float32
-
-
-class Fragments(NamedTuple):
-    """A consumer warpgroup's operands and registers."""
-
-    mma_qk: cute.TiledMma
-    mma_pv: cute.TiledMma
-    tSrQ: cute.Tensor
-    tSrK: cute.Tensor  # by stage
-    tOrV: cute.Tensor  # by stage
-    layout_s: cute.Layout  # of a score accumulator
-    accO: cute.Tensor
-    rP: cute.Tensor
-    row_max: cute.Tensor
-    row_sum: cute.Tensor
-    alpha: cute.Tensor
 
 
 class DenseAttention:
@@ -242,7 +218,7 @@ class DenseAttention:
         """A consumer warpgroup: 64 rows of every tile, from scores to stores."""
         c = self.config
         wg = cute.arch.make_warp_uniform(tid // 128)
-        frag = self.fragments(mma_qk, mma_pv, sQ, sK, sV, wg)
+        frag = fragments(c, self.dtype, mma_qk, mma_pv, sQ, sK, sV, wg)
         if const_expr(c.softcap):
             scale = Scale(softcap * LOG2_E, softmax_scale / softcap)
         else:
@@ -298,34 +274,11 @@ class DenseAttention:
                         v_state.advance()
                 ring_q.consumer_release(q_state)
                 q_state.advance()
-                self.last_product(frag, ring_v, v_state)
+                last_product(frag, ring_v, v_state)
                 v_state.advance()
             self.store(frag, mO, mLSE, mSinks, tile, row, lane, scale)
             m_block, tile = scheduler.next_tile(c, slots, slot_state, extent)
             slot_state.advance()
-
-    @cute.jit
-    def fragments(self, mma_qk, mma_pv, sQ: cute.Tensor, sK: cute.Tensor, sV: cute.Tensor, wg):
-        """Operand descriptors and accumulators of one warpgroup."""
-        c = self.config
-        thr_qk, thr_pv = mma_qk.get_slice(wg * 128), mma_pv.get_slice(wg * 128)
-        sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
-        accO = cute.make_rmem_tensor(thr_pv.partition_shape_C((c.tile_m, c.head_dim)), Float32)
-        accS = cute.make_rmem_tensor(thr_qk.partition_shape_C((c.tile_m, c.tile_n)), Float32)
-        rows = const_expr(2)  # of a thread in 64 rows of a warpgroup
-        return Fragments(
-            mma_qk,
-            mma_pv,
-            mma_qk.make_fragment_A(thr_qk.partition_A(sQ)),
-            mma_qk.make_fragment_B(thr_qk.partition_B(sK)),
-            mma_pv.make_fragment_B(thr_pv.partition_B(sVt)),
-            accS.layout,
-            accO,
-            cute.make_rmem_tensor(matmul.acc_as_operand(accS).layout, self.dtype),
-            cute.make_rmem_tensor(rows, Float32),
-            cute.make_rmem_tensor(rows, Float32),
-            cute.make_rmem_tensor(rows, Float32),
-        )
 
     @cute.jit
     def first_block(
@@ -377,15 +330,6 @@ class DenseAttention:
         matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
         if moved:
             rescale(matmul.acc_rows_cols(frag.accO), frag.alpha)
-
-    @cute.jit
-    def last_product(self, frag: Fragments, ring_v, v_state):
-        """PV of a tile's last block, alone."""
-        pipelines.await_stage(ring_v, v_state)
-        tOrV = frag.tOrV[None, None, None, v_state.index]
-        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
-        warpgroup.wait_group(0)
-        ring_v.consumer_release(v_state)
 
     @cute.jit
     def softmax(

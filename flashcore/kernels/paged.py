@@ -17,6 +17,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA
 from flashcore.config.paged import PagedConfig, illegal_reason
 from flashcore.kernels.parts import barriers, matmul, pages, pipelines, work_loop
+from flashcore.kernels.parts.consumer import Fragments, Scale, fragments, last_product
 from flashcore.kernels.parts.epilogue import store_row
 from flashcore.kernels.parts.intervals import (
     Bounds,
@@ -58,29 +59,6 @@ class Operands(NamedTuple):
     mTree: cute.Tensor | None  # uint8 (total_q, width)
     mSinks: cute.Tensor | None  # fp32 (heads,)
     mCounter: cute.Tensor  # int32 (2,), zero before and after every launch
-
-
-class Scale(NamedTuple):
-    """Factors of a score: to log2 units, and before tanh when there is a soft cap."""
-
-    log2: Float32
-    cap_factor: Float32
-
-
-class Fragments(NamedTuple):
-    """A consumer warpgroup's operands and registers."""
-
-    mma_qk: cute.TiledMma
-    mma_pv: cute.TiledMma
-    tSrQ: cute.Tensor
-    tSrK: cute.Tensor  # by stage
-    tOrV: cute.Tensor  # by stage
-    layout_s: cute.Layout  # of a score accumulator
-    accO: cute.Tensor
-    rP: cute.Tensor
-    row_max: cute.Tensor
-    row_sum: cute.Tensor
-    alpha: cute.Tensor
 
 
 class PagedAttention:
@@ -281,7 +259,7 @@ class PagedAttention:
         """A consumer warpgroup: 64 packed rows of every item, from scores to stores."""
         c = self.config
         wg = cute.arch.make_warp_uniform(tid // 128)
-        frag = self.fragments(mma_qk, mma_pv, sQ, sK, sV, wg)
+        frag = fragments(c, self.dtype, mma_qk, mma_pv, sQ, sK, sV, wg)
         if const_expr(c.softcap):
             scale = Scale(softcap * LOG2_E, softmax_scale / softcap)
         else:
@@ -332,33 +310,10 @@ class PagedAttention:
                         )  # fmt: skip
                         k_state.advance()
                         v_state.advance()
-                self.last_product(frag, ring_v, v_state)
+                last_product(frag, ring_v, v_state)
                 v_state.advance()
             self.store(frag, m, item, rows, thread_row, lane, scale)
             item = work_loop.await_item(slot, slot_phase)
-
-    @cute.jit
-    def fragments(self, mma_qk, mma_pv, sQ: cute.Tensor, sK: cute.Tensor, sV: cute.Tensor, wg):
-        """Operand descriptors and accumulators of one warpgroup."""
-        c = self.config
-        thr_qk, thr_pv = mma_qk.get_slice(wg * 128), mma_pv.get_slice(wg * 128)
-        sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
-        accO = cute.make_rmem_tensor(thr_pv.partition_shape_C((c.tile_m, c.head_dim)), Float32)
-        accS = cute.make_rmem_tensor(thr_qk.partition_shape_C((c.tile_m, c.tile_n)), Float32)
-        rows = const_expr(2)  # of a thread in 64 rows of a warpgroup
-        return Fragments(
-            mma_qk,
-            mma_pv,
-            mma_qk.make_fragment_A(thr_qk.partition_A(sQ)),
-            mma_qk.make_fragment_B(thr_qk.partition_B(sK)),
-            mma_pv.make_fragment_B(thr_pv.partition_B(sVt)),
-            accS.layout,
-            accO,
-            cute.make_rmem_tensor(matmul.acc_as_operand(accS).layout, self.dtype),
-            cute.make_rmem_tensor(rows, Float32),
-            cute.make_rmem_tensor(rows, Float32),
-            cute.make_rmem_tensor(rows, Float32),
-        )
 
     @cute.jit
     def row_intervals(self, m: Operands, item: Item, window: Bounds, thread_row: Int32) -> Rows:
@@ -437,15 +392,6 @@ class PagedAttention:
             following = v_state.clone()
             following.advance()
             self.clear_unseen(sV, ring_v, following, item, n, tid)
-
-    @cute.jit
-    def last_product(self, frag: Fragments, ring_v, v_state):
-        """PV of an item's last tile, alone."""
-        pipelines.await_stage(ring_v, v_state)
-        tOrV = frag.tOrV[None, None, None, v_state.index]
-        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
-        warpgroup.wait_group(0)
-        ring_v.consumer_release(v_state)
 
     @cute.jit
     def clear_unseen(self, sV: cute.Tensor, ring_v, v_state, item: Item, n: Int32, tid: Int32):
