@@ -39,6 +39,7 @@ class PagedConfig:
     rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
     producer_registers: int = 40
     consumer_registers: int = 232
+    ctas_per_sm: int = 1
 
     @property
     def tile_m(self) -> int:
@@ -79,7 +80,10 @@ def illegal_reason(config: PagedConfig) -> str | None:
         (c.stages >= 2, "at least two K/V stages"),
         (c.group_size >= 1, "at least one query head for each KV head"),
         (not (c.causal and c.tree), "a tree mask takes the place of causal"),
-        (registers <= REGISTERS_PER_SM90_SM, f"{registers} registers exceed 65536"),
+        (
+            registers * c.ctas_per_sm <= REGISTERS_PER_SM90_SM,
+            f"{registers} registers exceed 65536 / {c.ctas_per_sm}",
+        ),
         (
             c.smem_bytes <= SMEM_BYTES_PER_SM90_CTA,
             f"{c.smem_bytes} bytes of shared memory exceed {SMEM_BYTES_PER_SM90_CTA}",

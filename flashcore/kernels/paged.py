@@ -128,7 +128,8 @@ class PagedAttention:
             grid=[num_ctas, 1, 1],
             block=[c.threads, 1, 1],
             stream=stream,
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=c.ctas_per_sm,
+            preferred_smem_carveout=100,
         )  # fmt: skip
 
     @cute.kernel

@@ -99,7 +99,7 @@ def paged_attention(
             softcap,
             window_left,
             window_right,
-            min(num_items, sm_count(q.device)),
+            min(num_items, config.ctas_per_sm * sm_count(q.device)),
         )
     if needs_merge:
         entries = merge_partials.numel()
