@@ -338,7 +338,10 @@ class Emulation:
             for tokens, blocks in work
         ):
             two, four = -(-total // (2 * self.workers)), -(-total // (4 * self.workers))
-            share = max(min(two, 16 * self.long), four, 16 * self.least)
+            share = max(min(two, 16 * self.long), four)
+            if len({tokens * (11 + 5 * blocks) // blocks for tokens, blocks in work}) == 1:
+                share = -(-total // self.workers)
+            share = max(share, 16 * self.least)
         unit = self.unit // self.page_tokens
         for row, (_, blocks) in zip(table[: self.groups], work, strict=True):
             pages = per_split = int(row[Group.NUM_ENTRIES])

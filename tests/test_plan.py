@@ -292,7 +292,7 @@ def test_splits_balance_workers(runs, workers, page_tokens):
     pages = [(-(-tokens // page_tokens), blocks) for tokens, blocks in runs]
     costs = [split.run_cost(n * page_tokens, blocks) for n, blocks in pages]
     total = sum(cost * blocks for cost, (_, blocks) in zip(costs, pages, strict=True))
-    share = split.split_share(total, max(costs), workers)
+    share = split.split_share(total, max(costs), min(costs), workers)
     if share == 0:
         assert max(costs) <= 1.25 * total / workers
         return

@@ -177,6 +177,8 @@ class PagedAttention:
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
+        # The merge takes the place of CTAs that are done, and waits there for all of them.
+        cute.arch.griddepcontrol_launch_dependents()
         if warp < 4:
             cute.arch.setmaxregister_decrease(c.producer_registers)
             if warp == 0:
@@ -215,33 +217,40 @@ class PagedAttention:
         slot_phase = Int32(1)
         while index < num_items:
             words = work_loop.work_row(m.mWork, index)
+            entry, num_tokens = words[int(Work.ENTRY)], words[int(Work.NUM_TOKENS)]
+            last_entry = entry + (num_tokens - 1) // c.page_tokens
+            # On its way while the item is measured: most items begin with their run's last tile.
+            guess = (num_tokens - 1) // c.tile_n
+            ids = pages.tile_pages(c, m.mCols, entry, last_entry, guess)
             item = measure_item(c, words, Work, m.mPositions, m.mTokens, m.mQIndex, window)
             work_loop.publish_item(slot, slot_phase, item)
             slot_phase ^= 1
-            entry = words[int(Work.ENTRY)]
-            last_entry = entry + (item.num_tokens - 1) // c.page_tokens
             if item.end > item.first:
                 k_pages = pages.head_pages(c, tma_k, gK, sK, item.kv_head)
                 v_pages = pages.head_pages(c, tma_v, gV, sV, item.kv_head)
                 # K runs a tile ahead of V: the consumers need K of tile n - 1 before V of n.
                 last = item.end - 1
-                pages.load_tile(c, k_pages, m.mCols, entry, last_entry, last, ring_k, k_state)
+                if last != guess:
+                    ids = pages.tile_pages(c, m.mCols, entry, last_entry, last)
+                ahead = pages.tile_pages(c, m.mCols, entry, last_entry, max(last - 1, 0))
+                pages.load_tile(c, k_pages, ids, last, ring_k, k_state)
                 k_state.advance()
                 for i in cutlass.range(last - item.first, unroll=1):
                     n = last - i
-                    pages.load_tile(c, k_pages, m.mCols, entry, last_entry, n - 1, ring_k, k_state)
+                    below = ahead
+                    ahead = pages.tile_pages(c, m.mCols, entry, last_entry, max(n - 2, 0))
+                    pages.load_tile(c, k_pages, below, n - 1, ring_k, k_state)
                     k_state.advance()
-                    pages.load_tile(c, v_pages, m.mCols, entry, last_entry, n, ring_v, v_state)
+                    pages.load_tile(c, v_pages, ids, n, ring_v, v_state)
                     v_state.advance()
-                pages.load_tile(c, v_pages, m.mCols, entry, last_entry, item.first, ring_v, v_state)
+                    ids = below
+                pages.load_tile(c, v_pages, ids, item.first, ring_v, v_state)
                 v_state.advance()
             index = work_loop.next_item(index, m.mCounter)
         nothing = Int32(0)
         over = Item(Int32(-1), *[nothing] * (len(Item._fields) - 1))
         work_loop.publish_item(slot, slot_phase, over)
         work_loop.reset_counter(m.mCounter)
-        # The merge may be set up while the last items are computed; it waits for all of them.
-        cute.arch.griddepcontrol_launch_dependents()
         ring_k.producer_tail(k_state)
         ring_v.producer_tail(v_state)
 

@@ -37,23 +37,37 @@ def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared)
         blocks = row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)])
         total = total + Int64(plan.mGroups[h, int(Group.NUM_TOKENS)]) * Int64(11 + 5 * blocks)
     total = block_sum(total, shared.wide) * Int64(problem.kv_heads)
-    workers, long = Int64(problem.num_workers), Int32(0)
+    workers, long, unlike = Int64(problem.num_workers), Int32(0), Int32(0)
+    first = run_cost(plan, problem, Int32(0))
     for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
-        blocks = row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)])
-        tokens = Int64(plan.mGroups[h, int(Group.NUM_TOKENS)])
-        if 4 * (tokens * Int64(11 + 5 * blocks) // Int64(blocks)) * workers > 5 * total:
+        cost = run_cost(plan, problem, h)
+        if 4 * cost * workers > 5 * total:
             long = Int32(1)
-    long = block_any(long, shared.sums)
+        if cost != first:
+            unlike = Int32(1)
+    long, unlike = block_any(long, shared.sums), block_any(unlike, shared.sums)
     share = Int64(0)
     if problem.num_workers > 1 and long == 1:
-        two = (total + 2 * workers - 1) // (2 * workers)
-        four = (total + 4 * workers - 1) // (4 * workers)
-        most = Int64(COST_UNIT) * Int64(problem.long_split_tokens)
-        share = two if two < most else most
-        share = share if share > four else four
+        share = (total + workers - 1) // workers
+        if unlike == 1:
+            two = (total + 2 * workers - 1) // (2 * workers)
+            four = (total + 4 * workers - 1) // (4 * workers)
+            most = Int64(COST_UNIT) * Int64(problem.long_split_tokens)
+            share = two if two < most else most
+            share = share if share > four else four
         least = Int64(COST_UNIT) * Int64(problem.min_split_tokens)
         share = share if share > least else least
     return share
+
+
+@cute.jit
+def run_cost(plan: Plan, problem: Problem, h: Int32):
+    """`split.run_cost` of one item of a group, 0 past the last group."""
+    cost = Int64(0)
+    blocks = Int64(row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)]))
+    if blocks > 0:
+        cost = Int64(plan.mGroups[h, int(Group.NUM_TOKENS)]) * (11 + 5 * blocks) // blocks
+    return cost
 
 
 @cute.jit

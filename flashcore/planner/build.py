@@ -266,7 +266,7 @@ def _split_pages(
         return runs.entries
     cost = split.run_cost(runs.tokens, blocks)
     total = int((runs.tokens * (11 + 5 * blocks)).sum()) * num_kv_heads
-    share = split.split_share(total, int(cost.max()), num_workers)
+    share = split.split_share(total, int(cost.max()), int(cost.min()), num_workers)
     if share == 0:
         return runs.entries
     return split.split_pages(runs.entries, blocks, share, page_tokens)

@@ -39,17 +39,20 @@ def run_cost(tokens: Int, blocks: Int) -> Int:
     return tokens * (11 + 5 * blocks) // blocks  # type: ignore[operator]
 
 
-def split_share(total_cost: int, costliest: int, num_workers: int) -> int:
+def split_share(total_cost: int, costliest: int, cheapest: int, num_workers: int) -> int:
     """Cost of a split, in 1 / COST_UNIT tokens; 0 for no split.
 
-    total_cost: of all work items before any split. costliest: the largest of them.
+    total_cost: of all work items before any split. costliest, cheapest: of them.
     num_workers: CTAs that run at the same time; 0 or 1 means nothing to balance.
     """
     if num_workers <= 1 or 4 * costliest * num_workers <= 5 * total_cost:
         return 0  # no item is much longer than a worker's share of all
-    two = -(-total_cost // (2 * num_workers))
-    four = -(-total_cost // (4 * num_workers))
-    share = max(min(two, COST_UNIT * LONG_SPLIT_TOKENS), four)
+    if costliest == cheapest:  # then one split for each worker is balance
+        share = -(-total_cost // num_workers)
+    else:
+        two = -(-total_cost // (2 * num_workers))
+        four = -(-total_cost // (4 * num_workers))
+        share = max(min(two, COST_UNIT * LONG_SPLIT_TOKENS), four)
     return max(share, COST_UNIT * MIN_SPLIT_TOKENS)
 
 

@@ -55,13 +55,25 @@ def head_pages(
 
 
 @cute.jit
-def load_tile(
+def tile_pages(
     config: cutlass.Constexpr[PagedConfig],
-    pages: Pages,
     mCols: cute.Tensor,
     entry: Int32,  # first entry of the item's run
     last_entry: Int32,
     n: Int32,  # tile of the run
+) -> Int32:
+    """Page ids of a tile: this lane's is that of box `lane`, the run's last page past its end."""
+    c = config
+    box = n * const_expr(c.tile_n // c.box_n) + cute.arch.lane_idx()
+    return mCols[min(entry + box // const_expr(c.page_tokens // c.box_n), last_entry)]
+
+
+@cute.jit
+def load_tile(
+    config: cutlass.Constexpr[PagedConfig],
+    pages: Pages,
+    ids: Int32,  # of `tile_pages`
+    n: Int32,
     ring,
     state,
 ):
@@ -75,12 +87,10 @@ def load_tile(
     barrier = ring.producer_get_barrier(state)
     boxes = const_expr(c.tile_n // c.box_n)
     per_page = const_expr(c.page_tokens // c.box_n)
-    for j in cutlass.range(boxes, unroll=min(boxes, 2)):
-        box = n * boxes + j
-        page = mCols[min(entry + box // per_page, last_entry)]
+    for j in cutlass.range(boxes, unroll=min(boxes, 4)):
         cute.copy(
             pages.tma,
-            pages.src[None, box % per_page, page],
+            pages.src[None, (n * boxes + j) % per_page, cute.arch.shuffle_sync(ids, j)],
             pages.dst[None, j, 0, state.index],
             tma_bar_ptr=barrier,
         )
