@@ -41,6 +41,7 @@ class PagedConfig:
     rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
     producer_registers: int = 40
     consumer_registers: int = 232
+    evict_first: bool = False  # K and V may leave L2 first: decode reads them once
     ctas_per_sm: int = 1  # resident together, each with its share of registers and shared memory
 
     @property
@@ -123,6 +124,7 @@ def choose(
         tile_n=tile_n,
         stages=_stages(head_dim, tile_m, tile_n, ctas),
         consumer_registers=232 if ctas == 1 else 216,
+        evict_first=tile_m == WARPGROUP_ROWS,
         ctas_per_sm=ctas,
         causal=causal and not tree,
         window=window,

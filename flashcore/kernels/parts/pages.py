@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, const_expr
+from cutlass import Boolean, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from flashcore.config.paged import PagedConfig
 
 VECTOR = 8  # 16-bit elements of a 16-byte copy
+EVICT_FIRST = 0x12F0000000000000  # createpolicy.fractional.L2::evict_first of everything
 
 
 class Pages(NamedTuple):
@@ -87,12 +88,14 @@ def load_tile(
     barrier = ring.producer_get_barrier(state)
     boxes = const_expr(c.tile_n // c.box_n)
     per_page = const_expr(c.page_tokens // c.box_n)
+    policy = {"cache_policy": Int64(EVICT_FIRST)} if const_expr(c.evict_first) else {}
     for j in cutlass.range(boxes, unroll=min(boxes, 4)):
         cute.copy(
             pages.tma,
             pages.src[None, (n * boxes + j) % per_page, cute.arch.shuffle_sync(ids, j)],
             pages.dst[None, j, 0, state.index],
             tma_bar_ptr=barrier,
+            **policy,
         )
 
 
