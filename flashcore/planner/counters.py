@@ -32,6 +32,18 @@ class Count(IntEnum):
     SIZE = 16
 
 
+class PagerCount(IntEnum):
+    """Elements of DeviceLayout.counts."""
+
+    BATCH = 0  # sequences
+    NNZ = 1  # entries
+    STAGED = 2  # elements of staging_ids
+    FAULTS = 3  # `Fault` of any sequence
+    CHANGES = 4  # of the token map; scratch of the pager
+    STAMP = 5  # updates
+    SIZE = 8
+
+
 class Stat(IntEnum):
     """Elements of DevicePlan.stats, int64; the same as in `PlanStats`. All are 0 but FAULTS where
     the whole batch was left out (`Fault.PLAN`)."""
