@@ -10,6 +10,7 @@ import torch
 import flashcore
 from flashcore.pager.device import DevicePager
 from tests.cases import ABSURD_PAGE
+from tests.device_plan_cases import short_splits
 
 
 @dataclass
@@ -94,3 +95,35 @@ def assert_same_layout(pager: DevicePager, expected: flashcore.Layout) -> None:
     lens.index_add_(0, rows.long(), counts.long())
     assert pager.layout.kv_lens[: len(lens)].tolist() == lens.tolist()
     assert not pager.layout.faults()
+
+
+HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+
+
+def planner_of(m: TokenMap, workers: int, device: str = "cpu") -> flashcore.DevicePlanner:
+    """A planner of short splits for a map."""
+    with short_splits():
+        return flashcore.DevicePlanner(
+            flashcore.Capacities(9, 2700, 64, 20_000, 20_000),
+            num_pages=m.num_pages,
+            page_tokens=m.page_tokens,
+            num_workers=workers,
+            device=device,
+            **HEADS,
+        )
+
+
+def host_plan(m: TokenMap, q_lens: torch.Tensor, workers: int) -> flashcore.Plan:
+    """What it must make."""
+    layout = flashcore.build_layout(
+        m.pages, m.starts, m.ends, page_tokens=m.page_tokens, num_pages=m.num_pages
+    )
+    with short_splits():
+        return flashcore.plan(
+            layout,
+            q_lens=q_lens,
+            page_tokens=m.page_tokens,
+            num_workers=workers,
+            tile_m=64,
+            **HEADS,
+        )

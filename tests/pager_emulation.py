@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from flashcore.config.pager import Ranges
+from flashcore.pager.counters import Fault, PagerCount
 from flashcore.pager.device import DevicePager
-from flashcore.planner.counters import Fault, PagerCount
 from tests.planner_emulation import POISON, last_at_most
 
 

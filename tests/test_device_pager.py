@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,15 +13,25 @@ from hypothesis import strategies as st
 
 import flashcore
 from flashcore.config.pager import BITMAPS, PagerConfig, illegal_reason
+from flashcore.pager.counters import Fault, PagerCount
 from flashcore.pager.device import DevicePager
-from flashcore.planner.counters import Fault, PagerCount
 from flashcore.runtime.folder import default_folder
 from flashcore.runtime.gates import check_kernel
 from flashcore.runtime.kernel import Kernel
 from flashcore.runtime.target import detect_target
 from tests.cases import Batch, batches
-from tests.device_pager_cases import KINDS, assert_same_layout, bitmap, pager_for, token_map
+from tests.device_pager_cases import (
+    KINDS,
+    assert_same_layout,
+    bitmap,
+    host_plan,
+    pager_for,
+    planner_of,
+    token_map,
+)
+from tests.device_plan_cases import assert_same_plan, assert_same_stats
 from tests.pager_emulation import PagerEmulation
+from tests.planner_emulation import Emulation
 from tests.runtime_fixtures import needs_disassembler, needs_dsl
 
 seeds = st.integers(0, 2**31 - 1)
@@ -115,6 +126,65 @@ def test_sequences_that_do_not_fit(seed: int, max_entries: int) -> None:
     assert int(pager.layout.counts[PagerCount.NNZ]) == nnz
     assert pager.layout.trimmed().cols.tolist() == full.cols[:nnz].tolist()
     assert pager.layout.row_offsets[1 : len(ends) + 1].tolist() == ends.clamp(max=nnz).tolist()
+
+
+# ---------------------------------------------------------------- plans of layouts on the device
+
+
+@settings(max_examples=300, deadline=None)
+@given(seeds, st.sampled_from([0, 40]), st.booleans())
+def test_plan_of_a_token_map(seed: int, workers: int, idle: bool) -> None:
+    """Partial pages stand in the middle of sequences; sequences without queries take no part."""
+    m = token_map(seed)
+    rng = np.random.default_rng(seed)
+    q_lens = torch.from_numpy(rng.integers(0 if idle else 1, 4, len(m.starts))).int()
+    pager, planner = pager_for(m.num_pages, m.page_tokens, "cpu"), planner_of(m, workers)
+    emulation = Emulation(planner, seed)
+    for _ in range(2):
+        PagerEmulation(pager, seed).update(m.pages, m.starts, m.ends, None)
+        emulation.update_from_layout(pager.layout, q_lens)
+    expected = host_plan(m, q_lens, workers)
+    assert_same_plan(planner.trimmed(len(q_lens)), expected)
+    assert_same_stats(planner, expected)
+
+
+def test_plan_leaves_out_what_was_not_laid_out() -> None:
+    m = token_map(6)
+    assert len(m.starts) > 3
+    m.ends[1] = 10_000
+    pager, planner = pager_for(m.num_pages, m.page_tokens, "cpu"), planner_of(m, 0)
+    PagerEmulation(pager).update(m.pages, m.starts[:-1], m.ends[:-1], None)
+    Emulation(planner).update_from_layout(pager.layout, torch.ones(len(m.starts)).int())
+    bad = [0] * len(m.starts)
+    bad[1] = bad[-1] = Fault.LENGTH  # the last is not in the layout
+    assert planner.plan.bad[: len(bad)].tolist() == bad
+    assert set(planner.trimmed(len(bad)).member_rows.tolist()) <= set(range(len(bad) - 1)) - {1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "message"),
+    [
+        ({"num_pages": 9}, 1, "layout must have the planner's num_pages 8, got 9"),
+        ({"page_tokens": 2}, 1, "layout must have the planner's page_tokens 4, got 2"),
+        ({"max_entries": 65}, 1, "layout has max_entries 65, the planner's is 64"),
+        ({"max_batch": 2}, 3, "3 sequences, max_batch of planner and layout is 2"),
+        ({}, 1, "plans with Hopper kernels: cpu"),
+    ],
+)
+def test_layouts_are_checked(sizes: dict[str, int], rows: int, message: str) -> None:
+    sizes = {"max_batch": 4, "max_entries": 64, "num_pages": 8, "page_tokens": 4} | sizes
+    layout = DevicePager(**sizes, device="cpu").layout
+    planner = flashcore.DevicePlanner(
+        flashcore.Capacities(4, 64, 16),
+        num_pages=8,
+        num_q_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        page_tokens=4,
+        device="cpu",
+    )
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        planner.update_from_layout(layout, torch.ones(rows, dtype=torch.int32))
 
 
 # ---------------------------------------------------------------- without a GPU

@@ -17,11 +17,13 @@ from tests.runtime_fixtures import needs_disassembler, needs_dsl
 
 @needs_dsl
 @needs_disassembler
-@pytest.mark.parametrize("rows", ROW_CAPACITIES)
-def test_nothing_spills(rows: int) -> None:
+@pytest.mark.parametrize(
+    "config", [*(PlannerConfig(rows) for rows in ROW_CAPACITIES), PlannerConfig(1024, True)]
+)
+def test_nothing_spills(config: PlannerConfig) -> None:
     from flashcore.runtime.launch_planner import PLANNER
 
-    row = check_kernel(Kernel(PLANNER, PlannerConfig(rows)), default_folder(), detect_target())
+    row = check_kernel(Kernel(PLANNER, config), default_folder(), detect_target())
     assert row.violations == []
 
 

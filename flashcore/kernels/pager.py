@@ -21,7 +21,7 @@ from flashcore.config.pager import PagerConfig, Ranges, Tiles, illegal_reason
 from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, WARPS
 from flashcore.kernels.planner_block import block_scan, last_at_most
 from flashcore.kernels.planner_sharing import await_count, publish_count
-from flashcore.planner.counters import Fault, PagerCount
+from flashcore.pager.counters import Fault, PagerCount
 
 try:
     from cutlass.memory import SmemAllocator
@@ -320,7 +320,7 @@ def cut(tokens: Int32, page_tokens: Int32):
 
 @cute.jit
 def slot_word(stamp: Int32, e: Int32):
-    """Smaller for later updates, so that nothing need be cleared, and in one for smaller entries."""
+    """Smaller for later updates, so that nothing need be cleared, then for smaller entries."""
     return (Int64(2**31 - 1 - stamp) << 32) | Int64(e)
 
 

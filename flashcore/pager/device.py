@@ -1,8 +1,8 @@
 """The pager on the GPU: fixed capacities, made by kernels alone, fit for CUDA graphs.
 
 The host waits for nothing: what there is of each list is counted in `DeviceLayout.counts`, on the
-device. A sequence that cannot be laid out (a page id out of range, a range outside the map, no room)
-is marked in `DeviceLayout.bad`, and its pages are not staged.
+device. A sequence that cannot be laid out (a page id out of range, a range outside the map, no
+room) is marked in `DeviceLayout.bad`, and its pages are not staged.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from flashcore import validate
 from flashcore.config.pager import FREE, PagerConfig, Ranges, Tiles
 from flashcore.config.planner import SCAN_THREADS
 from flashcore.device import device_path
+from flashcore.pager.counters import Fault, PagerCount
 from flashcore.pager.csr import Layout
-from flashcore.planner.counters import Fault, PagerCount
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,13 @@ class DeviceLayout:
     def faults(self) -> Fault:
         """What was wrong with any sequence of the last update. Waits for the device."""
         return Fault(int(self.counts[PagerCount.FAULTS]))
+
+    def source(self) -> tuple[torch.Tensor, ...]:
+        """In the order of `kernels.planner_operands.Source`."""
+        return (
+            *(self.counts, self.bad, self.row_offsets, self.kv_lens),
+            *(self.cols, self.token_counts, self.starts, self.rows),
+        )
 
     def trimmed(self) -> Layout:
         """The last update as a `Layout` of its own. Waits for the device."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from flashcore.config.pager import PagerConfig, Ranges, Tiles, illegal_reason
 from flashcore.config.planner import SCAN_THREADS
-from flashcore.planner.counters import PagerCount
+from flashcore.pager.counters import PagerCount
 from flashcore.runtime.compile import COMPILE_OPTIONS
 
 

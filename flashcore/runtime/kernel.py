@@ -46,6 +46,7 @@ DENSE = Family(
 _PAGED_SOURCES = (
     *DENSE.sources,
     "planner/work.py",
+    "pager/counters.py",
     "planner/counters.py",
     "runtime/compile_paged.py",
 )

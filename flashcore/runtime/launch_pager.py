@@ -22,6 +22,7 @@ PAGER = Family(
         "kernels",
         "config",
         "planner/work.py",
+        "pager/counters.py",
         "planner/counters.py",
         "runtime/compile.py",
         "runtime/compile_pager.py",
