@@ -17,7 +17,7 @@ from flashcore.pager.counters import Fault, PagerCount
 from flashcore.pager.device import DevicePager
 from flashcore.runtime.folder import default_folder
 from flashcore.runtime.gates import check_kernel
-from flashcore.runtime.kernel import Kernel
+from flashcore.runtime.kernel import PAGER, Kernel
 from flashcore.runtime.target import detect_target
 from tests.cases import Batch, batches
 from tests.device_pager_cases import (
@@ -194,8 +194,6 @@ def test_layouts_are_checked(sizes: dict[str, int], rows: int, message: str) -> 
 @needs_disassembler
 @pytest.mark.parametrize("config", [PagerConfig(True, "words"), PagerConfig(False, "bytes")])
 def test_nothing_spills(config: PagerConfig) -> None:
-    from flashcore.runtime.launch_pager import PAGER
-
     row = check_kernel(Kernel(PAGER, config), default_folder(), detect_target())
     assert row.violations == []
 

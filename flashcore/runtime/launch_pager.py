@@ -11,24 +11,9 @@ import torch
 
 from flashcore.config.pager import PagerConfig
 from flashcore.runtime.cache import shared_cache
-from flashcore.runtime.kernel import Family, Kernel
+from flashcore.runtime.kernel import PAGER, Kernel
 from flashcore.runtime.launch import sm_count
 from flashcore.runtime.load import CompiledFunction
-
-PAGER = Family(
-    "pager",
-    "flashcore.runtime.compile_pager:compile_pager",
-    (
-        "kernels",
-        "config",
-        "planner/work.py",
-        "pager/counters.py",
-        "planner/counters.py",
-        "runtime/compile.py",
-        "runtime/compile_pager.py",
-    ),
-    required_opcodes=("SHFL",),
-)
 
 _functions: dict[PagerConfig, CompiledFunction] = {}
 

@@ -10,24 +10,9 @@ import torch
 
 from flashcore.config.planner import PlannerConfig
 from flashcore.runtime.cache import shared_cache
-from flashcore.runtime.kernel import Family, Kernel
+from flashcore.runtime.kernel import PLANNER, Kernel
 from flashcore.runtime.launch import sm_count
 from flashcore.runtime.load import CompiledFunction
-
-PLANNER = Family(
-    "planner",
-    "flashcore.runtime.compile_planner:compile_planner",
-    (
-        "kernels",
-        "config",
-        "planner/work.py",
-        "pager/counters.py",
-        "planner/counters.py",
-        "runtime/compile.py",
-        "runtime/compile_planner.py",
-    ),
-    required_opcodes=("REDG", "SHFL"),
-)
 
 _functions: dict[PlannerConfig, CompiledFunction] = {}
 
