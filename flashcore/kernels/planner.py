@@ -13,7 +13,7 @@ graph serves any page tables, lengths and sharing.
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Int32, Int64, const_expr
 
 from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, WARPS, PlannerConfig
 from flashcore.kernels.planner_adopt import adopt_layout
@@ -106,7 +106,9 @@ class Planner:
     @cute.kernel
     def link(self, plan: Plan, scratch: Scratch, problem: Problem):
         self.take_over()
-        mark_breaks(plan, scratch, problem)
+        warps = const_expr(ENTRY_THREADS // 32)
+        wide = SmemAllocator().allocate_tensor(Int64, cute.make_layout(warps))
+        mark_breaks(plan, scratch, problem, wide)
 
     @cute.kernel
     def segments(self, plan: Plan, scratch: Scratch):
