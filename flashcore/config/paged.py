@@ -17,6 +17,10 @@ from flashcore.config.dense import (
 )
 
 HEAD_DIMS = (64, 128, 256)
+KV_LOADS = ("tma", "gather")
+SHORTEST_TMA_PAGE = 16
+"""Page tokens from which a TMA box is worth its instruction. Below, a page of 1 took ten times the
+bound by boxes."""
 PAGE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -31,6 +35,7 @@ class PagedConfig:
     num_consumer_warpgroups: int  # 64 packed rows each
     tile_n: int  # keys of one K/V stage
     stages: int  # depth of the K and of the V ring
+    kv_load: str = "tma"  # "tma": boxes, one warp | "gather": rows by cp.async, four warps
     causal: bool = True
     window: bool = False  # window_left / window_right are read at run time
     softcap: bool = False
@@ -49,6 +54,11 @@ class PagedConfig:
     def box_n(self) -> int:
         """Rows of one TMA box: a page, or a tile where a page is longer."""
         return min(self.page_tokens, self.tile_n)
+
+    @property
+    def loading_warps(self) -> int:
+        """Warps of the producer warpgroup that copy K and V."""
+        return 4 if self.kv_load == "gather" else 1
 
     @property
     def smem_bytes(self) -> int:
@@ -74,6 +84,7 @@ def illegal_reason(config: PagedConfig) -> str | None:
         (c.page_tokens in PAGE_TOKENS, f"page_tokens {c.page_tokens} is not one of {PAGE_TOKENS}"),
         (c.num_consumer_warpgroups in (1, 2), "one or two consumer warpgroups"),
         (c.tile_n % 16 == 0 and 16 <= c.tile_n <= 128, f"tile_n {c.tile_n}: 16 to 128, step 16"),
+        (c.kv_load in KV_LOADS, f"kv_load {c.kv_load!r} is not one of {KV_LOADS}"),
         (c.tile_n % c.box_n == 0, "tile_n is whole pages, or part of one"),
         (c.page_tokens % c.box_n == 0, "a page is whole boxes"),
         (c.stages >= 2, "at least two K/V stages"),
@@ -114,6 +125,7 @@ def choose(
         num_consumer_warpgroups=warpgroups,
         tile_n=tile_n,
         stages=_stages(head_dim, tile_m, tile_n),
+        kv_load="tma" if page_tokens >= SHORTEST_TMA_PAGE else "gather",
         causal=causal and not tree,
         window=window,
         softcap=softcap,
