@@ -18,6 +18,10 @@ from flashcore.config.dense import (
 
 HEAD_DIMS = (64, 128, 256)
 SMEM_BYTES_RESERVED_PER_CTA = 1024
+KV_LOADS = ("tma", "gather")
+SHORTEST_TMA_PAGE = 16
+"""Page tokens from which a TMA box is worth its instruction. Below, a page of 1 took ten times the
+bound by boxes."""
 PAGE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -32,6 +36,7 @@ class PagedConfig:
     num_consumer_warpgroups: int  # 64 packed rows each
     tile_n: int  # keys of one K/V stage
     stages: int  # depth of the K and of the V ring
+    kv_load: str = "tma"  # "tma": boxes, one warp | "gather": rows by cp.async, four warps
     causal: bool = True
     window: bool = False  # window_left / window_right are read at run time
     softcap: bool = False
@@ -53,6 +58,11 @@ class PagedConfig:
     def box_n(self) -> int:
         """Rows of one TMA box: a page, or a tile where a page is longer."""
         return min(self.page_tokens, self.tile_n)
+
+    @property
+    def loading_warps(self) -> int:
+        """Warps of the producer warpgroup that copy K and V."""
+        return 4 if self.kv_load == "gather" else 1
 
     @property
     def smem_bytes(self) -> int:
@@ -78,6 +88,7 @@ def illegal_reason(config: PagedConfig) -> str | None:
         (c.page_tokens in PAGE_TOKENS, f"page_tokens {c.page_tokens} is not one of {PAGE_TOKENS}"),
         (c.num_consumer_warpgroups in (1, 2), "one or two consumer warpgroups"),
         (c.tile_n % 16 == 0 and 16 <= c.tile_n <= 128, f"tile_n {c.tile_n}: 16 to 128, step 16"),
+        (c.kv_load in KV_LOADS, f"kv_load {c.kv_load!r} is not one of {KV_LOADS}"),
         (c.tile_n % c.box_n == 0, "tile_n is whole pages, or part of one"),
         (c.page_tokens % c.box_n == 0, "a page is whole boxes"),
         (c.stages >= 2, "at least two K/V stages"),
@@ -113,7 +124,8 @@ def choose(
     if tile_m not in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS):
         raise ValueError(f"tile_m must be 64 or 128, got {tile_m}")
     warpgroups = tile_m // WARPGROUP_ROWS
-    ctas = ctas_per_sm(head_dim, tile_m)
+    kv_load = "tma" if page_tokens >= SHORTEST_TMA_PAGE else "gather"
+    ctas = ctas_per_sm(head_dim, tile_m, page_tokens)
     tile_n = 64 if head_dim * ctas >= 256 else 128
     config = PagedConfig(
         dtype=dtype,
@@ -123,8 +135,9 @@ def choose(
         num_consumer_warpgroups=warpgroups,
         tile_n=tile_n,
         stages=_stages(head_dim, tile_m, tile_n, ctas),
+        kv_load=kv_load,
         consumer_registers=232 if ctas == 1 else 216,
-        evict_first=tile_m == WARPGROUP_ROWS,
+        evict_first=kv_load == "tma" and tile_m == WARPGROUP_ROWS,
         ctas_per_sm=ctas,
         causal=causal and not tree,
         window=window,
@@ -139,13 +152,14 @@ def choose(
     return config
 
 
-def ctas_per_sm(head_dim: int, tile_m: int) -> int:
+def ctas_per_sm(head_dim: int, tile_m: int, page_tokens: int) -> int:
     """CTAs of the chosen kernel that an SM runs at once.
 
     Two where their stages fit: while one changes items, the other reads. Measured for head_dim 128
     over ten decode batches: 0 to 6 % faster than one CTA of the same rows in all but two.
     """
-    return 2 if tile_m == WARPGROUP_ROWS and head_dim <= 128 else 1
+    boxes = page_tokens >= SHORTEST_TMA_PAGE
+    return 2 if boxes and tile_m == WARPGROUP_ROWS and head_dim <= 128 else 1
 
 
 def smem_bytes_of_cta(ctas: int) -> int:

@@ -81,7 +81,7 @@ class DevicePlanner:
         validate.positive_int("page_tokens", page_tokens)
         validate.positive_int("num_pages", num_pages, maximum=_MOST_PAGES)
         device = torch.device(device)
-        workers = _workers(num_workers, device, head_dim, tile_m)
+        workers = _workers(num_workers, device, head_dim, tile_m, page_tokens)
         if workspace is not None and not capacities.max_partials:
             held = workspace.numel() // workspace_elements(1, num_q_heads, head_dim)
             capacities = replace(capacities, max_partials=held)
@@ -256,10 +256,12 @@ class DevicePlanner:
             )
 
 
-def _workers(num_workers: int | None, device: torch.device, head_dim: int, tile_m: int) -> int:
+def _workers(
+    num_workers: int | None, device: torch.device, head_dim: int, tile_m: int, page_tokens: int
+) -> int:
     """CTAs to balance, 0 for no split."""
     if num_workers is None:
-        return resident_ctas(device, head_dim, tile_m) if device.type == "cuda" else 0
+        return resident_ctas(device, head_dim, tile_m, page_tokens) if device.type == "cuda" else 0
     if num_workers:
         validate.positive_int("num_workers", num_workers)
     return num_workers
