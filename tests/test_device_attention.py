@@ -82,7 +82,7 @@ def test_launch_takes_counts_and_workspace_from_the_plan(recorder: Recorder, row
     assert attention[11:14] == (None, None, None)
     assert attention[14] is plan.counter
     assert attention[15] is plan.counts
-    assert attention[16:] == (0.125, 0.0, -1, -1, min(132, plan.work.shape[0]))
+    assert attention[16:] == (0.125, 0.0, -1, -1, min(2 * 132, plan.work.shape[0]))
     assert merge[:7] == (
         *(out, lse, plan.partial_out, plan.partial_lse),
         *(plan.merge_offsets, plan.merge_partials, None),

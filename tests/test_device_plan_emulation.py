@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashcore.config.planner import Reason as KernelReason
-from flashcore.planner import split
 from flashcore.planner.counters import INVALID, Count, Fault
 from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashcore
-from flashcore.planner import split
+from flashcore.planner import split as splitting
 from flashcore.planner.folding import Costs, Reason
 from flashcore.planner.work import DIRECT, Group, Work
 from tests import oracle
@@ -290,19 +290,19 @@ def test_splits_balance_workers(runs, workers, page_tokens):
     """Whole pages and N tiles; no item far above a worker's share; not many more than balance
     needs."""
     pages = [(-(-tokens // page_tokens), blocks) for tokens, blocks in runs]
-    costs = [split.run_cost(n * page_tokens, blocks) for n, blocks in pages]
+    costs = [splitting.run_cost(n * page_tokens, blocks) for n, blocks in pages]
     total = sum(cost * blocks for cost, (_, blocks) in zip(costs, pages, strict=True))
-    share = split.split_share(total, max(costs), min(costs), workers)
+    share = splitting.split_share(total, max(costs), min(costs), workers)
     if share == 0:
         assert max(costs) <= 1.25 * total / workers
         return
-    assert share >= 16 * split.MIN_SPLIT_TOKENS
+    assert share >= 16 * splitting.MIN_SPLIT_TOKENS
     more = 0
     for (n, blocks), cost in zip(pages, costs, strict=True):
-        length = split.split_pages(n, blocks, share, page_tokens)
+        length = splitting.split_pages(n, blocks, share, page_tokens)
         number = -(-n // length)
-        assert length % -(-split.TILE_TOKENS // page_tokens) == 0
-        assert cost / number <= 1.25 * share + 16 * (split.TILE_TOKENS + page_tokens)
+        assert length % -(-splitting.TILE_TOKENS // page_tokens) == 0
+        assert cost / number <= 1.25 * share + 16 * (splitting.TILE_TOKENS + page_tokens)
         more += (number - 1) * blocks
     # Splits beyond the first of each item are at least 4 / 5 of a quarter of a worker's share.
     assert more <= 5 * workers

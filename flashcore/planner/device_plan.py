@@ -42,8 +42,9 @@ def fill_defaults(
     row block and KV head of a group, and 4096 for the splits.
     Partial tokens: one for each gathered token whose group is not all there is to it, and for the
     splits `5 * num_workers * tile_m / num_q_heads` more, whatever the lengths: a split is at least
-    four fifths of a fourth of a worker's share of all work. They are the only large ones, so query tokens get eight groups
-    each (a prefix tree of that depth), and those beyond 1024, which are prefill, two.
+    four fifths of a fourth of a worker's share of all work. They are the only large ones, so query
+    tokens get eight groups each (a prefix tree of that depth), and those beyond 1024, which are
+    prefill, two.
     """
     group_size = num_q_heads // num_kv_heads
     for name in ("max_batch", "max_entries", "max_q"):

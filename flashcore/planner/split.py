@@ -7,9 +7,9 @@ partial result more and a pause of its consumers, so as few as balance allows.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
-Int = TypeVar("Int")  # int, or an integer tensor
+Int = Any  # int, or an integer tensor
 
 COST_UNIT = 16
 """Costs are counted in sixteenths of a token that is read from DRAM."""
@@ -36,7 +36,7 @@ def run_cost(tokens: Int, blocks: Int) -> Int:
     Row blocks of one run share its DRAM traffic, 1 / blocks each; a token from L2 costs 5 / 16 of
     one from DRAM.
     """
-    return tokens * (11 + 5 * blocks) // blocks  # type: ignore[operator]
+    return tokens * (11 + 5 * blocks) // blocks
 
 
 def split_share(total_cost: int, costliest: int, cheapest: int, num_workers: int) -> int:
@@ -62,9 +62,9 @@ def split_pages(pages: Int, blocks: Int, share: int, page_tokens: int) -> Int:
     All splits of a run but the last are as long. A quarter of a share more is no split more.
     """
     unit = -(-TILE_TOKENS // page_tokens)  # pages
-    tokens = share * blocks // (11 + 5 * blocks)  # type: ignore[operator]
+    tokens = share * blocks // (11 + 5 * blocks)
     length = (tokens // (unit * page_tokens) + 1) * unit
-    splits = (4 * pages + 3 * length - 1) // (4 * length)  # type: ignore[operator]
+    splits = (4 * pages + 3 * length - 1) // (4 * length)
     splits = splits + (splits < 1) * 1
-    per_split = -(-pages // splits)  # type: ignore[operator]
+    per_split = -(-pages // splits)
     return -(-per_split // unit) * unit
