@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -74,11 +75,32 @@ def test_same_bits_as_one_thread(three_threads, monkeypatch, dtype, window):
     assert used == {threading.get_ident()}
 
 
-def test_few_and_short_runs_stay_on_this_thread(three_threads, monkeypatch):
+def test_little_work_stays_on_this_thread(three_threads, monkeypatch):
     """Waking others costs more than there is to do."""
-    monkeypatch.setattr(threads, "_start", lambda *_: pytest.fail("threads were woken"))
+
+    def start(work, count):
+        assert count <= 0
+        return []
+
+    monkeypatch.setattr(threads, "_start", start)
     attend(long_batch(tokens=512))
-    attend(long_batch(sequences=1, tokens=2 * run.KEYS_PER_CHUNK, shared=0.0))
+
+
+def test_long_products_keep_torchs_threads(three_threads, monkeypatch):
+    instance, seen = long_batch(), []
+    original = run.merge
+
+    def watched(*arguments):
+        seen.append(torch.get_num_threads())
+        return original(*arguments)
+
+    monkeypatch.setattr(run, "merge", watched)
+    expected, _ = attend(instance)
+    assert seen == []  # each part is a task
+    monkeypatch.setattr(paged, "LONG_PRODUCT", 0)
+    out, _ = attend(instance)
+    assert seen == [THREADS]  # the shared run's two chunks, one after the other
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_torch_keeps_its_number_of_threads(three_threads):
@@ -95,7 +117,7 @@ def test_torch_keeps_its_number_of_threads(three_threads):
     other.start()
     begun.wait()
     libraries = torch.__config__.parallel_info()  # what OpenMP and MKL say, too
-    inside = threads.run_tasks([torch.get_num_threads] * 8)
+    inside = threads.run_tasks([torch.get_num_threads] * 8, THREADS)
     attend(long_batch())
     done.set()
     other.join()
@@ -114,7 +136,7 @@ def test_under_the_modes_of_autograd(three_threads, mode):
     if mode is torch.no_grad:
         instance.k_pages.requires_grad_()
     with mode():
-        inside = threads.run_tasks([torch.is_inference_mode_enabled] * 8)
+        inside = threads.run_tasks([torch.is_inference_mode_enabled] * 8, THREADS)
         assert inside == [mode is torch.inference_mode] * 8
         before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         out, lse = attend(instance)
@@ -129,8 +151,8 @@ def test_results_keep_their_order(three_threads):
         time.sleep(0.001 * (i % 3))
         return i
 
-    assert threads.run_tasks([lambda i=i: task(i) for i in range(30)]) == list(range(30))
-    assert threads.run_tasks([]) == []
+    assert threads.run_tasks([partial(task, i) for i in range(30)], THREADS) == list(range(30))
+    assert threads.run_tasks([], THREADS) == []
 
 
 @pytest.mark.parametrize("where", ["caller", "helper"])
@@ -148,10 +170,10 @@ def test_an_exception_reaches_the_caller(three_threads, where):
         running.pop()
 
     with pytest.raises(ValueError, match="of a task"):
-        threads.run_tasks([task] * THREADS)
+        threads.run_tasks([task] * THREADS, THREADS)
     assert running == []
     assert torch.get_num_threads() == THREADS
-    assert threads.run_tasks([torch.get_num_threads] * 4) == [1] * 4
+    assert threads.run_tasks([torch.get_num_threads] * 4, THREADS) == [1] * 4
 
 
 def test_callers_do_not_wait_for_each_other(three_threads):
@@ -164,7 +186,8 @@ def test_callers_do_not_wait_for_each_other(three_threads):
 
     holders = [threads._pool(os.getpid()).submit(hold) for _ in range(threads.MOST_THREADS - 1)]
     taken.wait(10)
-    assert threads.run_tasks([threading.get_ident] * 4) == [threading.get_ident()] * 4
+    me = threading.get_ident
+    assert threads.run_tasks([me] * 4, THREADS) == [me()] * 4
     assert not any(holder.done() for holder in holders)
     release.set()
 
@@ -190,7 +213,7 @@ def test_where_threads_cannot_be_set_one_does_it_all(three_threads, monkeypatch)
     instance = long_batch()
     expected, _ = attend(instance)
     monkeypatch.setattr(threads, "_setters", lambda: None)
-    monkeypatch.setattr(threads, "_start", lambda *_: pytest.fail("threads were woken"))
+    assert threads.usable_threads() == 1
     torch.testing.assert_close(attend(instance)[0], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -203,7 +226,7 @@ def task():
     return threading.get_ident(), torch.get_num_threads()
 
 def threads_used():
-    idents, counts = zip(*run_tasks([task] * 12))
+    idents, counts = zip(*run_tasks([task] * 12, 3))
     assert set(counts) == {1}, counts
     return len(set(idents))
 

@@ -12,7 +12,7 @@ import torch
 from flashcore.eager import run
 from flashcore.eager.merge import apply_sinks, merge_partials
 from flashcore.eager.run import Rules, Tree, attend_runs, merge, sees_all
-from flashcore.eager.threads import run_tasks, usable_threads
+from flashcore.eager.threads import one_thread_an_operator, run_tasks, usable_threads
 from flashcore.eager.workspace import scratch
 from flashcore.planner.work import DIRECT, Group
 
@@ -49,29 +49,34 @@ def paged_attention(
     Reads the group table on the host, for which an accelerator has to be waited for.
     Returns out in q's dtype and lse [total_q, num_q_heads] fp32.
     """
-    total_q, num_q_heads, dim = q.shape
-    num_kv_heads = k_pages.shape[2]
-    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    lse = torch.full((total_q, num_q_heads), -math.inf, dtype=torch.float32, device=q.device)
-    partial_out = out.new_empty(num_partial_tokens, num_q_heads, dim)
-    partial_lse = out.new_empty(num_partial_tokens, num_q_heads)
-    call = _Call(
-        q=(q.float() * rules.scale).view(total_q, num_kv_heads, num_q_heads // num_kv_heads, dim),
-        q_tokens=q_tokens.long(),
-        positions=q_positions.long(),
-        q_index=q_index,
-        reader=_PageReader(k_pages, v_pages, cols.long()),
-        rules=rules,
-        tree_mask=tree_mask,
-        direct=(out, lse),
-        partial=(partial_out, partial_lse),
-    )
-    runs = _runs(groups, call.positions, k_pages.shape[1], rules, tree_mask is not None)
-    _attend_batches(call, _batches(runs))
-    merge_partials(partial_out, partial_lse, merge_offsets, merge_list, out, lse)
-    if sinks is not None:
-        apply_sinks(out, lse, sinks)
-    return out.to(q.dtype), lse
+    threads = usable_threads() if q.device.type == "cpu" else 1
+    with one_thread_an_operator():
+        total_q, num_q_heads, dim = q.shape
+        heads = k_pages.shape[2]
+        call = _Call(
+            q=(q.float() * rules.scale).view(total_q, heads, num_q_heads // heads, dim),
+            q_tokens=q_tokens.long(),
+            positions=q_positions.long(),
+            q_index=q_index,
+            reader=_PageReader(k_pages, v_pages, cols.long()),
+            rules=rules,
+            tree_mask=tree_mask,
+            direct=_nothing_visible(total_q, q),
+            partial=_nothing_visible(num_partial_tokens, q),
+        )
+        runs = _runs(groups, call.positions, k_pages.shape[1], rules, tree_mask is not None)
+        batches = _batches(runs)
+        short = _short_batches(call, batches, threads)
+    for batch in batches:
+        if batch not in short:
+            call.store(batch, call.attend(batch))
+    with one_thread_an_operator():
+        _attend_side_by_side(call, short, threads)
+        out, lse = call.direct
+        merge_partials(*call.partial, merge_offsets, merge_list, out, lse)
+        if sinks is not None:
+            apply_sinks(out, lse, sinks)
+        return out.to(q.dtype), lse
 
 
 class _Run(NamedTuple):
@@ -140,6 +145,12 @@ Results = tuple[torch.Tensor, torch.Tensor]
 """fp32 out [..., num_q_heads, head_dim], and lse without the last axis."""
 
 
+def _nothing_visible(tokens: int, q: torch.Tensor) -> Results:
+    """Results of query tokens that see no key."""
+    out = q.new_zeros(tokens, *q.shape[1:], dtype=torch.float32)
+    return out, torch.full(out.shape[:-1], -math.inf, device=q.device)
+
+
 @dataclass(frozen=True)
 class _Call:
     """What all runs of a call share. Threads may attend and store different runs at once."""
@@ -183,41 +194,34 @@ class _Call:
         return index + torch.arange(count, device=self.q.device)
 
 
-def _attend_batches(call: _Call, batches: list[list[_Run]]) -> None:
-    """Results of all batches, put where they belong.
-
-    Short ones go side by side, long runs in parts. The results of a run's parts are merged in the
-    order of the keys: it does not matter which thread did what.
-    """
-    short = _short_batches(call, batches)
-    for batch in batches:
-        if batch not in short:
-            call.store(batch, call.attend(batch))
-    pieces = [(batch, part) for batch in short for part in _parts(batch)]
-    results = iter(run_tasks([partial(call.attend, *piece) for piece in pieces]))
-    for batch in short:
-        out, lse = next(results)
-        for _ in _parts(batch)[1:]:
-            other, other_lse = next(results)
-            out, lse = merge(out, lse[..., None], other, other_lse[..., None])
-            lse = lse[..., 0]
-        call.store(batch, (out, lse))
-
-
-def _short_batches(call: _Call, batches: list[list[_Run]]) -> list[list[_Run]]:
-    """Those that are to be tasks of `run_tasks`; none where threads of our own do not pay."""
-    threads = usable_threads()
-    if call.q.device.type != "cpu" or threads == 1:
-        return []
+def _short_batches(call: _Call, batches: list[list[_Run]], threads: int) -> list[list[_Run]]:
+    """Those whose products are no work for several threads; none where there are too few tasks."""
     _, heads, group, dim = call.q.shape
     short = []
     for batch in batches:
         rows = len(batch) * batch[0].num_q * heads * group
         if rows * min(batch[0].num_keys, run.KEYS_PER_CHUNK) * dim <= LONG_PRODUCT:
             short.append(batch)
-    read = sum(len(batch) * batch[0].num_keys for batch in short) * heads * dim
-    tasks = sum(len(_parts(batch)) for batch in short)
-    return short if read >= LEAST_READ and tasks >= threads else []
+    return short
+
+
+def _attend_side_by_side(call: _Call, batches: list[list[_Run]], threads: int) -> None:
+    """Each batch a task, long runs several, whose results are merged in the order of the keys.
+
+    It does not matter which thread did what.
+    """
+    _, heads, _, dim = call.q.shape
+    if sum(len(batch) * batch[0].num_keys for batch in batches) * heads * dim < LEAST_READ:
+        threads = 1
+    pieces = [(batch, part) for batch in batches for part in _parts(batch)]
+    results = iter(run_tasks([partial(call.attend, *piece) for piece in pieces], threads))
+    for batch in batches:
+        out, lse = next(results)
+        for _ in _parts(batch)[1:]:
+            other, other_lse = next(results)
+            out, lse = merge(out, lse[..., None], other, other_lse[..., None])
+            lse = lse[..., 0]
+        call.store(batch, (out, lse))
 
 
 def _parts(batch: list[_Run]) -> list[tuple[int, int]]:

@@ -24,22 +24,19 @@ MOST_THREADS = 8
 Result = TypeVar("Result")
 
 
-def run_tasks(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Results of the tasks, in their order; the first exception of a task, when none runs any more.
+def run_tasks(tasks: Sequence[Callable[[], Result]], threads: int) -> list[Result]:
+    """Results of the tasks, in their order; or the first exception, when none runs any more.
 
-    The caller works too, with as many helpers as torch has threads for it. Tasks must not depend on
-    each other. Torch's number of threads is what it was, on this thread and all others.
+    threads: at most `usable_threads`; this thread is one of them. Tasks must not depend on each
+    other.
     """
-    threads = min(usable_threads(), len(tasks))
-    if threads <= 1:
-        return [task() for task in tasks]
     results: list[Result | None] = [None] * len(tasks)
     left = deque(enumerate(tasks))  # its popleft is atomic
     inference = torch.is_inference_mode_enabled()
 
     def work() -> None:
         # Autograd's modes belong to a thread.
-        with torch.inference_mode(inference), torch.no_grad(), _one_thread_an_operator():
+        with torch.inference_mode(inference), torch.no_grad(), one_thread_an_operator():
             while left:
                 try:
                     place, task = left.popleft()
@@ -47,7 +44,7 @@ def run_tasks(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
                     return
                 results[place] = task()
 
-    helpers = _start(work, threads - 1)
+    helpers = _start(work, min(threads, len(tasks)) - 1)
     try:
         work()
     finally:
@@ -61,8 +58,30 @@ def run_tasks(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
     return results  # type: ignore[return-value]  # every place is filled
 
 
+@contextmanager
+def one_thread_an_operator() -> Iterator[None]:
+    """For operators that this thread calls inside; where that cannot be set, as before.
+
+    For small ones too: some wake torch's threads for a few thousand numbers.
+    """
+    setters = _setters()
+    if setters is None:
+        yield
+        return
+    # Asking first matters: it is where torch sets up a new thread, which would undo what follows.
+    before = torch.get_num_threads()
+    setters.openmp(1)
+    mkl_before = setters.mkl(1) if setters.mkl is not None else 0
+    try:
+        yield
+    finally:
+        setters.openmp(before)
+        if setters.mkl is not None:
+            setters.mkl(mkl_before)
+
+
 def usable_threads() -> int:
-    """Threads that `run_tasks` may use here: torch's number, if it can be set for one thread."""
+    """Threads that `run_tasks` may use: torch's number, if it can be set for a thread alone."""
     threads = min(torch.get_num_threads(), MOST_THREADS)
     return threads if threads > 1 and _setters() is not None else 1
 
@@ -108,20 +127,3 @@ def _setters() -> _Setters | None:
     effective = torch.get_num_threads() == 1
     openmp(before)
     return _Setters(openmp, mkl) if effective else None
-
-
-@contextmanager
-def _one_thread_an_operator() -> Iterator[None]:
-    """For operators that this thread calls."""
-    setters = _setters()
-    assert setters is not None
-    # Asking first matters: it is where torch sets up a new thread, which would undo what follows.
-    before = torch.get_num_threads()
-    setters.openmp(1)
-    mkl_before = setters.mkl(1) if setters.mkl is not None else 0
-    try:
-        yield
-    finally:
-        setters.openmp(before)
-        if setters.mkl is not None:
-            setters.mkl(mkl_before)
