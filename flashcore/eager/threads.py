@@ -2,24 +2,26 @@
 
 An operator of 50 to 300 us that torch spreads over its threads spends much of that time waiting for
 the slowest of them, and a task is a dozen such operators. A thread that takes whole tasks waits
-once, at the end.
+once, at the end. The threads are those that torch's operators use: after any operator these stay
+awake for milliseconds, and threads of our own would have to share the cores with them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-MOST_THREADS = 8
-"""Between operators a task holds the interpreter lock: about a tenth of a decode task."""
+from flashcore.eager.workspace import own_buffers, use_buffers
+
+MOST_THREADS = 16
+"""Between operators a task holds the interpreter lock, for about a tenth of a decode task."""
 
 Result = TypeVar("Result")
 
@@ -27,16 +29,18 @@ Result = TypeVar("Result")
 def run_tasks(tasks: Sequence[Callable[[], Result]], threads: int) -> list[Result]:
     """Results of the tasks, in their order; or the first exception, when none runs any more.
 
-    threads: at most `usable_threads`; this thread is one of them. Tasks must not depend on each
+    threads: 1, or `usable_threads`; this thread is one of them. Tasks must not depend on each
     other.
     """
     results: list[Result | None] = [None] * len(tasks)
+    errors: list[BaseException] = []
     left = deque(enumerate(tasks))  # its popleft is atomic
     inference = torch.is_inference_mode_enabled()
+    caller, lent = threading.get_ident(), deque(own_buffers(threads - 1))
 
-    def work() -> None:
+    def take_tasks() -> None:
         # Autograd's modes belong to a thread.
-        with torch.inference_mode(inference), torch.no_grad(), one_thread_an_operator():
+        with torch.inference_mode(inference), torch.no_grad():
             while left:
                 try:
                     place, task = left.popleft()
@@ -44,18 +48,33 @@ def run_tasks(tasks: Sequence[Callable[[], Result]], threads: int) -> list[Resul
                     return
                 results[place] = task()
 
-    helpers = _start(work, min(threads, len(tasks)) - 1)
-    try:
-        work()
-    finally:
-        left.clear()
-        # One that has not begun (other callers keep the pool busy) has nothing left to do.
-        begun = [helper for helper in helpers if not helper.cancel()]
-        errors = [helper.exception() for helper in begun]
-    for error in errors:
-        if error is not None:
-            raise error
+    def member(_: int | None) -> None:
+        try:
+            if threading.get_ident() == caller:
+                take_tasks()
+            elif left:
+                with use_buffers(lent.popleft()):
+                    take_tasks()
+        except BaseException as error:  # nothing may pass through OpenMP
+            errors.append(error)
+            left.clear()
+
+    if threads == 1 or len(tasks) == 1:
+        member(None)
+    else:
+        openmp = _openmp()
+        assert openmp is not None
+        # Of the size of torch's teams: between teams of different sizes threads end and start.
+        openmp.parallel(openmp.function(member), None, threads, 0)
+    if errors:
+        raise errors[0]
     return results  # type: ignore[return-value]  # every place is filled
+
+
+def usable_threads() -> int:
+    """Threads for `run_tasks`: torch's number; 1 if there are too many or we cannot have them."""
+    threads = torch.get_num_threads()
+    return threads if threads <= MOST_THREADS and _openmp() is not None else 1
 
 
 @contextmanager
@@ -64,66 +83,54 @@ def one_thread_an_operator() -> Iterator[None]:
 
     For small ones too: some wake torch's threads for a few thousand numbers.
     """
-    setters = _setters()
-    if setters is None:
+    openmp = _openmp()
+    if openmp is None:
         yield
         return
     # Asking first matters: it is where torch sets up a new thread, which would undo what follows.
     before = torch.get_num_threads()
-    setters.openmp(1)
-    mkl_before = setters.mkl(1) if setters.mkl is not None else 0
+    openmp.set_threads(1)
+    mkl_before = openmp.set_mkl_threads(1) if openmp.set_mkl_threads is not None else 0
     try:
         yield
     finally:
-        setters.openmp(before)
-        if setters.mkl is not None:
-            setters.mkl(mkl_before)
+        openmp.set_threads(before)
+        if openmp.set_mkl_threads is not None:
+            openmp.set_mkl_threads(mkl_before)
 
 
-def usable_threads() -> int:
-    """Threads that `run_tasks` may use: torch's number, if it can be set for a thread alone."""
-    threads = min(torch.get_num_threads(), MOST_THREADS)
-    return threads if threads > 1 and _setters() is not None else 1
+class _OpenMP(NamedTuple):
+    """What torch's own OpenMP runtime, and MKL, offer."""
 
-
-def _start(work: Callable[[], None], count: int) -> list[Future[None]]:
-    pool = _pool(os.getpid())
-    try:
-        return [pool.submit(work) for _ in range(count)]
-    except RuntimeError:  # the interpreter is shutting down: the caller does it alone
-        return []
+    function: Any  # of the members of a team, called with a pointer that nobody uses
+    parallel: Callable[..., None]  # (function, pointer, threads, flags): what compilers call
+    set_threads: Callable[[int], None]  # for the calling thread alone
+    set_mkl_threads: Callable[[int], int] | None  # likewise; returns what was set before
 
 
 @cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Of this process: a forked one has none of its parent's threads. Threads start when needed."""
-    return ThreadPoolExecutor(MOST_THREADS - 1, thread_name_prefix="flashcore")
+def _openmp() -> _OpenMP | None:
+    """None where torch comes without OpenMP, or hides it.
 
-
-class _Setters(NamedTuple):
-    openmp: Callable[[int], None]
-    mkl: Callable[[int], int] | None  # returns what was set before
-
-
-@cache
-def _setters() -> _Setters | None:
-    """How the number of threads is set for the calling thread alone; None if it cannot be.
-
-    `torch.set_num_threads` also sets it for threads that start later. OpenMP's omp_set_num_threads
-    concerns the calling thread only, and is what torch's number is read from; so does MKL's
-    function, whose number comes before OpenMP's once torch's has been set.
+    `torch.set_num_threads` also sets the number for threads that start later; OpenMP's own
+    function, from whose number torch reads its own, concerns the calling thread only. MKL's number
+    comes before OpenMP's once torch's has been set.
     """
-    library = ctypes.PyDLL(torch._C.__file__)  # finds what torch itself is linked with
+    path = torch._C.__file__  # what is looked up is found in the libraries it is linked with
+    waiting, quick = ctypes.CDLL(path), ctypes.PyDLL(path)  # without and with the interpreter lock
     try:
-        openmp = library.omp_set_num_threads
+        parallel, set_threads = waiting.GOMP_parallel, quick.omp_set_num_threads
     except AttributeError:
         return None
-    openmp.argtypes, openmp.restype = [ctypes.c_int], None
-    mkl = getattr(library, "MKL_Set_Num_Threads_Local", None)
-    if mkl is not None:
-        mkl.argtypes, mkl.restype = [ctypes.c_int], ctypes.c_int
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    parallel.argtypes = [function, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    set_threads.argtypes = [ctypes.c_int]
+    parallel.restype = set_threads.restype = None
+    set_mkl = getattr(quick, "MKL_Set_Num_Threads_Local", None)
+    if set_mkl is not None:
+        set_mkl.argtypes, set_mkl.restype = [ctypes.c_int], ctypes.c_int
     before = torch.get_num_threads()
-    openmp(1)
+    set_threads(1)
     effective = torch.get_num_threads() == 1
-    openmp(before)
-    return _Setters(openmp, mkl) if effective else None
+    set_threads(before)
+    return _OpenMP(function, parallel, set_threads, set_mkl) if effective else None
