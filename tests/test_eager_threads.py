@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 
 import flashcore
 from flashcore.bench.shared_prefix import Instance, Problem, make
-from flashcore.eager import paged, run, threads
+from flashcore.eager import paged, run, threads, workspace
 
 THREADS = 3
 
@@ -76,14 +76,12 @@ def test_same_bits_as_one_thread(three_threads, monkeypatch, dtype, window):
 
 
 def test_little_work_stays_on_this_thread(three_threads, monkeypatch):
-    """Waking others costs more than there is to do."""
-
-    def start(work, count):
-        assert count <= 0
-        return []
-
-    monkeypatch.setattr(threads, "_start", start)
+    """Calling others costs more than there is to do."""
+    monkeypatch.setattr(threads, "_openmp", lambda: pytest.fail("a team was called"))
+    monkeypatch.setattr(paged, "usable_threads", lambda: THREADS)
+    monkeypatch.setattr(paged, "one_thread_an_operator", nullcontext)
     attend(long_batch(tokens=512))
+    assert threads.run_tasks([threading.get_ident], THREADS) == [threading.get_ident()]
 
 
 def test_long_products_keep_torchs_threads(three_threads, monkeypatch):
@@ -117,11 +115,9 @@ def test_torch_keeps_its_number_of_threads(three_threads):
     other.start()
     begun.wait()
     libraries = torch.__config__.parallel_info()  # what OpenMP and MKL say, too
-    inside = threads.run_tasks([torch.get_num_threads] * 8, THREADS)
     attend(long_batch())
     done.set()
     other.join()
-    assert inside == [1] * 8
     assert seen == [THREADS]
     assert torch.__config__.parallel_info() == libraries
     assert torch.get_num_threads() == THREADS
@@ -173,23 +169,7 @@ def test_an_exception_reaches_the_caller(three_threads, where):
         threads.run_tasks([task] * THREADS, THREADS)
     assert running == []
     assert torch.get_num_threads() == THREADS
-    assert threads.run_tasks([torch.get_num_threads] * 4, THREADS) == [1] * 4
-
-
-def test_callers_do_not_wait_for_each_other(three_threads):
-    """Helpers may all be taken by one caller; another still gets its work done."""
-    release, taken = threading.Event(), threading.Barrier(threads.MOST_THREADS)
-
-    def hold():
-        taken.wait(10)
-        release.wait(10)
-
-    holders = [threads._pool(os.getpid()).submit(hold) for _ in range(threads.MOST_THREADS - 1)]
-    taken.wait(10)
-    me = threading.get_ident
-    assert threads.run_tasks([me] * 4, THREADS) == [me()] * 4
-    assert not any(holder.done() for holder in holders)
-    release.set()
+    assert threads.run_tasks([caller.__int__] * 4, THREADS) == [caller] * 4
 
 
 def test_many_callers_at_once(three_threads):
@@ -209,40 +189,29 @@ def test_many_callers_at_once(three_threads):
     assert all(torch.equal(out, expected) for outs in found for out in outs)
 
 
+def test_helpers_use_memory_of_the_caller(three_threads):
+    """A member of a team has no thread of Python's of its own, whose memory would last."""
+    everyone = threading.Barrier(THREADS)
+
+    def task():
+        everyone.wait(10)
+        return workspace.scratch("test", (8,), torch.empty(0)).data_ptr()
+
+    def addresses():
+        return set(threads.run_tasks([task] * THREADS, THREADS))
+
+    first = addresses()
+    assert len(first) == THREADS
+    assert addresses() == first
+    assert in_thread(addresses).isdisjoint(first)
+
+
 def test_where_threads_cannot_be_set_one_does_it_all(three_threads, monkeypatch):
     instance = long_batch()
     expected, _ = attend(instance)
-    monkeypatch.setattr(threads, "_setters", lambda: None)
+    monkeypatch.setattr(threads, "_openmp", lambda: None)
     assert threads.usable_threads() == 1
     torch.testing.assert_close(attend(instance)[0], expected, rtol=1e-5, atol=1e-6)
-
-
-FORKED = """
-import os, threading, time, torch
-from flashcore.eager.threads import run_tasks
-
-def task():
-    time.sleep(0.02)
-    return threading.get_ident(), torch.get_num_threads()
-
-def threads_used():
-    idents, counts = zip(*run_tasks([task] * 12, 3))
-    assert set(counts) == {1}, counts
-    return len(set(idents))
-
-torch.set_num_threads(3)
-assert threads_used() == 3  # threads that are new to torch
-child = os.fork()
-if child == 0:
-    os._exit(threads_used())
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_after_a_fork():
-    """A forked process has none of its parent's threads and must not wait for them."""
-    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
 
 
 AT_EXIT = """
