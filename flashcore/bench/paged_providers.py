@@ -91,44 +91,60 @@ def _flashcore() -> PagedProvider:
 
 
 def _fa3() -> PagedProvider:
-    """What `sgl_kernel.flash_attn.flash_attn_with_kvcache` calls, with its defaults."""
-    forward, number = load_flash_ops()
+    attend, number = load_fa3()
 
     def prepare(problem: PagedProblem, inputs: PagedInputs) -> Call:
+        # Queries of one length: [sequences, q_len, heads, dim] spares it the offsets.
         q = inputs.q.view(problem.sequences, problem.q_len, problem.q_heads, problem.head_dim)
-        options = {
-            "is_rotary_interleaved": True,
-            "scheduler_metadata": None,
-            "num_splits": 0,
-            "pack_gqa": None,
-            "sm_margin": 0,
-            "sinks": None,
-            "sparse_mask_fine": None,
-            "only_qv": False,
-        }
-        # New k and v, q_v, out, three offsets, seqused_q | lengths | maxima | page table | batch
-        # index, left pad, rotary cos, sin, lengths, three scales | scale, mask, window, chunk, cap.
-        arguments = (
-            *[None] * 8,
-            inputs.seq_lens,
-            *[None] * 2,
-            inputs.page_table,
-            *[None] * 8,
-            problem.head_dim**-0.5,
-            True,
-            -1,
-            -1,
-            0,
-            0.0,
-        )
 
         def call() -> torch.Tensor:
-            out = forward(q, inputs.k_pages, inputs.v_pages, *arguments, **options)[0]
-            return _rows(out, problem)
+            pool = (inputs.k_pages, inputs.v_pages)
+            return _rows(attend(q, *pool, inputs.page_table, inputs.seq_lens), problem)
 
         return call
 
     return PagedProvider("fa3", number, prepare)
+
+
+def load_fa3() -> tuple[Callable[..., torch.Tensor], str]:
+    """What `sgl_kernel.flash_attn.flash_attn_with_kvcache` calls, with its defaults; its version.
+
+    The function takes q, k_pages, v_pages, page_table, seq_lens, and for packed q [total_q, heads,
+    dim] also cu_seqlens_q and max_seqlen_q.
+    """
+    forward, number = load_flash_ops()
+    options = {
+        "is_rotary_interleaved": True,
+        "scheduler_metadata": None,
+        "num_splits": 0,  # its heuristic
+        "pack_gqa": None,
+        "sm_margin": 0,
+        "sinks": None,
+        "sparse_mask_fine": None,
+        "only_qv": False,
+    }
+
+    def attend(
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cu_seqlens_q: torch.Tensor | None = None,
+        max_seqlen_q: int | None = None,
+    ) -> torch.Tensor:
+        # New k and v, q_v, out | offsets of k, of new k, seqused_q | longest k | batch index, left
+        # pad, rotary cos, sin, lengths, three scales | scale, causal, window, chunk, softcap.
+        arguments = (
+            *([None] * 4),
+            *(cu_seqlens_q, None, None, None, seq_lens, max_seqlen_q, None),
+            *(page_table, *([None] * 8)),
+            *(q.shape[-1] ** -0.5, True, -1, -1, 0, 0.0),
+        )
+        out: torch.Tensor = forward(q, k_pages, v_pages, *arguments, **options)[0]
+        return out
+
+    return attend, number
 
 
 def _fa4() -> PagedProvider:
