@@ -361,7 +361,7 @@ def test_unknown_kernel_is_refused(
     assert "unknown kernel 'fa9'; there are cascade_fa2," in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [("--random", "0"), ("--flush", "read"), ("--rounds", "x")])
+@pytest.mark.parametrize("words", [("--random", "0"), ("--flush", "no"), ("--rounds", "x")])
 def test_bad_options_exit_with_usage(words: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse(*words)

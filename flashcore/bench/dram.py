@@ -37,7 +37,7 @@ def run_once(
     problems: Sequence[PagedProblem], providers: Sequence[PagedProvider]
 ) -> list[tuple[str, str]]:
     """One profiled call of each kernel on each problem: (workload, kernel) of each, in order."""
-    flush = Flusher("cuda", clean=True)
+    flush = Flusher("cuda")
     cuda: Any = torch.cuda
     done = []
     for number, problem in enumerate(problems):

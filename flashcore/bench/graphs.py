@@ -22,10 +22,14 @@ _FLUSH_BYTES = 256 << 20  # five times the L2 of an H100
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured call; `out` is rewritten by each replay."""
+    """A captured call; `out` is rewritten by each replay.
+
+    The call is kept with it: it owns tensors (a plan, a workspace) whose addresses are captured.
+    """
 
     graph: Any
     out: torch.Tensor
+    call: Callable[[], torch.Tensor]
 
     def replay(self) -> None:
         """Run it on the current stream."""
@@ -44,25 +48,26 @@ def capture(call: Callable[[], torch.Tensor]) -> Graph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = call()
-    return Graph(graph, out)
+    return Graph(graph, out, call)
 
 
 class Flusher:
-    """Empties the L2: writes 256 MiB, and with `clean` then reads as much of another buffer.
+    """Empties the L2 by reading 256 MiB, or with `write` by writing them.
 
-    After writing alone the L2 is full of lines that are not yet in DRAM, and the next kernel pays
-    for putting them there; no layer before an attention leaves that behind.
+    Writing leaves the L2 full of lines that are not yet in DRAM, and the next kernel pays for
+    putting them there; no layer before an attention leaves that behind.
     """
 
-    def __init__(self, device: str, *, clean: bool):
-        self._written = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
-        self._read = torch.zeros_like(self._written) if clean else None
+    def __init__(self, device: str, *, write: bool = False):
+        self._buffer = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+        self._write = write
 
     def __call__(self) -> None:
         """Enqueue it on the current stream."""
-        self._written.zero_()
-        if self._read is not None:
-            self._read.sum()
+        if self._write:
+            self._buffer.zero_()
+        else:
+            self._buffer.sum()
 
 
 def start_sample(graph: Graph, flush: Callable[[], None]) -> Pending:

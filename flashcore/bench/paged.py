@@ -40,9 +40,9 @@ class Machine:
     clocks: Callable[[], dict[str, float]]
 
 
-def cuda_machine(*, clean: bool) -> Machine:
-    """The current CUDA device; `clean` as in `Flusher`."""
-    flush = Flusher("cuda", clean=clean)
+def cuda_machine(*, write: bool) -> Machine:
+    """The current CUDA device; `write` as in `Flusher`."""
+    flush = Flusher("cuda", write=write)
     return Machine("cuda", capture, lambda graph: start_sample(graph, flush), read_clocks)
 
 

@@ -40,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--flush",
-        choices=["write", "clean"],
-        default="write",
-        help="before each replay: write 256 MiB; or also read as much, so that the kernel does not "
-        "pay for putting the written lines into DRAM (default: write)",
+        choices=["read", "write"],
+        default="read",
+        help="the L2 before each replay: read 256 MiB, or write them, so that the kernel also pays "
+        "for putting the written lines into DRAM (default: read)",
     )
     parser.add_argument(
         "--random",
@@ -125,7 +125,7 @@ def _measure(
     from flashcore.bench.paged_report import summarise
 
     idle = read_clocks()
-    machine = cuda_machine(clean=args.flush == "clean")
+    machine = cuda_machine(write=args.flush == "write")
     _say("streaming read")
     before = read_bandwidth(machine.device)
     torch.cuda.empty_cache()
@@ -145,13 +145,12 @@ def _measure(
     extra = _extras(args, machine, skipped)
     if args.dram:
         _add_dram(args.dram, rows, skipped)
-    flushed = {"write": "256 MiB written", "clean": "256 MiB written and as many others read"}
     return {
         **head(args.commit),
         "clocks": {"before": idle, "during": measured["clocks"]},
         "method": (
-            f"each a CUDA graph of one layer's attention, replayed once between two events, "
-            f"{flushed[args.flush]} before each replay, in turns, medians; nothing subtracted"
+            "each a CUDA graph of one layer's attention, replayed once between two events, L2 "
+            f"flushed before by a {args.flush} of 256 MiB, in turns, medians; nothing subtracted"
         ),
         "read_bandwidth": {
             "bytes_per_second": rates[method],

@@ -19,7 +19,7 @@ class GpuTimer:
 
     def __init__(self) -> None:
         self.peer_absent: str | None = None
-        self._flush = Flusher("cuda", clean=False)
+        self._flush = Flusher("cuda")
         try:
             from flashcore.bench.paged_providers import load_fa3
 
