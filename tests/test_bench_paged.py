@@ -34,6 +34,7 @@ SMALL = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "page_tokens": 16}
 SHARED = PagedProblem("shared", 3, 128, prefix_tokens=96, **SMALL)
 TREE = PagedProblem("tree", 24, 400, tree=Tree(64, 3, 96), **SMALL)
 PREFILL = PagedProblem("prefill", 2, 96, prefix_tokens=64, q_len=32, **SMALL)
+READ = {"bytes_per_second": 1e9, "method": "a loop", "torch_sum_bytes_per_second": 2e9}
 NAMES = [problem.name for problem in paged_problems()]
 
 
@@ -70,7 +71,7 @@ def measured(*providers: PagedProvider, problem: PagedProblem = SHARED) -> dict[
 def complete(result: dict[str, Any]) -> dict[str, Any]:
     return {
         **{"device": "a GPU", "driver": "1", "commit": "abc", "date": "2026-01-01T00:00:00"},
-        **{"read_bandwidth": {"bytes_per_second": 1e9, "method": "a sum"}, "method": "graphs"},
+        **{"read_bandwidth": READ, "method": "graphs"},
         **{"empty_graph_ms": 0.002, "summary": summarise(result["rows"])},
         **result,
     }
@@ -374,7 +375,9 @@ def test_result_is_redrawn_without_a_gpu(
     result = complete(measured(ours(), ours(name="fa3")))
     (tmp_path / "r.json").write_text(json.dumps(result))
     assert bench_command.run(parse("--from-json", str(tmp_path / "r.json"))) == 0
-    assert "bound: unique KV bytes / 1 GB/s (a sum)" in capsys.readouterr().out
+    assert (
+        "bound: unique KV bytes / 1 GB/s (a loop; torch.sum of bf16 2)" in capsys.readouterr().out
+    )
     (tmp_path / "r.json").write_text("{}")
     assert bench_command.run(parse("--from-json", str(tmp_path / "r.json"))) == 2
     assert "it has no commit, date" in capsys.readouterr().err
@@ -383,3 +386,11 @@ def test_result_is_redrawn_without_a_gpu(
 def test_batch_of_one_sequence_shares_nothing() -> None:
     batch: Batch = make_batch(PagedProblem("one", 1, 100, **SMALL))
     assert (batch.levels, batch.reuse, batch.unique_tokens) == ([], 0.0, 100)
+
+
+def test_one_reason_is_told_once() -> None:
+    def fail(problem: PagedProblem, inputs: PagedInputs) -> Any:
+        raise RuntimeError("not here")
+
+    result = run_paged([SHARED, PREFILL], [PagedProvider("fa4", "1", fail)], machine(), rounds=1)
+    assert result["skipped"] == ["fa4 on shared, prefill: RuntimeError: not here"]

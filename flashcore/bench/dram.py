@@ -40,8 +40,8 @@ def run_once(
     flush = Flusher("cuda")
     cuda: Any = torch.cuda
     done = []
-    for number, problem in enumerate(problems):
-        inputs = make_inputs(problem, "cuda", number)
+    for problem in problems:
+        inputs = make_inputs(problem, "cuda")
         for provider in providers:
             try:
                 call = provider.prepare(problem, inputs)

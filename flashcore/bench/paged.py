@@ -56,15 +56,16 @@ def run_paged(
 ) -> dict[str, Any]:
     """`rows` without bounds (see `add_bounds`), `skipped` and `clocks`."""
     rows: list[Row] = []
-    skipped: list[str] = []
+    skipped: dict[tuple[str, str], list[str]] = {}  # (kernel, reason) -> workloads
     clocks = []
-    for number, problem in enumerate(problems):
+    for problem in problems:
         on_problem(problem.name)
-        rows += _run_problem(problem, providers, machine, rounds, number, skipped)
+        rows += _run_problem(problem, providers, machine, rounds, skipped)
         clocks.append({"after": problem.name, **machine.clocks()})
         if machine.device == "cuda":
             torch.cuda.empty_cache()  # the next pools are as large
-    return {"rows": rows, "skipped": skipped, "clocks": clocks}
+    notes = [f"{name} on {', '.join(on)}: {reason}" for (name, reason), on in skipped.items()]
+    return {"rows": rows, "skipped": notes, "clocks": clocks}
 
 
 def add_bounds(rows: list[Row], bytes_per_second: float) -> None:
@@ -85,10 +86,9 @@ def _run_problem(
     providers: Sequence[PagedProvider],
     machine: Machine,
     rounds: int,
-    seed: int,
-    skipped: list[str],
+    skipped: dict[tuple[str, str], list[str]],
 ) -> list[Row]:
-    inputs = make_inputs(problem, machine.device, seed)
+    inputs = make_inputs(problem, machine.device)
     sample = Sample(problem, inputs)
     graphs: dict[str, Graph] = {}
     facts: dict[str, Row] = {}
@@ -102,10 +102,8 @@ def _run_problem(
                 ours = graph.out.clone()
                 facts[OURS] |= _facts_of_ours(problem, inputs, machine, graph)
         except Exception as error:  # a kernel that cannot run a problem leaves a note, not a gap
-            reason = next(iter(str(error).splitlines()), "")
-            skipped.append(
-                f"{provider.name} on {problem.name}: {type(error).__name__}: {reason[:200]}"
-            )
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+            skipped.setdefault((provider.name, reason), []).append(problem.name)
             continue
         graphs[provider.name] = graph
     timings = time_graphs(graphs, rounds=rounds, start=machine.start)

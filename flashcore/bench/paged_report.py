@@ -74,7 +74,8 @@ def format_table(result: dict[str, Any]) -> str:
     bandwidth = result["read_bandwidth"]
     lines.append(
         f"bound: unique KV bytes / {bandwidth['bytes_per_second'] / 1e9:.0f} GB/s "
-        f"({bandwidth['method']}); an empty graph takes {result['empty_graph_ms'] * 1e3:.1f} us; "
+        f"({bandwidth['method']}; torch.sum of bf16 "
+        f"{bandwidth['torch_sum_bytes_per_second'] / 1e9:.0f}); an empty graph takes {result['empty_graph_ms'] * 1e3:.1f} us; "
         f"{result['method']}"
     )
     lines += _error_lines(found) + _dram_lines(found) + _extra_lines(result)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flashcore.bench.paged_providers import PagedProvider
 
 _BYTES_OF = ("8x131072-70", "8x65536-70-mha", "16x32768-50")
+_RANDOM_ROUNDS = 25  # at least: batches of 20 us are compared to a few percent
 _NEEDED = {
     *("device", "driver", "commit", "date", "rows", "summary", "skipped"),
     *("read_bandwidth", "empty_graph_ms", "method"),
@@ -119,7 +120,7 @@ def _measure(
 ) -> dict[str, Any]:
     import torch
 
-    from flashcore.bench.bandwidth import read_bandwidth
+    from flashcore.bench.bandwidth import TORCH_SUM, read_bandwidth
     from flashcore.bench.machine import read_clocks
     from flashcore.bench.paged import add_bounds, cuda_machine, empty_graph_ms, run_paged
     from flashcore.bench.paged_report import summarise
@@ -155,6 +156,7 @@ def _measure(
         "read_bandwidth": {
             "bytes_per_second": rates[method],
             "method": method,
+            "torch_sum_bytes_per_second": rates[TORCH_SUM],
             "all_methods": {"before": before, "after": after},
         },
         "empty_graph_ms": empty_graph_ms(machine, args.rounds),
@@ -175,7 +177,7 @@ def _extras(args: argparse.Namespace, machine: Any, skipped: list[str]) -> dict[
         extra["plan"] = plan_times(machine, args.rounds)
     if args.random:
         _say(f"timing {args.random} random batches")
-        extra["random"] = run_random(args.random, machine, rounds=max(9, args.rounds // 2))
+        extra["random"] = run_random(args.random, machine, rounds=max(_RANDOM_ROUNDS, args.rounds))
     return extra
 
 
