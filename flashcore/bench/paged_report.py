@@ -71,16 +71,19 @@ def format_table(result: dict[str, Any]) -> str:
         ratios = (line.get("speed_over_fa3"), line.get("speed_over_best_peer"))
         tail = "".join(f"{'-':>8}" if x is None else f"{x:>8.3f}" for x in ratios)
         lines.append(f"{workload:<20}{bound:>9.4f}{cells}{tail}")
-    bandwidth = result["read_bandwidth"]
-    lines.append(
-        f"bound: unique KV bytes / {bandwidth['bytes_per_second'] / 1e9:.0f} GB/s "
-        f"({bandwidth['method']}; torch.sum of bf16 "
-        f"{bandwidth['torch_sum_bytes_per_second'] / 1e9:.0f}); an empty graph takes {result['empty_graph_ms'] * 1e3:.1f} us; "
-        f"{result['method']}"
-    )
+    lines.append(_method_line(result))
     lines += _error_lines(found) + _dram_lines(found) + _extra_lines(result)
     lines += [f"not timed: {text}" for text in result["skipped"]]
     return "\n".join(lines)
+
+
+def _method_line(result: dict[str, Any]) -> str:
+    read = result["read_bandwidth"]
+    return (
+        f"bound: unique KV bytes / {read['bytes_per_second'] / 1e9:.0f} GB/s ({read['method']}; "
+        f"torch.sum of bf16 {read['torch_sum_bytes_per_second'] / 1e9:.0f}); an empty graph takes "
+        f"{result['empty_graph_ms'] * 1e3:.1f} us; {result['method']}"
+    )
 
 
 def _cell(row: Row | None) -> str:
