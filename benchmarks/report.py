@@ -89,8 +89,8 @@ def paged_table(data: dict[str, Any]) -> str:
     rows = [
         "| sequences x tokens | not unique | bound | "
         + " | ".join(PAGED_KERNELS.values())
-        + " | x bound | FA3 / flashcore |",
-        "|---" * (5 + len(PAGED_KERNELS)) + "|",
+        + " | x bound | FA3 / flashcore | best peer / flashcore |",
+        "|---" * (6 + len(PAGED_KERNELS)) + "|",
     ]
     workloads: dict[str, dict[str, Any]] = {}
     for row in data["rows"]:
@@ -104,14 +104,16 @@ def paged_table(data: dict[str, Any]) -> str:
         bound = f"{ours['bound_ms']:.3f}" if decode else ""
         over = f"{ours['ratio_to_bound']:.3f}" if decode else ""
         fa3 = f"{kernels['fa3']['ms'] / ours['ms']:.2f}" if "fa3" in kernels else ""
+        peers = [row["ms"] for name, row in kernels.items() if name != "flashcore"]
+        best = f"{min(peers) / ours['ms']:.2f}" if peers else ""
         rows.append(
             f"| {_paged_label(ours)} | {ours['reuse']:.0%} | {bound} | {' | '.join(times)} | "
-            f"{over} | {fa3} |"
+            f"{over} | {fa3} | {best} |"
         )
     read, versions = data["read_bandwidth"], data["versions"]
-    peers = {row["kernel"]: row["version"] for row in data["rows"]}
-    named = [f"sgl_kernel {peers['fa3']} (FA3)"] if "fa3" in peers else []
-    named += [f"FlashInfer {peers['flashinfer']}"] if "flashinfer" in peers else []
+    numbers = {row["kernel"]: row["version"] for row in data["rows"]}
+    named = [f"sgl_kernel {numbers['fa3']} (FA3)"] if "fa3" in numbers else []
+    named += [f"FlashInfer {numbers['flashinfer']}"] if "flashinfer" in numbers else []
     return (
         "\n".join(rows) + f"\n\nBound: distinct KV bytes / {read['bytes_per_second'] / 1e9:.0f} "
         f"GB/s streamed in the same run. {data['device']}, driver {data['driver']}, torch "

@@ -174,9 +174,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set_ylim(0.95, 1.1 * max([2.0, *heights]))
     axes.set_xticks(range(len(found)), list(found), rotation=30, ha="right", fontsize=8)
     axes.set_ylabel("time / time to read each KV byte once")
-    axes.set_title(f"Paged attention, {result['device']}, {result['date'][:10]}", fontsize=10)
+    figure.suptitle(f"Paged attention, {result['device']}, {result['date'][:10]}", fontsize=10)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.legend(ncols=len(kernels), fontsize=8, frameon=False, loc="upper left")
+    axes.legend(
+        ncols=len(kernels), fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1)
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
