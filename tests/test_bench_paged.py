@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -394,3 +395,30 @@ def test_one_reason_is_told_once() -> None:
 
     result = run_paged([SHARED, PREFILL], [PagedProvider("fa4", "1", fail)], machine(), rounds=1)
     assert result["skipped"] == ["fa4 on shared, prefill: RuntimeError: not here"]
+
+
+def test_readme_table_is_of_the_rows() -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "report.py"
+    spec = importlib.util.spec_from_file_location("report", path)
+    report = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(report)  # type: ignore[union-attr]
+    times = iter([2.0, 3.0, 5.0] * 4)
+    providers = [ours(), ours(name="fa3"), ours(name="cascade_fa2")]
+    result = run_paged([SHARED], providers, machine(lambda graph: next(times)), rounds=1)
+    by_kernel = {row["kernel"]: row["ms"] for row in result["rows"]}
+    add_bounds(result["rows"], 1e9)
+    about = {"versions": {"torch": "2"}, "command": "flashcore bench paged"}
+    text = report.paged_table({**complete(result), **about})
+    cells = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
+    assert cells[0] == "3 x 128, 4/2 heads, pages of 16"
+    assert cells[1] == "50%"
+    assert cells[3:8] == [
+        f"{by_kernel['fa3']:.3f}",
+        "",
+        f"{by_kernel['cascade_fa2']:.3f}",
+        "",
+        f"{by_kernel['flashcore']:.3f}",
+    ]
+    best = min(by_kernel["fa3"], by_kernel["cascade_fa2"])
+    assert cells[-1] == f"{best / by_kernel['flashcore']:.2f}"
+    assert "Bound: distinct KV bytes / 1 GB/s" in text
