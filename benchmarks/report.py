@@ -84,6 +84,64 @@ def dense_table(data: dict[str, Any]) -> str:
     )
 
 
+def paged_table(data: dict[str, Any]) -> str:
+    """Figures of paged_h100.json as Markdown: milliseconds of one layer, and ratios."""
+    rows = [
+        "| sequences x tokens | not unique | bound | "
+        + " | ".join(PAGED_KERNELS.values())
+        + " | x bound | FA3 / flashcore | best peer / flashcore |",
+        "|---" * (6 + len(PAGED_KERNELS)) + "|",
+    ]
+    workloads: dict[str, dict[str, Any]] = {}
+    for row in data["rows"]:
+        workloads.setdefault(row["workload"], {})[row["kernel"]] = row
+    for kernels in workloads.values():
+        ours = kernels.get("flashcore")
+        if ours is None:
+            continue
+        times = [f"{kernels[k]['ms']:.3f}" if k in kernels else "" for k in PAGED_KERNELS]
+        decode = ours["q_len"] == 1  # prefill is bound by arithmetic
+        bound = f"{ours['bound_ms']:.3f}" if decode else ""
+        over = f"{ours['ratio_to_bound']:.3f}" if decode else ""
+        fa3 = f"{kernels['fa3']['ms'] / ours['ms']:.2f}" if "fa3" in kernels else ""
+        peers = [row["ms"] for name, row in kernels.items() if name != "flashcore"]
+        best = f"{min(peers) / ours['ms']:.2f}" if peers else ""
+        rows.append(
+            f"| {_paged_label(ours)} | {ours['reuse']:.0%} | {bound} | {' | '.join(times)} | "
+            f"{over} | {fa3} | {best} |"
+        )
+    read, versions = data["read_bandwidth"], data["versions"]
+    numbers = {row["kernel"]: row["version"] for row in data["rows"]}
+    named = [f"sgl_kernel {numbers['fa3']} (FA3)"] if "fa3" in numbers else []
+    named += [f"FlashInfer {numbers['flashinfer']}"] if "flashinfer" in numbers else []
+    return (
+        "\n".join(rows) + f"\n\nBound: distinct KV bytes / {read['bytes_per_second'] / 1e9:.0f} "
+        f"GB/s streamed in the same run. {data['device']}, driver {data['driver']}, torch "
+        f"{versions['torch']}, {', '.join(named)}, {data['date'][:10]}, commit {data['commit']}; "
+        f"`{data['command']}`"
+    )
+
+
+def _paged_label(row: dict[str, Any]) -> str:
+    """As the row of a table names a workload."""
+    if row["workload"].startswith("ragged"):
+        return f"{row['sequences']} of 1 to {row['tokens']}, three-level tree"
+    if row["q_len"] > 1:
+        return f"prefill, {row['sequences']} x {row['q_len']} after {row['tokens'] - row['q_len']}"
+    notes = [] if row["kv_heads"] == 8 else [f"{row['q_heads']}/{row['kv_heads']} heads"]
+    notes += ["64/8 heads"] if row["q_heads"] == 64 else []
+    notes += [] if row["page_tokens"] == 128 else [f"pages of {row['page_tokens']}"]
+    return ", ".join([f"{row['sequences']} x {row['tokens']}", *notes])
+
+
+PAGED_KERNELS = {
+    "fa3": "FA3",
+    "flashinfer": "FlashInfer",
+    "cascade_fa2": "its cascade, fa2",
+    "cascade_fa3": "its cascade, fa3",
+    "flashcore": "flashcore",
+}
+
 KERNELS = ("flashcore", "fa3", "cudnn", "fa2")
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

@@ -22,6 +22,8 @@ _PACKAGES = (
     "fa3-fwd",
     "sglang-kernel",
     "flash-attn-4",
+    "flashinfer-python",
+    "triton",
 )
 
 
