@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashcore.cli import bench_serve
+
 if TYPE_CHECKING:
     from flashcore.bench.problems import DenseProblem
     from flashcore.bench.providers import Provider
@@ -17,12 +19,17 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `flashcore bench` to its parser."""
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    _add_dense_arguments(suites.add_parser("dense", help="dense attention, kernel by kernel"))
+    bench_serve.add_arguments(suites.add_parser("serve", help="SGLang, backend by backend"))
+
+
+def _add_dense_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Time dense attention on this GPU: flashcore and each installed peer (FlashAttention-3 "
         "through fa3-fwd or sglang-kernel, FlashAttention-4, cuDNN and FlashAttention-2 through "
         "torch), in turns on the same tensors. Prints a table of TFLOP/s."
     )
-    parser.add_argument("suite", choices=["dense"], help="what to time")
     parser.add_argument(
         "--dtype", choices=["bf16", "fp16", "both"], default="bf16", help="(default: bf16)"
     )
@@ -55,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out: 0 done, 1 nothing was timed, 2 it cannot run here."""
+    if args.suite == "serve":
+        return bench_serve.run(args)
     for name, path in (("--json", args.json), ("--plot", args.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             return _refuse(f"{name} {path}: there is no folder {path.absolute().parent}")
