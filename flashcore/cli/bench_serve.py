@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Time serving: start SGLang's engine with a model of made-up weights once for each "
         "attention backend, run workloads on it, print tokens/s, time of a decode step and time "
-        "to the first token. Decode figures cover only the time in which all sequences are decoding."
+        "to the first token. Decode figures cover the time in which all sequences are decoding."
     )
     add = parser.add_argument
     add(

@@ -37,12 +37,6 @@ class ModelShape:
         return 2 * (self.layers * layer + self.hidden * self.vocab)
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights."""
-        embedding = 0 if self.tied else 2 * self.hidden * self.vocab
-        return self.weight_bytes_per_step + embedding
-
-    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of K and V of one token in all layers."""
         return 4 * self.layers * self.kv_heads * self.head_dim
