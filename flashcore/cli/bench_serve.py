@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -134,6 +135,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         return _refuse("torch sees no CUDA device to serve on")
     options = [_options(args, backend, shape) for backend in backends]
+    # By default SIGTERM would leave the engines running.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if args.soak is not None:
         return _soak(args, options[0])
     if args.logits:
