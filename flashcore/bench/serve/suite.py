@@ -55,7 +55,7 @@ class Worker:
         try:
             self.ready = self.ask(asdict(options), START_TIMEOUT_S)
         except BaseException:
-            self.stop()
+            self.stop(patience=5)
             raise
 
     def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -73,13 +73,13 @@ class Worker:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def stop(self) -> None:
-        """End the engine and every process that it started."""
+    def stop(self, patience: float = 90.0) -> None:
+        """End the engine and every process that it started; by force after `patience` seconds."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=90)
+            self._process.wait(timeout=patience)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)  # the group started above
         self._process.wait()
@@ -93,7 +93,7 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        self.stop(patience=90 if kind is None else 5)
 
     def _read(self, receive: int) -> None:
         with os.fdopen(receive) as lines:
