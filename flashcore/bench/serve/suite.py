@@ -69,6 +69,8 @@ class Worker:
         except queue.Empty:
             raise WorkerError(self._failure(f"gave no answer in {timeout:.0f} s")) from None
         if line is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=10)  # its last words come after it closed the answers
             raise WorkerError(self._failure("ended"))
         answer: dict[str, Any] = json.loads(line)
         return answer
