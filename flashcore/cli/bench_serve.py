@@ -124,6 +124,7 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from flashcore.bench.serve.shapes import model_shape
+    from flashcore.bench.serve.suite import WorkerError
 
     shape = model_shape(args.model_shape, layers=args.layers)
     workloads = _workloads(args, shape) if args.soak is None and not args.logits else []
@@ -137,11 +138,15 @@ def _run(args: argparse.Namespace) -> int:
     options = [_options(args, backend, shape) for backend in backends]
     # By default SIGTERM would leave the engines running.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    if args.soak is not None:
-        return _soak(args, options[0])
-    if args.logits:
-        return _logits(args, options)
-    return _measure(args, options, workloads)
+    try:
+        if args.soak is not None:
+            return _soak(args, options[0])
+        if args.logits:
+            return _logits(args, options)
+        return _measure(args, options, workloads)
+    except WorkerError as error:
+        print(f"flashcore bench: {error}", file=sys.stderr)
+        return 1
 
 
 def _workloads(args: argparse.Namespace, shape: ModelShape) -> list[Workload]:
@@ -188,7 +193,7 @@ def _measure(
 ) -> int:
     from flashcore.bench.machine import read_clocks
     from flashcore.bench.serve.report import summarise
-    from flashcore.bench.serve.suite import WorkerError, run_serve
+    from flashcore.bench.serve.suite import run_serve
 
     on_gpu = args.device == "cuda"
     clocks = []
@@ -199,19 +204,15 @@ def _measure(
         if on_gpu:
             clocks.append({"after": text.split(":")[0], **read_clocks(0)})
 
-    try:
-        measured = run_serve(
-            workloads,
-            options,
-            repeats=args.repeats,
-            rounds=args.rounds,
-            together=args.together,
-            log_dir=args.log_dir,
-            after=after,
-        )
-    except WorkerError as error:
-        print(f"flashcore bench: {error}", file=sys.stderr)
-        return 1
+    measured = run_serve(
+        workloads,
+        options,
+        repeats=args.repeats,
+        rounds=args.rounds,
+        together=args.together,
+        log_dir=args.log_dir,
+        after=after,
+    )
     head = _head(args)
     clocks_of_run = {"before": idle, "during": clocks}
     summary = summarise(measured["rows"])
