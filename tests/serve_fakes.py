@@ -30,6 +30,9 @@ class FakeWorker:
     def __exit__(self, *_: object) -> None:
         self.calls.append(f"stop {self.backend}")
 
+    def counters(self) -> str | None:
+        return "reuse: 2.00" if self.backend == "flashcore" else None
+
     def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
         workload = Workload(**command["workload"])
         self.calls.append(f"{self.backend} {workload.name}")

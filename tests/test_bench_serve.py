@@ -17,7 +17,7 @@ from flashcore.bench.serve.engine import EngineOptions, server_arguments, write_
 from flashcore.bench.serve.measure import DoesNotFitError, measure
 from flashcore.bench.serve.report import summarise
 from flashcore.bench.serve.shapes import SHAPES, model_shape
-from flashcore.bench.serve.suite import Worker, WorkerError, make_row
+from flashcore.bench.serve.suite import Worker, WorkerError, counters_since, make_row
 from flashcore.bench.serve.timeline import NotTogetherError, Timeline, step_seconds
 from flashcore.bench.serve.workloads import PRESETS, Prompts, parse_workload
 from tests.serve_fakes import OPTIONS, fake_run
@@ -291,6 +291,8 @@ def test_one_engine_start_serves_all_workloads_of_a_model() -> None:
         "stop fa3",
     ]
     assert len(result["rows"]) == 8
+    told = {row["backend"]: row["counters"] for row in result["rows"]}
+    assert told == {"flashcore": "reuse: 2.00", "fa3": None}
     assert {row["model"] for row in result["rows"]} == {"tiny", "llama-3.2-1b"}
     assert summarise(result["rows"])[0]["speed_over_fa3"] == {"flashcore": 2.5, "fa3": 1.0}
     assert summarise(result["rows"])[3]["flashcore_over"] == {"fa3": 2.5}
@@ -324,6 +326,17 @@ def test_a_backend_that_dies_leaves_a_note_and_the_others_run() -> None:
         "fa3 on 7x16+8:40: needs room",
     ]
     assert calls.count("stop broken") == 1
+
+
+def test_counters_are_read_from_the_log_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("[date] flashcore decode: reuse: 1.00\nother\n")
+    told, length = counters_since(log, 0)
+    assert (told, length) == ("reuse: 1.00", log.stat().st_size)
+    assert counters_since(log, length) == (None, length)
+    with log.open("a") as file:
+        file.write("flashcore decode: reuse: 2.00\nflashcore decode: reuse: 3.00\nflashcore pre")
+    assert counters_since(log, length)[0] == "reuse: 3.00"
 
 
 @pytest.mark.skipif(find_spec("sglang") is not None, reason="SGLang would start")

@@ -32,6 +32,7 @@ _SAMPLE_EVERY_S = 5.0
 _CANARY_EVERY_S = 10.0
 _LONG_EVERY_S = 120.0
 _NEW_PREFIX_EVERY_S = 10.0
+_DRAIN_S = 240.0  # for what is running when the time is up
 _KINDS = {"shared": 60, "samples": 15, "unrelated": 15, "turn": 10}
 
 
@@ -146,7 +147,10 @@ class _Soak:
             if len(self._running) < _OUTSTANDING:
                 self._send(*self._traffic.draw())
             await asyncio.sleep(self._traffic.pause())
-        await asyncio.gather(*self._running)
+        if self._running:
+            _, late = await asyncio.wait(self._running, timeout=_DRAIN_S)
+            if late:
+                self._record.errors.append(f"{len(late)} requests unanswered {_DRAIN_S:g} s later")
 
     def _start(self, work: Any) -> None:
         task = asyncio.ensure_future(self._guard(work))

@@ -27,6 +27,7 @@ Row = dict[str, Any]
 START_TIMEOUT_S = 540.0
 MEASURE_TIMEOUT_S = 900.0
 _TAIL_LINES = 25
+_COUNTERS = "flashcore decode: "
 
 
 class WorkerError(Exception):
@@ -39,6 +40,7 @@ class Worker:
     def __init__(self, options: EngineOptions, log: IO[bytes]) -> None:
         self.backend = options.backend
         self._log = log
+        self._read_to = Path(str(log.name)).stat().st_size
         receive, send = os.pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "flashcore.bench.serve.worker", str(send)],
@@ -74,6 +76,11 @@ class Worker:
             raise WorkerError(self._failure("ended"))
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def counters(self) -> str | None:
+        """What flashcore last logged of its decode plans since the last call; see docs/sglang.md."""
+        told, self._read_to = counters_since(Path(str(self._log.name)), self._read_to)
+        return told
 
     def stop(self, patience: float = 90.0) -> None:
         """End the engine and every process that it started; by force after `patience` seconds."""
@@ -139,6 +146,7 @@ def run_serve(
         if "skipped" in answer:
             skipped[f"{worker.backend} on {workload.name}"] = answer["skipped"]
         else:
+            answer["samples"][-1]["counters"] = worker.counters()
             samples.setdefault((workload.name, worker.backend), []).extend(answer["samples"])
         after(f"{workload.name}, {worker.backend}: {_brief(answer)}")
 
@@ -181,6 +189,16 @@ def run_serve(
     return {"rows": rows, "skipped": notes, "engines": engines}
 
 
+def counters_since(log: Path, offset: int) -> tuple[str | None, int]:
+    """flashcore's last line on decode after that many bytes of a log, and the log's length."""
+    with log.open("rb") as file:
+        file.seek(offset)
+        text = file.read().decode(errors="replace")
+        length = file.tell()
+    found = [line.split(_COUNTERS, 1)[1] for line in text.splitlines() if _COUNTERS in line]
+    return (found[-1] if found else None), length
+
+
 def make_row(
     workload: Workload, backend: str, shape: ModelShape, page: int, samples: Sequence[Sample]
 ) -> Row:
@@ -215,6 +233,7 @@ def make_row(
         "retractions": sum(values("retractions")),
         "gb_per_step": None if step_ms is None else traffic / 1e9,
         "reuse": workload.tokens_per_sequence(half) / unique,
+        "counters": next((s["counters"] for s in reversed(samples) if s.get("counters")), None),
     }
 
 
