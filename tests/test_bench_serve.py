@@ -13,7 +13,12 @@ import pytest
 
 from flashcore.bench.serve import engine as engine_module
 from flashcore.bench.serve import worker as worker_module
-from flashcore.bench.serve.engine import EngineOptions, server_arguments, write_model
+from flashcore.bench.serve.engine import (
+    EngineOptions,
+    random_tensors,
+    server_arguments,
+    write_model,
+)
 from flashcore.bench.serve.measure import DoesNotFitError, measure
 from flashcore.bench.serve.report import summarise
 from flashcore.bench.serve.shapes import SHAPES, model_shape
@@ -402,11 +407,20 @@ def test_engine_arguments_by_the_names_of_the_version(
         server_arguments(replace(OPTIONS, extra=(("nonsense", 1),)), "/m")
 
 
-def test_random_weights_are_those_of_the_config(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
-    write_model(SHAPES["tiny"], tmp_path, random_weights=True, device="cpu")
-    tensors = safetensors.load_file(tmp_path / "model.safetensors")
-    counted = sum(t.numel() for t in tensors.values() if t.ndim == 2)
-    shape = SHAPES["tiny"]
-    assert 2 * counted == shape.weight_bytes_per_step + 2 * shape.hidden * shape.vocab
-    assert json.loads((tmp_path / "config.json").read_text()) == shape.config()
+def test_the_model_written_is_its_shape(tmp_path: Path) -> None:
+    write_model(TINY, tmp_path, random_weights=False, device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert json.loads((tmp_path / "config.json").read_text()) == TINY.config()
+
+
+@pytest.mark.parametrize("qwen", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_random_weights_are_as_many_as_the_shape_says(tied: bool, qwen: bool) -> None:
+    shape = replace(TINY, tied=tied, qwen=qwen)
+    tensors = random_tensors(shape, "cpu")
+    matrices = sum(tensor.numel() for tensor in tensors.values() if tensor.ndim == 2)
+    embedding = 0 if tied else 2 * shape.hidden * shape.vocab
+    assert 2 * matrices == shape.weight_bytes_per_step + embedding
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    again = random_tensors(shape, "cpu")
+    assert all(bool((tensor == again[name]).all()) for name, tensor in tensors.items())

@@ -11,12 +11,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashcore.bench.serve.shapes import ModelShape
 from flashcore.bench.serve.timeline import Timeline
 
-BACKENDS = ("flashcore", "fa3", "flashinfer", "triton")
+if TYPE_CHECKING:
+    import torch
+
 STREAM_INTERVAL = 8  # tokens from one arrival to the next
 ENVIRONMENT = {  # what a run without a network needs; the user's own values win
     "HF_HUB_OFFLINE": "1",
@@ -110,18 +112,23 @@ def _first_known(known: set[str], *names: str) -> str:
 
 
 def write_model(shape: ModelShape, folder: Path, *, random_weights: bool, device: str) -> None:
-    """The model's config.json in `folder`, and with `random_weights` its weights.
+    """The model's config.json in `folder`, and with `random_weights` its weights."""
+    folder.joinpath("config.json").write_text(json.dumps(shape.config(), indent=1))
+    if random_weights:
+        from safetensors.torch import save_file
 
-    Those weights keep activations at unit scale and make attention prefer some tokens, so that an
-    error in attention shows in the logits. With SGLang's dummy weights, all below 1e-3, every logit
-    is next to zero and every token weighs the same.
+        file = folder / "model.safetensors"
+        save_file(random_tensors(shape, device), file, metadata={"format": "pt"})
+
+
+def random_tensors(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:
+    """Weights in bfloat16 by their names in a checkpoint, the same every time; made on `device`.
+
+    They keep activations at unit scale and make attention prefer some tokens, so that an error in
+    attention shows in the logits. With SGLang's dummy weights, all below 1e-3, every logit is next
+    to zero and every token weighs the same.
     """
-    config = shape.config()
-    folder.joinpath("config.json").write_text(json.dumps(config, indent=1))
-    if not random_weights:
-        return
     import torch
-    from safetensors.torch import save_file
 
     generator = torch.Generator(device).manual_seed(1)
 
@@ -153,7 +160,7 @@ def write_model(shape: ModelShape, folder: Path, *, random_weights: bool, device
         tensors[layer + "mlp.gate_proj.weight"] = normal(shape.intermediate, shape.hidden)
         tensors[layer + "mlp.up_proj.weight"] = normal(shape.intermediate, shape.hidden)
         tensors[layer + "mlp.down_proj.weight"] = normal(shape.hidden, shape.intermediate)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
 
 
 class Engine:

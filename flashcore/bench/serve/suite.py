@@ -78,7 +78,7 @@ class Worker:
         return answer
 
     def counters(self) -> str | None:
-        """What flashcore last logged of its decode plans since the last call; see docs/sglang.md."""
+        """What flashcore logged last of its decode plans since the last call (docs/sglang.md)."""
         told, self._read_to = counters_since(Path(str(self._log.name)), self._read_to)
         return told
 
