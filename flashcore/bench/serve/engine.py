@@ -139,11 +139,11 @@ def random_tensors(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:
     def ones() -> torch.Tensor:
         return torch.ones(shape.hidden, dtype=torch.bfloat16)
 
-    tensors = {
-        "model.embed_tokens.weight": normal(shape.vocab, shape.hidden, math.sqrt(shape.hidden))
-    }
+    logits = 3.0  # deviation of a logit, the last activations being of unit scale
+    embedding = logits if shape.tied else math.sqrt(shape.hidden)
+    tensors = {"model.embed_tokens.weight": normal(shape.vocab, shape.hidden, embedding)}
     if not shape.tied:
-        tensors["lm_head.weight"] = normal(shape.vocab, shape.hidden, 3.0)
+        tensors["lm_head.weight"] = normal(shape.vocab, shape.hidden, logits)
     tensors["model.norm.weight"] = ones()
     q_rows, kv_rows = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     for number in range(shape.layers):
