@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -42,6 +43,27 @@ def test_table_and_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot(result, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_of_the_readme() -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "report.py"
+    spec = importlib.util.spec_from_file_location("report", path)
+    assert spec is not None
+    assert spec.loader is not None
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    result = result_of(["4x16+8:40", "llama-3.2-1b/4x16+8:1"], ["flashcore", "fa3"])
+    named = ("sglang", "torch", "flashinfer-python", "sglang-kernel")
+    about = {"versions": dict.fromkeys(named, "1"), "command": "flashcore bench serve"}
+    lines = report.serve_table({**result, **about}).splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert lines[2] == (
+        "| 4x16+8:40 | tiny | 400 tokens/s, 10.0 ms | 160 tokens/s, 25.0 ms |  |  | 2.50 |"
+    )
+    assert lines[3] == (
+        "| 4x16+8:1 | llama-3.2-1b | first token 10 ms | first token 25 ms |  |  | 2.50 |"
+    )
+    assert lines[-1].endswith("`flashcore bench serve`")
 
 
 def test_table_without_the_baseline() -> None:
