@@ -142,7 +142,42 @@ PAGED_KERNELS = {
     "flashcore": "flashcore",
 }
 
+
+def serve_table(data: dict[str, Any]) -> str:
+    """Figures of serve_h100.json as Markdown: tokens/s and decode step, ours over fa3's."""
+    rows = ["| workload | model | " + " | ".join(BACKENDS) + " | ratio to fa3 |", "|---" * 7 + "|"]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        found.setdefault(row["workload"], {})[row["backend"]] = row
+    for name, by_backend in found.items():
+        first = next(iter(by_backend.values()))
+        spec = first["spec"].split("/")[-1]
+        label = spec if name == first["spec"] else f"{name}, {spec}"
+        cells = [_served(by_backend[b]) if b in by_backend else "" for b in BACKENDS]
+        ours, base = (by_backend.get(b) for b in ("flashcore", "fa3"))
+        ratio = f"{_speed(ours) / _speed(base):.2f}" if ours and base else ""
+        rows.append(f"| {label} | {first['model']} | " + " | ".join(cells) + f" | {ratio} |")
+    versions = data["versions"]
+    return (
+        "\n".join(rows) + f"\n\n{data['device']}, driver {data['driver']}, "
+        f"SGLang {versions['sglang']}, torch {versions['torch']}, "
+        f"FlashInfer {versions['flashinfer-python']}, sgl_kernel {versions['sglang-kernel']}, "
+        f"{data['date'][:10]}, commit {data['commit']}; `{data['command']}`"
+    )
+
+
+def _served(row: dict[str, Any]) -> str:
+    if row["tokens_per_s"] is None:
+        return f"first token {row['ttft_ms']:.0f} ms"
+    return f"{row['tokens_per_s']:.0f} tokens/s, {row['step_ms']:.1f} ms"
+
+
+def _speed(row: dict[str, Any]) -> float:
+    return float(row["tokens_per_s"] or 1e3 / row["ttft_ms"])
+
+
 KERNELS = ("flashcore", "fa3", "cudnn", "fa2")
+BACKENDS = ("flashcore", "fa3", "flashinfer", "triton")
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu": ("cpu.json", cpu_table),

@@ -14,7 +14,7 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the suites of `flashcore bench` and their options to its parser."""
-    from flashcore.cli import bench_dense, bench_paged
+    from flashcore.cli import bench_dense, bench_paged, bench_serve
 
     parser.description = "Time flashcore and each installed peer on this GPU."
     suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_common_arguments(sub)
         module.add_arguments(sub)
         sub.set_defaults(run_suite=module.run)
+    bench_serve.add_arguments(suites.add_parser("serve", help="SGLang, backend by backend"))
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out: 0 done, 1 nothing was timed, 2 it cannot run here."""
+    if args.suite == "serve":
+        from flashcore.cli import bench_serve
+
+        return bench_serve.run(args)
     for name, path in (("--json", args.json), ("--plot", args.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             return refuse(f"{name} {path}: there is no folder {path.absolute().parent}")
