@@ -46,6 +46,8 @@ def cases() -> list[Case]:
         Case("fewer queries than keys", ((77, 900),), causal=True),
         Case("more queries than keys", ((300, 120),), causal=True),
         Case("one key", ((130, 1),)),
+        Case("many keys", ((300, 4133),)),  # full attention has tiles of its own from 4096 keys
+        Case("many keys, head_dim 64", ((300, 4133),), 64),
         Case("left window", square, window=(200, -1), causal=True),
         Case("two-sided window", square, window=(64, 32)),
         Case("soft cap", square, softcap=15.0),
@@ -62,6 +64,7 @@ def cases() -> list[Case]:
     half = [
         Case("fp16", square, dtype="fp16", causal=True),
         Case("fp16 head_dim 64", square, 64, dtype="fp16"),
+        Case("fp16 head_dim 64, many keys", ((300, 4133),), 64, dtype="fp16"),
         Case("fp16 head_dim 256", square, 256, dtype="fp16"),
     ]
     padded = [Case(f"head_dim {dim}, padded", square, dim, causal=True) for dim in (40, 80, 136)]
