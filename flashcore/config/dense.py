@@ -37,6 +37,8 @@ class DenseConfig:
     cluster_m: int = 1  # CTAs with neighbouring row tiles that share K/V by TMA multicast
     dynamic: bool = False  # tiles from an atomic counter, longest first: needs scheduler_scratch
     ping_pong: bool = True  # warpgroups take turns at the tensor cores
+    own_blocks: bool = False  # a warpgroup passes over blocks that only the others' rows see
+    polynomial_exp2: int = 0  # columns of every 16 whose exp2 is a polynomial instead of MUFU
     rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
     producer_registers: int = 24
     consumer_registers: int = 240
@@ -98,6 +100,7 @@ def illegal_reason(config: DenseConfig) -> str | None:
             c.cluster_m == 1 or not (c.causal or c.local or c.varlen or c.dynamic),
             "multicast needs neighbouring tiles with the same K/V range",
         ),
+        (0 <= c.polynomial_exp2 <= 16, "polynomial_exp2 counts columns of 16"),
         (c.rescale_log2 >= 0.0, "rescale_log2 is a factor of at least 1"),
         (
             c.producer_registers % 8 == 0 and c.consumer_registers % 8 == 0,
