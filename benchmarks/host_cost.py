@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 import flashcore
-from flashcore import device, ops
+from flashcore import api, device, ops
 from flashcore.bench.machine import describe_device, package_versions, source_commit
 from flashcore.runtime import launch, launch_paged
 from flashcore.runtime.cache import shared_cache
@@ -92,21 +92,24 @@ class Recorder:
 @contextmanager
 def launches_through(cache: Any, stub: bool) -> Iterator[None]:
     """New launches get their functions from `cache`; with `stub` CPU tensors pass for a GPU's."""
-    with mock.patch.multiple(launch, shared_cache=lambda: cache, _plans={}) as _:
-        with mock.patch.multiple(launch_paged, shared_cache=lambda: cache, _functions={}):
-            if not stub:
-                yield
-                return
-            scratch = torch.zeros(2, dtype=torch.int32)
-            with (
-                mock.patch.object(ops, "device_path", lambda _: device.Path("hopper", "")),
-                mock.patch.object(launch, "sm_count", lambda _: 132),
-                mock.patch.object(launch, "scheduler_scratch", lambda _: scratch),
-                mock.patch.object(launch_paged, "sm_count", lambda _: 132),
-                mock.patch.object(launch_paged, "scheduler_scratch", lambda _: scratch),
-                mock.patch.object(torch.cuda, "current_device", lambda: None),
-            ):
-                yield
+    with (
+        mock.patch.multiple(api, _dense_launches={}),
+        mock.patch.multiple(launch, shared_cache=lambda: cache, _plans={}),
+        mock.patch.multiple(launch_paged, shared_cache=lambda: cache, _functions={}),
+    ):
+        if not stub:
+            yield
+            return
+        scratch = torch.zeros(2, dtype=torch.int32)
+        with (
+            mock.patch.object(ops, "device_path", return_value=device.Path("hopper", "")),
+            mock.patch.object(launch, "sm_count", return_value=132),
+            mock.patch.object(launch, "scheduler_scratch", new=lambda _: scratch),
+            mock.patch.object(launch, "_current_device", new=lambda: None),
+            mock.patch.object(launch_paged, "sm_count", new=lambda _: 132),
+            mock.patch.object(launch_paged, "scheduler_scratch", new=lambda _: scratch),
+        ):
+            yield
 
 
 def nothing(*arguments: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from collections.abc import Hashable
+from typing import Any, Literal, overload
 
 import torch
 
@@ -87,6 +88,25 @@ def attention(
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
     """
+    key = None
+    if not _traced(q):
+        options = (causal, scale, window, softcap, max_seqlen_q, return_lse)
+        try:
+            key = (
+                _facts(q),
+                _facts(k),
+                _facts(v),
+                options,
+                sinks is not None and _facts(sinks),
+                cu_seqlens_q is not None and _facts(cu_seqlens_q),
+                cu_seqlens_k is not None and _facts(cu_seqlens_k),
+            )
+            launch = _dense_launches.get(key)
+        except (AttributeError, TypeError):  # no tensor, or no hash: the checks say what is wrong
+            key = launch = None
+        if launch is not None and not _wants_gradient(q, k, v, sinks):
+            out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
+            return (out, lse) if return_lse else out
     validate.tensor("q", q, dtypes=validate.FLOAT_DTYPES, ndim=(3, 4))
     for name, value in (("k", k), ("v", v)):
         validate.tensor(name, value, dtypes=validate.FLOAT_DTYPES, ndim=q.dim())
@@ -114,7 +134,13 @@ def attention(
         longest,
         return_lse,
     )
-    out, lse = (ops.attention_op if _traced(q) else ops.attention_impl)(*arguments)
+    launch = None if key is None else ops.attention_launch(*arguments)
+    if launch is not None:
+        if launch.reusable and _all_plain(options):
+            _remember(_dense_launches, key, launch)
+        out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
+    else:
+        out, lse = (ops.attention_op if _traced(q) else ops.attention_impl)(*arguments)
     return (out, lse) if return_lse else out
 
 
@@ -230,6 +256,33 @@ def paged_attention(
     )
     out, lse = (ops.paged_attention_op if _traced(q) else ops.paged_attention_impl)(*arguments)
     return (out, lse) if return_lse else out
+
+
+# Launches of calls that passed every check, by all that checks and launch depend on. Checks of the
+# contents of a tensor are made on the CPU alone, where no launch is remembered.
+_dense_launches: dict[Hashable, Any] = {}
+_MAX_LAUNCHES = 4096  # beyond this the dictionary starts anew
+
+
+def _facts(x: torch.Tensor) -> tuple[Any, ...]:
+    """What a check or a launch may depend on. An index is device enough: the CPU's is -1, and torch
+    supports one kind of accelerator in a process."""
+    return x.get_device(), x.dtype, x.shape, x.stride()
+
+
+def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _all_plain(options: tuple[Any, ...]) -> bool:
+    """No option is an object that can change and keep its hash, such as a tensor."""
+    return all(x is None or isinstance(x, (bool, int, float, tuple)) for x in options)
+
+
+def _remember(launches: dict[Hashable, Any], key: Hashable, launch: Any) -> None:
+    if len(launches) >= _MAX_LAUNCHES:
+        launches.clear()
+    launches[key] = launch
 
 
 def _traced(q: torch.Tensor) -> bool:
