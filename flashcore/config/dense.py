@@ -38,6 +38,7 @@ class DenseConfig:
     dynamic: bool = False  # tiles from an atomic counter, longest first: needs scheduler_scratch
     ping_pong: bool = True  # warpgroups take turns at the tensor cores
     own_blocks: bool = False  # a warpgroup passes over blocks that only the others' rows see
+    ahead: bool = False  # QK of the next block is in flight during the softmax of this one
     polynomial_exp2: int = 0  # columns of every 16 whose exp2 is a polynomial instead of MUFU
     rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
     producer_registers: int = 24
