@@ -321,34 +321,44 @@ class DenseAttention:
                         self.softmax(frag, view, scale, accA, high - 1, True, True)
                         matmul.round_to_operand(matmul.acc_as_operand(accA), frag.rP)
                 if const_expr(not c.ahead):
-                  self.first_block(frag, view, scale, q_state, ring_k, k_state, wg, high - 1)
-                  k_state.advance()
-                  # high-2 .. masked_end: right edge; then no mask; below plain_end: left edge.
-                  masked_end, plain_end = high - 1, low
-                  if const_expr(c.causal or c.local):
-                      masked_end = min(high - 1, max(low, full_high))
-                      plain_end = min(masked_end, max(low, full_low))
-                      for i in cutlass.range(high - 1 - masked_end, unroll=1):
-                          self.block(
+                    self.first_block(frag, view, scale, q_state, ring_k, k_state, wg, high - 1)
+                    k_state.advance()
+                    # high-2 .. masked_end: right edge; then no mask; below plain_end: left edge.
+                    masked_end, plain_end = high - 1, low
+                    if const_expr(c.causal or c.local):
+                        masked_end = min(high - 1, max(low, full_high))
+                        plain_end = min(masked_end, max(low, full_low))
+                        for i in cutlass.range(high - 1 - masked_end, unroll=1):
+                            self.block(
                               frag, view, scale, q_state, ring_k, k_state, ring_v, v_state, wg,
                               high - 2 - i, True,
                           )  # fmt: skip
-                          k_state.advance()
-                          v_state.advance()
-                  for _ in cutlass.range(masked_end - plain_end, unroll=1):
-                      self.block(
-                          frag, view, scale, q_state, ring_k, k_state, ring_v, v_state, wg, 0, False
-                      )
-                      k_state.advance()
-                      v_state.advance()
-                  if const_expr(c.local):
-                      for i in cutlass.range(plain_end - low, unroll=1):
-                          self.block(
+                            k_state.advance()
+                            v_state.advance()
+                    for _ in cutlass.range(masked_end - plain_end, unroll=1):
+                        self.block(
+                            frag,
+                            view,
+                            scale,
+                            q_state,
+                            ring_k,
+                            k_state,
+                            ring_v,
+                            v_state,
+                            wg,
+                            0,
+                            False,
+                        )
+                        k_state.advance()
+                        v_state.advance()
+                    if const_expr(c.local):
+                        for i in cutlass.range(plain_end - low, unroll=1):
+                            self.block(
                               frag, view, scale, q_state, ring_k, k_state, ring_v, v_state, wg,
                               plain_end - 1 - i, True,
                           )  # fmt: skip
-                          k_state.advance()
-                          v_state.advance()
+                            k_state.advance()
+                            v_state.advance()
                 ring_q.consumer_release(q_state)
                 q_state.advance()
                 last_product(frag, ring_v, v_state)

@@ -52,9 +52,7 @@ _PlanKey = tuple[
 _plans: dict[_PlanKey, _Plan] = {}
 _scratch: dict[tuple[int, int], torch.Tensor] = {}  # by device index and stream handle
 # What torch.cuda.current_device() calls when CUDA is initialised, as it is once there are tensors.
-_current_device: Callable[[], int] = getattr(
-    torch._C, "_cuda_getDevice", torch.cuda.current_device
-)
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ calls can be captured in a CUDA graph. Arguments are taken as already checked (f
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from flashcore.config.paged import CombineConfig, PagedConfig, choose, choose_combine
@@ -17,6 +19,7 @@ from flashcore.runtime.launch import DTYPE_NAMES, scheduler_scratch, sm_count, t
 from flashcore.runtime.load import CompiledFunction
 
 _functions: dict[PagedConfig | CombineConfig, CompiledFunction] = {}
+_choose = lru_cache(maxsize=1024)(choose)  # a choice costs the host as much as a launch
 
 
 def paged_attention(
@@ -56,7 +59,7 @@ def paged_attention(
     total_q, heads, dim = q.shape
     page_tokens, kv_heads = k_pages.shape[1], k_pages.shape[2]
     dtype = DTYPE_NAMES[q.dtype]
-    config = choose(
+    config = _choose(
         dtype,
         dim,
         page_tokens,
@@ -69,7 +72,7 @@ def paged_attention(
         tree=tree_mask is not None,
     )
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(total_q, heads, dtype=torch.float32, device=q.device)
+    lse = q.new_empty((total_q, heads), dtype=torch.float32)
     if total_q == 0:
         return out, lse
     # One partial token at least: an empty tensor has no address to hand over.

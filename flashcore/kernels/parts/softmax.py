@@ -60,7 +60,11 @@ def exp2_polynomial(x: Float32, *, loc=None, ip=None) -> Float32:
         mov.b32 t, n;
         mul.rn.f32 $0, p, t;
         }"""
-    for name, value in (("LOWEST", -126.0), ("BIAS", 1.5 * 2.0**23 + 127), *EXP2_COEFFICIENTS.items()):
+    for name, value in (
+        ("LOWEST", -126.0),
+        ("BIAS", 1.5 * 2.0**23 + 127),
+        *EXP2_COEFFICIENTS.items(),
+    ):
         lines = lines.replace(name, f"0f{struct.pack('>f', value).hex()}")
     return Float32(
         llvm.inline_asm(
