@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -101,14 +101,18 @@ def launches_through(cache: Any, stub: bool) -> Iterator[None]:
             yield
             return
         scratch = torch.zeros(2, dtype=torch.int32)
-        with (
-            mock.patch.object(ops, "device_path", return_value=device.Path("hopper", "")),
-            mock.patch.object(launch, "sm_count", return_value=132),
-            mock.patch.object(launch, "scheduler_scratch", new=lambda _: scratch),
-            mock.patch.object(launch, "_current_device", new=lambda: None),
-            mock.patch.object(launch_paged, "sm_count", new=lambda _: 132),
-            mock.patch.object(launch_paged, "scheduler_scratch", new=lambda _: scratch),
-        ):
+        stand_ins: dict[Any, dict[str, Callable[..., Any]]] = {
+            ops: {"device_path": lambda _: device.Path("hopper", "")},
+            launch: {
+                "sm_count": lambda _: 132,
+                "scheduler_scratch": lambda _: scratch,
+                "_current_device": lambda: None,
+            },
+            launch_paged: {"sm_count": lambda _: 132, "scheduler_scratch": lambda _: scratch},
+        }
+        with ExitStack() as stack:
+            for module, names in stand_ins.items():
+                stack.enter_context(mock.patch.multiple(module, **names))
             yield
 
 

@@ -93,20 +93,20 @@ def attention(
         options = (causal, scale, window, softcap, max_seqlen_q, return_lse)
         try:
             key = (
-                _facts(q),
-                _facts(k),
-                _facts(v),
+                q.dtype,
+                q.get_device(),
+                q.shape,
+                k.shape,
                 options,
-                sinks is not None and _facts(sinks),
-                cu_seqlens_q is not None and _facts(cu_seqlens_q),
-                cu_seqlens_k is not None and _facts(cu_seqlens_k),
+                sinks is not None and (sinks.dtype, sinks.shape),
+                cu_seqlens_q is not None and cu_seqlens_q.shape,
             )
             launch = _dense_launches.get(key)
-        except (AttributeError, TypeError):  # no tensor, or no hash: the checks say what is wrong
-            key = launch = None
-        if launch is not None and not _wants_gradient(q, k, v, sinks):
-            out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
-            return (out, lse) if return_lse else out
+            if launch is not None and not _wants_gradient(q, k, v, sinks):
+                out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
+                return (out, lse) if return_lse else out
+        except Exception:  # the checks below, or the same launch there, say what is wrong
+            pass
     validate.tensor("q", q, dtypes=validate.FLOAT_DTYPES, ndim=(3, 4))
     for name, value in (("k", k), ("v", v)):
         validate.tensor(name, value, dtypes=validate.FLOAT_DTYPES, ndim=q.dim())
@@ -134,9 +134,9 @@ def attention(
         longest,
         return_lse,
     )
-    launch = None if key is None else ops.attention_launch(*arguments)
+    launch = None if _traced(q) else ops.attention_launch(*arguments)
     if launch is not None:
-        if launch.reusable and _all_plain(options):
+        if key is not None and launch.reusable and _all_plain(options):
             _remember(_dense_launches, key, launch)
         out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
     else:
@@ -258,20 +258,24 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-# Launches of calls that passed every check, by all that checks and launch depend on. Checks of the
-# contents of a tensor are made on the CPU alone, where no launch is remembered.
+# Launches of calls that passed every check. A key is what the choice of the launch depends on; that
+# the other tensors' dtypes, shapes, strides, addresses and devices agree is checked by the compiled
+# function itself. Checks of the contents of a tensor are made on the CPU alone, where no launch is
+# remembered. An index is device enough: the CPU's is -1, and torch supports one kind of accelerator
+# in a process.
 _dense_launches: dict[Hashable, Any] = {}
 _MAX_LAUNCHES = 4096  # beyond this the dictionary starts anew
 
 
-def _facts(x: torch.Tensor) -> tuple[Any, ...]:
-    """What a check or a launch may depend on. An index is device enough: the CPU's is -1, and torch
-    supports one kind of accelerator in a process."""
-    return x.get_device(), x.dtype, x.shape, x.stride()
-
-
-def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def _wants_gradient(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+) -> bool:
+    return torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (sinks is not None and sinks.requires_grad)
+    )
 
 
 def _all_plain(options: tuple[Any, ...]) -> bool:

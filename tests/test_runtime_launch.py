@@ -229,15 +229,14 @@ def test_without_lse_nothing_but_the_output_is_made(on_hopper: Recorder) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": torch.zeros(2, 16, 4, 64)}, "k must have the dtype of q"),
-        ({"v": torch.zeros(2, 17, 4, 64).bfloat16()}, "v must have the shape of k"),
         ({"k": [1.0]}, "k must be a torch.Tensor"),
-        ({"v": torch.zeros(2, 16, 4, 128).bfloat16()[..., ::2]}, "v must have a contiguous last"),
+        ({"k": torch.zeros(2, 16, 3, 64).bfloat16()}, "v must have the shape of k"),
         ({"scale": float("nan")}, "scale must be finite"),
         ({"softcap": -1.0}, "softcap must be finite"),
         ({"window": (1, -2)}, "window right must be an int"),
         ({"window": [1, True]}, "window right must be an int"),
         ({"sinks": torch.zeros(3)}, "sinks must have one logit per query head"),
+        ({"sinks": torch.zeros(4).int()}, "sinks must have dtype"),
         ({"cu_seqlens_q": torch.zeros(2).int()}, "go with packed q"),
         ({"q": torch.zeros(2, 16, 4, 64).bfloat16().requires_grad_()}, "q requires a gradient"),
     ],
@@ -250,17 +249,6 @@ def test_checks_stay_after_a_good_call(
     flashcore.attention(**good)
     with pytest.raises((TypeError, ValueError), match=message):
         flashcore.attention(**{**good, **change})
-    assert len(on_hopper.calls) == 1
-
-
-def test_address_is_checked_in_a_remembered_call(on_hopper: Recorder) -> None:
-    wide = torch.zeros(2, 9, 2, 72, dtype=torch.bfloat16)
-    q, k, v = (wide.clone()[..., :64] for _ in range(3))
-    flashcore.attention(q, k, v)
-    moved = wide[..., 4:68]
-    assert moved.stride() == k.stride()
-    with pytest.raises(ValueError, match="k must start at an address divisible by 16"):
-        flashcore.attention(q, moved, v)
     assert len(on_hopper.calls) == 1
 
 
@@ -381,6 +369,11 @@ def test_legal_views_are_passed_as_they_are(recorder: Recorder) -> None:
 # ---------------------------------------------------------------- the real function
 
 
+no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="would launch on addresses of the host"
+)
+
+
 class PretendCuda:
     """A CPU tensor that tells DLPack it lies on GPU 0."""
 
@@ -399,8 +392,79 @@ class PretendCuda:
         return 2, 0
 
 
+class Checked(Recorder):
+    """Calls the compiled function with CPU tensors that pass for a GPU's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = KernelCache.open()
+
+    def function(self, kernel: Kernel) -> Any:
+        import tvm_ffi
+
+        compiled = self.cache.function(kernel)
+
+        def call(*arguments: Any) -> None:
+            self.calls.append(arguments)
+            compiled(
+                *(
+                    tvm_ffi.from_dlpack(PretendCuda(a)) if isinstance(a, torch.Tensor) else a
+                    for a in arguments
+                )
+            )
+
+        return call
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> Checked:
+    """The compiled function checks its arguments before it asks for a driver that is not there."""
+    checked = Checked()
+    monkeypatch.setattr(launch, "shared_cache", lambda: checked)
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "sm_count", lambda device: 132)
+    zeros = torch.zeros(2, dtype=torch.int32)
+    monkeypatch.setattr(launch, "scheduler_scratch", lambda index: zeros)
+    monkeypatch.setattr(launch, "_current_device", lambda: None)
+    monkeypatch.setattr(ops, "device_path", lambda device: Path("hopper", ""))
+    monkeypatch.setattr(api, "_dense_launches", {})
+    return checked
+
+
 @needs_dsl
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would launch on addresses of the host")
+@no_gpu
+def test_what_a_remembered_call_leaves_to_the_compiled_function(checked: Checked) -> None:
+    """It refuses each of these before it would launch; the error is then the checks' own."""
+    good = dict(zip("qkv", tensors(1, 300, 4, 128), strict=True))
+
+    def like(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=torch.bfloat16)
+
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"v": [1.0]}, "v must be a torch.Tensor"),
+        ({"v": torch.zeros(1, 300, 4, 128)}, "v must have the dtype of q"),
+        ({"k": torch.zeros(1, 300, 4, 128).half()}, "k must have the dtype of q"),
+        ({"v": like(1, 299, 4, 128)}, "v must have the shape of k"),
+        ({"v": like(1, 300, 2, 128)}, "v must have the shape of k"),
+        ({"v": like(300, 4, 128)}, "v must have 4 dimensions"),
+        ({"q": like(1, 300, 4, 256)[..., ::2]}, "q must have a contiguous last axis"),
+        ({"v": like(1, 300, 4, 256)[..., ::2]}, "v must have a contiguous last axis"),
+        ({"k": like(1, 300, 4, 132)[..., :128]}, "k has stride 132"),
+        ({"v": like(1, 300, 4, 136)[..., 4:132]}, "v must start at an address divisible by 16"),
+        ({"v": torch.empty(1, 300, 4, 128, device="meta").bfloat16()}, "v must be on the device"),
+    ]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="InsufficientDriver"):
+            flashcore.attention(**good)
+    assert len(checked.calls) == 3  # the second call: as remembered, then after the checks
+    for change, message in bad:
+        with pytest.raises((TypeError, ValueError), match=message):
+            flashcore.attention(**{**good, **change})
+    assert len(api._dense_launches) == 1
+
+
+@needs_dsl
+@no_gpu
 @pytest.mark.parametrize(
     ("shape", "kv_heads", "options"),
     [
@@ -412,37 +476,8 @@ class PretendCuda:
     ids=["batched", "decode", "padded, every axis 1", "packed"],
 )
 def test_compiled_function_takes_what_the_launch_passes(
-    monkeypatch: pytest.MonkeyPatch,
-    shape: tuple[int, ...],
-    kv_heads: int,
-    options: dict[str, Any],
+    checked: Checked, shape: tuple[int, ...], kv_heads: int, options: dict[str, Any]
 ) -> None:
-    """The function checks its arguments before it asks for a driver, which is not there."""
-    import tvm_ffi
-
-    cache = KernelCache.open()
-
-    class Checked(Recorder):
-        def function(self, kernel: Kernel) -> Any:
-            compiled = cache.function(kernel)
-
-            def call(*arguments: Any) -> None:
-                compiled(
-                    *(
-                        tvm_ffi.from_dlpack(PretendCuda(a)) if isinstance(a, torch.Tensor) else a
-                        for a in arguments
-                    )
-                )
-
-            return call
-
-    checked = Checked()
-    monkeypatch.setattr(launch, "shared_cache", lambda: checked)
-    monkeypatch.setattr(launch, "_plans", {})
-    monkeypatch.setattr(launch, "sm_count", lambda device: 132)
-    zeros = torch.zeros(2, dtype=torch.int32)
-    monkeypatch.setattr(launch, "scheduler_scratch", lambda index: zeros)
-    monkeypatch.setattr(launch, "_current_device", lambda: None)
     options = dict(options)
     if "cu_seqlens" in options:
         ends = torch.tensor(options.pop("cu_seqlens"), dtype=torch.int32)

@@ -39,7 +39,6 @@ class DenseConfig:
     ping_pong: bool = True  # warpgroups take turns at the tensor cores
     own_blocks: bool = False  # a warpgroup passes over blocks that only the others' rows see
     ahead: bool = False  # QK of the next block is in flight during the softmax of this one
-    polynomial_exp2: int = 0  # columns of every 16 whose exp2 is a polynomial instead of MUFU
     rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
     producer_registers: int = 24
     consumer_registers: int = 240
@@ -101,7 +100,6 @@ def illegal_reason(config: DenseConfig) -> str | None:
             c.cluster_m == 1 or not (c.causal or c.local or c.varlen or c.dynamic),
             "multicast needs neighbouring tiles with the same K/V range",
         ),
-        (0 <= c.polynomial_exp2 <= 16, "polynomial_exp2 counts columns of 16"),
         (c.rescale_log2 >= 0.0, "rescale_log2 is a factor of at least 1"),
         (
             c.producer_registers % 8 == 0 and c.consumer_registers % 8 == 0,
@@ -151,6 +149,9 @@ def choose(problem: DenseProblem) -> DenseConfig:
         # Turns pay where softmax takes longer than the products (hd 64: 471 against 435 TFLOP/s
         # without) and cost 1 % at hd 96 and 128.
         ping_pong=head_dim not in (96, 128),
+        # Of 192 rows a third to two thirds see nothing of the tile's last block of 128 keys: 423
+        # against 390 (2K), 509 against 492 (8K). At hd 256 (64 keys) it gained nothing.
+        own_blocks=warpgroups == 3 and not full,
         # Three consumer warpgroups leave 160 registers each; the varlen scheduler needs 40.
         producer_registers=32 if warpgroups == 3 else (40 if p.varlen else 24),
         consumer_registers=160 if warpgroups == 3 else (232 if p.varlen else 240),

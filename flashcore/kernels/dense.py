@@ -483,9 +483,14 @@ class DenseAttention:
         if const_expr(masked):
             mask_scores(c, scores, view, n)
         return online_softmax(
-            scores, frag.row_max, frag.row_sum, frag.alpha, scale.log2, first, c.rescale_log2,
-            0 if masked else c.polynomial_exp2,
-        )  # fmt: skip
+            scores,
+            frag.row_max,
+            frag.row_sum,
+            frag.alpha,
+            scale.log2,
+            first,
+            c.rescale_log2,
+        )
 
     @cute.jit
     def store(

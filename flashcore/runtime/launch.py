@@ -1,9 +1,8 @@
 """Launch the dense kernel on torch tensors: the hot path of `flashcore.attention` on Hopper.
 
-    tensors ─► plan (remembered per shape: config, compiled function, grid) ─► launch ─► buffers, call
+    tensors ─► plan (remembered per shape: config, function, grid) ─► launch ─► buffers, call
 
-A `DenseLaunch` may be kept and called again with any tensors of the same dtype, shapes, strides and
-device; `flashcore.api` does so.
+A `DenseLaunch` may be kept and called again with other tensors; `flashcore.api` does so.
 
 The host is never synchronised and the kernel runs on torch's current stream, so calls can be
 captured in a CUDA graph; the first call of a shape may compile and must come before the capture.
@@ -57,14 +56,18 @@ _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.
 
 @dataclass(frozen=True)
 class DenseLaunch:
-    """A launch with all that dtype, shapes, strides, device and options decide."""
+    """A launch with all that shapes, dtype, device and options decide.
+
+    Where `reusable` it takes other tensors too: for those that do not fit the compiled function
+    raises ValueError or TypeError.
+    """
 
     function: CompiledFunction | None  # None: there is nothing to attend to
     device: torch.device
     needs_scratch: bool
     return_lse: bool
     scalars: tuple[float | int, ...]  # the last arguments of the compiled function
-    reusable: bool  # for other tensors: these needed no repair of their strides
+    reusable: bool
 
     def __call__(
         self,
@@ -75,11 +78,11 @@ class DenseLaunch:
         cu_seqlens_q: torch.Tensor | None,
         cu_seqlens_k: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(out, LSE or None). Raises ValueError where a tensor starts at an address TMA rejects."""
+        """(out, LSE or None), made anew."""
         if self.device.index != _current_device():
             with torch.cuda.device(self.device):
                 return self(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
-        if not self.reusable or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _TMA_BYTES:
+        if not self.reusable:
             q, k, v = tma_ready("q", q), tma_ready("k", k), tma_ready("v", v)
         if sinks is not None and sinks.dtype is not torch.float32:
             sinks = sinks.float()
@@ -181,7 +184,8 @@ def dense_launch(
         needs_scratch=plan is not None and plan.needs_scratch,
         return_lse=return_lse,
         scalars=(scale, softcap, window_left, right, longest_q, plan.num_ctas if plan else 0),
-        reusable=ready[0] is q and ready[1] is k and ready[2] is v,
+        # Not where strides need repair, nor where no compiled function looks at the arguments.
+        reusable=plan is not None and ready[0] is q and ready[1] is k and ready[2] is v,
     )
 
 

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import struct
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, const_expr
-from cutlass._mlir.dialects import llvm
-from cutlass.cutlass_dsl import T, dsl_user_op
 
 LN2 = 0.6931471805599453
 LOG2_E = 1.4426950408889634
 # Independent chains of a row's reduction: one chain of tile_n/4 dependent FMNMX or FADD would
 # leave the pipe idle between issues.
 CHAINS = 4
-# Minimax of the relative error of 2^f on [-1/2, 1/2].
-EXP2_COEFFICIENTS = {
-    "C0": 0.9999280571937561,
-    "C1": 0.6932609677314758,
-    "C2": 0.2426111251115799,
-    "C3": 0.0551716685295105,
-}
 
 
 @cute.jit
@@ -36,47 +25,6 @@ def quad_sum(x: Float32):
     """Sum over the four neighbouring lanes that hold one row."""
     x = x + cute.arch.shuffle_sync_bfly(x, 1)
     return x + cute.arch.shuffle_sync_bfly(x, 2)
-
-
-@dsl_user_op
-def exp2_polynomial(x: Float32, *, loc=None, ip=None) -> Float32:
-    """2^x for x up to 126 without MUFU, off by at most 8e-5; 2^-126 below that. NaN stays NaN.
-
-    x = k + f with k whole and f in [-1/2, 1/2]: adding BIAS leaves k + 127 in the low bits of a
-    float, which a shift makes the exponent of 2^k; 2^f is a cubic.
-    """
-    lines = """{
-        .reg .f32 x, t, f, p;
-        .reg .b32 n;
-        max.NaN.f32 x, $1, LOWEST;
-        add.rn.f32 t, x, BIAS;
-        sub.rn.f32 f, t, BIAS;
-        sub.rn.f32 f, x, f;
-        fma.rn.f32 p, f, C3, C2;
-        fma.rn.f32 p, p, f, C1;
-        fma.rn.f32 p, p, f, C0;
-        mov.b32 n, t;
-        shl.b32 n, n, 23;
-        mov.b32 t, n;
-        mul.rn.f32 $0, p, t;
-        }"""
-    for name, value in (
-        ("LOWEST", -126.0),
-        ("BIAS", 1.5 * 2.0**23 + 127),
-        *EXP2_COEFFICIENTS.items(),
-    ):
-        lines = lines.replace(name, f"0f{struct.pack('>f', value).hex()}")
-    return Float32(
-        llvm.inline_asm(
-            T.f32(),
-            [Float32(x).ir_value(loc=loc, ip=ip)],
-            lines,
-            "=f,f",
-            has_side_effects=False,
-            is_align_stack=False,
-            asm_dialect=llvm.AsmDialect.AD_ATT,
-        )
-    )
 
 
 @cute.jit
@@ -97,7 +45,6 @@ def online_softmax(
     scale_log2: Float32,
     first: cutlass.Constexpr[bool],
     rescale_log2: cutlass.Constexpr[float],
-    polynomial_exp2: cutlass.Constexpr[int] = 0,
 ):
     """One block of keys. Returns whether any row of the warp needs O rescaled by alpha.
 
@@ -128,11 +75,7 @@ def online_softmax(
             alpha[r] = cute.math.exp2((old - finite) * scale_log2, fastmath=True)
         sums = [Float32(0.0) for _ in range(CHAINS)]
         for c in cutlass.range_constexpr(columns):
-            x = scores[r, c] * scale_log2 - base
-            if const_expr((c + 1) * polynomial_exp2 // 16 > c * polynomial_exp2 // 16):
-                p = exp2_polynomial(x)
-            else:
-                p = cute.math.exp2(x, fastmath=True)
+            p = cute.math.exp2(scores[r, c] * scale_log2 - base, fastmath=True)
             scores[r, c] = p
             sums[c % CHAINS] = p if c < CHAINS else sums[c % CHAINS] + p
         total = (sums[0] + sums[1]) + (sums[2] + sums[3])
