@@ -234,7 +234,6 @@ class DenseAttention:
         q_state = pipelines.consumer_state(c.q_stages)
         k_state = pipelines.consumer_state(c.stages)
         v_state = pipelines.consumer_state(c.stages)
-        k_done = pipelines.consumer_state(c.stages)
         pipelines.first_turn(wg, self.turns)
         slot_state = pipelines.consumer_state(SLOTS)
         m_block, tile = scheduler.next_tile(c, slots, slot_state, extent)
@@ -256,109 +255,41 @@ class DenseAttention:
                         c, m_block * c.tile_m + wg * WARPGROUP_ROWS, WARPGROUP_ROWS,
                         tile.seqlen_q, tile.seqlen_k, window_left, window_right,
                     )  # fmt: skip
-                    high = max(high, low + 1)
+                    high = max(high, low + 1)  # of rows that see no key a block, all masked
                     for _ in cutlass.range(tile_high - high, unroll=1):
                         pipelines.pass_over(ring_k, k_state, wg, self.turns)
                         k_state.advance()
                         pipelines.pass_over(ring_v, v_state, wg, 1)
                         v_state.advance()
                 pipelines.await_stage(ring_q, q_state)
-                if const_expr(c.ahead):
-                    accA = cute.make_rmem_tensor(frag.layout_s, Float32)
-                    self.start_scores(frag, q_state, ring_k, k_state, accA)
-                    k_state.advance()
-                    n = high - 2
-                    if n >= low:
-                        accB = cute.make_rmem_tensor(frag.layout_s, Float32)
-                        self.start_scores(frag, q_state, ring_k, k_state, accB)
-                        k_state.advance()
-                        warpgroup.wait_group(1)
-                        ring_k.consumer_release(k_done)
-                        k_done.advance()
-                        self.softmax(frag, view, scale, accA, high - 1, True, True)
-                        matmul.round_to_operand(matmul.acc_as_operand(accA), frag.rP)
-                        for _ in cutlass.range((n - low) // 2, unroll=1):
-                            self.step(
-                                frag, view, scale, q_state, ring_k, k_state, k_done, ring_v,
-                                v_state, wg, n, full_high, accB, accA, True,
-                            )  # fmt: skip
-                            k_state.advance()
-                            k_done.advance()
-                            v_state.advance()
-                            self.step(
-                                frag, view, scale, q_state, ring_k, k_state, k_done, ring_v,
-                                v_state, wg, n - 1, full_high, accA, accB, True,
-                            )  # fmt: skip
-                            k_state.advance()
-                            k_done.advance()
-                            v_state.advance()
-                            n -= 2
-                        if n > low:
-                            self.step(
-                                frag, view, scale, q_state, ring_k, k_state, k_done, ring_v,
-                                v_state, wg, n, full_high, accB, accA, True,
-                            )  # fmt: skip
-                            k_state.advance()
-                            k_done.advance()
-                            v_state.advance()
-                            self.step(
-                                frag, view, scale, q_state, ring_k, k_state, k_done, ring_v,
-                                v_state, wg, n - 1, full_high, accA, accB, False,
-                            )  # fmt: skip
-                            k_done.advance()
-                            v_state.advance()
-                        else:
-                            self.step(
-                                frag, view, scale, q_state, ring_k, k_state, k_done, ring_v,
-                                v_state, wg, n, full_high, accB, accA, False,
-                            )  # fmt: skip
-                            k_done.advance()
-                            v_state.advance()
-                    else:
-                        warpgroup.wait_group(0)
-                        ring_k.consumer_release(k_done)
-                        k_done.advance()
-                        self.softmax(frag, view, scale, accA, high - 1, True, True)
-                        matmul.round_to_operand(matmul.acc_as_operand(accA), frag.rP)
-                if const_expr(not c.ahead):
-                    self.first_block(frag, view, scale, q_state, ring_k, k_state, wg, high - 1)
-                    k_state.advance()
-                    # high-2 .. masked_end: right edge; then no mask; below plain_end: left edge.
-                    masked_end, plain_end = high - 1, low
-                    if const_expr(c.causal or c.local):
-                        masked_end = min(high - 1, max(low, full_high))
-                        plain_end = min(masked_end, max(low, full_low))
-                        for i in cutlass.range(high - 1 - masked_end, unroll=1):
-                            self.block(
-                              frag, view, scale, q_state, ring_k, k_state, ring_v, v_state, wg,
-                              high - 2 - i, True,
-                          )  # fmt: skip
-                            k_state.advance()
-                            v_state.advance()
-                    for _ in cutlass.range(masked_end - plain_end, unroll=1):
+                self.first_block(frag, view, scale, q_state, ring_k, k_state, wg, high - 1)
+                k_state.advance()
+                # high-2 .. masked_end: right edge; then no mask; below plain_end: left edge.
+                masked_end, plain_end = high - 1, low
+                if const_expr(c.causal or c.local):
+                    masked_end = min(high - 1, max(low, full_high))
+                    plain_end = min(masked_end, max(low, full_low))
+                    for i in cutlass.range(high - 1 - masked_end, unroll=1):
                         self.block(
-                            frag,
-                            view,
-                            scale,
-                            q_state,
-                            ring_k,
-                            k_state,
-                            ring_v,
-                            v_state,
-                            wg,
-                            0,
-                            False,
-                        )
+                            frag, view, scale, q_state, ring_k, k_state, ring_v, v_state, wg,
+                            high - 2 - i, True,
+                        )  # fmt: skip
                         k_state.advance()
                         v_state.advance()
-                    if const_expr(c.local):
-                        for i in cutlass.range(plain_end - low, unroll=1):
-                            self.block(
-                              frag, view, scale, q_state, ring_k, k_state, ring_v, v_state, wg,
-                              plain_end - 1 - i, True,
-                          )  # fmt: skip
-                            k_state.advance()
-                            v_state.advance()
+                for _ in cutlass.range(masked_end - plain_end, unroll=1):
+                    self.block(
+                        frag, view, scale, q_state, ring_k, k_state, ring_v, v_state, wg, 0, False
+                    )
+                    k_state.advance()
+                    v_state.advance()
+                if const_expr(c.local):
+                    for i in cutlass.range(plain_end - low, unroll=1):
+                        self.block(
+                            frag, view, scale, q_state, ring_k, k_state, ring_v, v_state, wg,
+                            plain_end - 1 - i, True,
+                        )  # fmt: skip
+                        k_state.advance()
+                        v_state.advance()
                 ring_q.consumer_release(q_state)
                 q_state.advance()
                 last_product(frag, ring_v, v_state)
@@ -382,52 +313,6 @@ class DenseAttention:
         ring_k.consumer_release(k_state)
         self.softmax(frag, view, scale, accS, n, True, True)
         matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
-
-    @cute.jit
-    def start_scores(self, frag: Fragments, q_state, ring_k, k_state, accS: cute.Tensor):
-        """QK of a block, not waited for."""
-        pipelines.await_stage(ring_k, k_state)
-        tSrK = frag.tSrK[None, None, None, k_state.index]
-        matmul.issue(frag.mma_qk, accS, frag.tSrQ[None, None, None, q_state.index], tSrK, True)
-
-    @cute.jit
-    def step(
-        self,
-        frag: Fragments,
-        view: View,
-        scale: Scale,
-        q_state,
-        ring_k,
-        k_state,
-        k_done,
-        ring_v,
-        v_state,
-        wg: Int32,
-        n: Int32,
-        full_high: Int32,
-        accS: cute.Tensor,  # scores of block n, in flight
-        accNext: cute.Tensor,
-        more: cutlass.Constexpr[bool],
-    ):
-        """Softmax of block n with PV of the block before it and QK of the next in flight."""
-        pipelines.take_turn(wg, self.turns)
-        pipelines.await_stage(ring_v, v_state)
-        tOrV = frag.tOrV[None, None, None, v_state.index]
-        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
-        if const_expr(more):
-            self.start_scores(frag, q_state, ring_k, k_state, accNext)
-        pipelines.pass_turn(wg, self.turns)
-        warpgroup.wait_group(2 if more else 1)
-        ring_k.consumer_release(k_done)
-        if const_expr(self.config.causal or self.config.local):
-            if n >= full_high:
-                mask_scores(self.config, matmul.acc_rows_cols(accS), view, n)
-        moved = self.softmax(frag, view, scale, accS, n, False, False)
-        warpgroup.wait_group(1 if more else 0)
-        ring_v.consumer_release(v_state)
-        matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
-        if moved:
-            rescale(matmul.acc_rows_cols(frag.accO), frag.alpha)
 
     @cute.jit
     def block(
@@ -483,13 +368,7 @@ class DenseAttention:
         if const_expr(masked):
             mask_scores(c, scores, view, n)
         return online_softmax(
-            scores,
-            frag.row_max,
-            frag.row_sum,
-            frag.alpha,
-            scale.log2,
-            first,
-            c.rescale_log2,
+            scores, frag.row_max, frag.row_sum, frag.alpha, scale.log2, first, c.rescale_log2
         )
 
     @cute.jit
