@@ -75,9 +75,11 @@ def paged_attention(
     lse = q.new_empty((total_q, heads), dtype=torch.float32)
     if total_q == 0:
         return out, lse
-    # One partial token at least: an empty tensor has no address to hand over.
-    partial_out = lse.new_empty(max(num_partial_tokens, 1), heads, dim)
-    partial_lse = lse.new_empty(max(num_partial_tokens, 1), heads)
+    if num_partial_tokens:
+        partial_out = lse.new_empty((num_partial_tokens, heads, dim))
+        partial_lse = lse.new_empty((num_partial_tokens, heads))
+    else:
+        partial_out, partial_lse = _no_partials(q.device, heads, dim)
     if sinks is not None:
         sinks = sinks.float()
     num_items = work.shape[0]
@@ -111,6 +113,13 @@ def paged_attention(
         merge = choose_combine(dtype, dim, sinks is not None, entries, total_q)
         _function(merge)(out, lse, partial_out, partial_lse, merge_offsets, merge_partials, sinks)
     return out, lse
+
+
+@lru_cache(maxsize=64)
+def _no_partials(device: torch.device, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One partial token that nobody touches: an empty tensor has no address to hand over."""
+    partial_out = torch.empty((1, heads, dim), dtype=torch.float32, device=device)
+    return partial_out, torch.empty((1, heads), dtype=torch.float32, device=device)
 
 
 def _function(config: PagedConfig | CombineConfig) -> CompiledFunction:
