@@ -62,34 +62,15 @@ def dense_providers() -> tuple[list[Provider], dict[str, str]]:
 
 
 def _flashcore() -> Provider:
-    from flashcore import __version__
-    from flashcore.runtime.launch import available, dense_attention
+    from flashcore import __version__, attention
+    from flashcore.runtime.launch import available
 
     usable, reason = available("cuda")
     if not usable:
         raise UnsupportedError(reason)
 
     def prepare(problem: DenseProblem, q: Any, k: Any, v: Any) -> Call:
-        scale = problem.head_dim**-0.5
-
-        def call() -> torch.Tensor:
-            return dense_attention(
-                q,
-                k,
-                v,
-                causal=problem.causal,
-                scale=scale,
-                window_left=-1,
-                window_right=-1,
-                softcap=0.0,
-                sinks=None,
-                cu_seqlens_q=None,
-                cu_seqlens_k=None,
-                max_seqlen_q=None,
-                return_lse=False,
-            )[0]
-
-        return call
+        return lambda: attention(q, k, v, causal=problem.causal)
 
     return Provider("flashcore", "flashcore", __version__, prepare)
 

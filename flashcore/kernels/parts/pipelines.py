@@ -119,3 +119,15 @@ def pass_turn(warpgroup: Int32, warpgroups: cutlass.Constexpr[int]):
 def await_stage(ring, state):
     """Wait for a stage's load; the waiting loop stays off the path of a load that has landed."""
     ring.consumer_wait(state, ring.consumer_try_wait(state))
+
+
+@cute.jit
+def pass_over(ring, state, warpgroup: Int32, warpgroups: cutlass.Constexpr[int]):
+    """Free a stage unread, and let the turn that would have used it go by.
+
+    The stage is waited for: freed before it is full it would count for the load before it.
+    """
+    take_turn(warpgroup, warpgroups)
+    pass_turn(warpgroup, warpgroups)
+    await_stage(ring, state)
+    ring.consumer_release(state)
