@@ -16,11 +16,17 @@ _HOME = {
     "Plan": "flashcore.planner.types",
     "PlanStats": "flashcore.planner.stats",
     "plan": "flashcore.planner.build",
+    "Capacities": "flashcore.planner.device_plan",
+    "DevicePlan": "flashcore.planner.device_plan",
+    "DevicePlanner": "flashcore.planner.device",
     "attention": "flashcore.api",
     "paged_attention": "flashcore.api",
 }
 
 __all__ = [
+    "Capacities",
+    "DevicePlan",
+    "DevicePlanner",
     "Layout",
     "Plan",
     "PlanStats",
@@ -36,6 +42,8 @@ if TYPE_CHECKING:
     from flashcore.api import attention, paged_attention
     from flashcore.pager.csr import Layout, build_layout, layout_from_page_table
     from flashcore.planner.build import plan
+    from flashcore.planner.device import DevicePlanner
+    from flashcore.planner.device_plan import Capacities, DevicePlan
     from flashcore.planner.stats import PlanStats
     from flashcore.planner.types import Plan
 

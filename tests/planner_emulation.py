@@ -16,7 +16,7 @@ from flashcore.config.planner import UNUSED, Reason, Rows, Slots, State
 from flashcore.config.planner import Entries as E
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
-from flashcore.planner.counters import INVALID, Count, Fault
+from flashcore.planner.counters import INVALID, Count, Fault, Stat
 from flashcore.planner.device import DevicePlanner
 from flashcore.planner.work import DIRECT, FIELDS, Group, Work
 
@@ -38,7 +38,8 @@ class Emulation:
 
     def __init__(self, planner: DevicePlanner, seed: int = 0):
         self.c = planner.capacities
-        self.p = {name: tensor.numpy() for name, tensor in vars(planner.plan).items()}
+        tensors = {n: t for n, t in vars(planner.plan).items() if isinstance(t, torch.Tensor)}
+        self.p = {name: tensor.numpy() for name, tensor in tensors.items()}
         slots, entries, segments, found, rows, *_ = (t.numpy() for t in planner._scratch)
         self.slots, self.entries, self.segs, self.found = slots, entries, segments, found
         self.rows = rows
@@ -97,6 +98,7 @@ class Emulation:
         for b in range(self.batch):
             p["row_offsets"][b + 1] = min(ends[b + 1], nnz)
         p["counts"][Count.NNZ] = nnz
+        p["stats"][Stat.TOKENS_UNIQUE] = 0
         for e in self.any_order(nnz):
             row = last_at_most(np.array(ends), 0, self.batch, e)
             column = e - ends[row]
@@ -121,15 +123,16 @@ class Emulation:
                 tokens = self.p["token_counts"][e]
                 slot[Slots.FIRST] = min(slot[Slots.FIRST], e)
                 slot[Slots.USES] += 1
+                slot[Slots.LONGEST] = max(slot[Slots.LONGEST], tokens)
                 if tokens < self.page_tokens:
                     slot[Slots.PARTIAL_TOKENS] += tokens
-                    slot[Slots.LONGEST_PARTIAL] = max(slot[Slots.LONGEST_PARTIAL], tokens)
 
-    def owner_and_uses(self, e: int) -> tuple[int, int]:
+    def owner_and_uses(self, e: int) -> tuple[int, int, int]:
         first, uses, partial, longest = self.slots[self.p["cols"][e]].tolist()
+        tokens = longest if first == e else 0
         if partial != 0 and partial != uses * longest:
-            return e, 1
-        return first, uses
+            return e, 1, tokens
+        return first, uses, tokens
 
     def link(self) -> None:
         p = self.p
@@ -138,10 +141,11 @@ class Emulation:
             if not self.active(row):
                 self.entries[E.OWNER, e] = -1
                 continue
-            owner, uses = self.owner_and_uses(e)
+            owner, uses, tokens = self.owner_and_uses(e)
+            p["stats"][Stat.TOKENS_UNIQUE] += tokens
             linked = False
             if e + 1 < p["row_offsets"][row + 1]:
-                next_owner, next_uses = self.owner_and_uses(e + 1)
+                next_owner, next_uses, _ = self.owner_and_uses(e + 1)
                 full = p["token_counts"][e] == self.page_tokens
                 linked = full and next_uses == uses and next_owner == owner + 1
                 self.entries[E.PREVIOUS, e + 1] = owner
@@ -300,6 +304,8 @@ class Emulation:
         gathered, partials, items = self.place_groups()
         self.place_classes()
         bad = [b for b in range(self.batch) if self.rows[[0, 1], b].any()]
+        good = [b for b in range(self.batch) if b not in bad and self.queries_of(b)]
+        tokens = sum(int(p["kv_lens"][b]) for b in good)
         elements = sum(self.queries_of(b) for b in bad) + self.place_splits()
         room = len(p["merge_partials"])
         failed = gathered > len(p["q_tokens"]) or items > len(p["work"])
@@ -310,6 +316,13 @@ class Emulation:
         counts[Count.GATHERED] = 0 if failed else gathered
         counts[Count.ITEMS] = 0 if failed else items
         counts[Count.PARTIALS] = 0 if failed else partials
+        kept, found = 0 if failed else 1, int(counts[Count.FOUND])
+        p["stats"][Stat.TOKENS_UNIQUE] *= kept
+        p["stats"][Stat.TOKENS_ONCE] = kept * p["groups"][: self.groups, Group.NUM_TOKENS].sum()
+        p["stats"][Stat.TOKENS_PER_SEQUENCE] = kept * tokens
+        p["stats"][Stat.NUM_GROUPS] = kept * self.groups
+        p["stats"][Stat.NUM_FOLDED] = kept * (found - self.groups)
+        p["stats"][Stat.FAULTS] = counts[Count.FAULTS]
 
     def cut(self) -> None:
         table, segs = self.p["groups"], self.segs

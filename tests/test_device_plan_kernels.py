@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flashcore.config.planner import ROW_CAPACITIES, PlannerConfig, choose, illegal_reason
-from flashcore.planner.device import Capacities, DevicePlanner
+from flashcore.planner.device import DevicePlanner
+from flashcore.planner.device_plan import Capacities
 from flashcore.runtime.folder import default_folder
 from flashcore.runtime.gates import check_kernel
 from flashcore.runtime.kernel import Kernel

@@ -36,6 +36,7 @@ class PagedConfig:
     softcap: bool = False
     sinks: bool = False
     tree: bool = False  # a tree mask takes the place of causal
+    device_counts: bool = False  # of a plan made on the device: tensors are at capacity
     rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
     producer_registers: int = 40
     consumer_registers: int = 232
@@ -100,6 +101,7 @@ def choose(
     softcap: bool = False,
     sinks: bool = False,
     tree: bool = False,
+    device_counts: bool = False,
 ) -> PagedConfig:
     """The config for a plan's tile_m; ValueError where there is no kernel."""
     if tile_m not in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS):
@@ -119,6 +121,7 @@ def choose(
         softcap=softcap,
         sinks=sinks,
         tree=tree,
+        device_counts=device_counts,
     )
     reason = illegal_reason(config)
     if reason is not None:
@@ -141,6 +144,7 @@ class CombineConfig:
     head_dim: int
     sinks: bool = False
     warps_per_row: int = 1  # that share a merge list; 8 where lists are long
+    device_counts: bool = False  # as in `PagedConfig`
 
 
 LONG_LIST = 8
@@ -148,8 +152,19 @@ LONG_LIST = 8
 with four loads in flight."""
 
 
+FEW_ROWS = 2048
+"""Query tokens times heads up to which lists of unknown length get several warps each: there is
+room for all of them at once."""
+
+
 def choose_combine(
     dtype: str, head_dim: int, sinks: bool, partials: int, total_q: int
 ) -> CombineConfig:
     """The config for `partials` merge list entries of `total_q` query tokens."""
     return CombineConfig(dtype, head_dim, sinks, 8 if partials >= LONG_LIST * total_q else 1)
+
+
+def choose_device_combine(dtype: str, head_dim: int, sinks: bool, rows: int) -> CombineConfig:
+    """The config for merge lists that only the device knows; `rows`: query tokens x heads."""
+    warps = 8 if rows <= FEW_ROWS else 1
+    return CombineConfig(dtype, head_dim, sinks, warps, device_counts=True)

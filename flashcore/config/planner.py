@@ -57,7 +57,7 @@ class Slots:
     FIRST = 0  # smallest entry that uses the page
     USES = 1
     PARTIAL_TOKENS = 2  # token counts of the uses that do not fill the page, added up
-    LONGEST_PARTIAL = 3  # the largest of them
+    LONGEST = 3  # most tokens of any use
     LINES = 4
 
 

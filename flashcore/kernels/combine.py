@@ -2,7 +2,8 @@
 
 One warp per (query token, head), or a CTA of eight where lists are long. The list is walked in its
 order, so the same inputs give the same bits. Tokens whose only result is in the output already are
-left alone; tokens with an empty list see no key.
+left alone; tokens with an empty list see no key. With a plan made on the device, tokens whose
+sequence could not be planned become NaN, and places past the last query token have empty lists.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, const_expr
 
 from flashcore.config.paged import CombineConfig
+from flashcore.kernels.parts.device_plan import plan_fits
 from flashcore.kernels.parts.softmax import LN2, LOG2_E
+from flashcore.planner.counters import INVALID
 
 try:
     from cutlass.memory import SmemAllocator
@@ -41,10 +44,14 @@ class Combine:
         mOffsets: cute.Tensor,  # int32 (total_q + 1,)
         mList: cute.Tensor,  # int32 (partials,), DIRECT is negative
         mSinks: cute.Tensor | None,  # fp32 (heads,)
+        mCounts: cute.Tensor | None,  # int32 (Count.SIZE,) of a plan made on the device
+        tree_width: Int32,  # longest query that the plan may have
         stream,
     ):
         rows = mO.shape[0] * mO.shape[1]
-        self.kernel(mO, mLSE, mPartialO, mPartialLSE, mOffsets, mList, mSinks).launch(
+        self.kernel(
+            mO, mLSE, mPartialO, mPartialLSE, mOffsets, mList, mSinks, mCounts, tree_width
+        ).launch(
             grid=[cute.ceil_div(rows * self.config.warps_per_row, WARPS), 1, 1],
             block=[WARPS * LANES, 1, 1],
             stream=stream,
@@ -61,6 +68,8 @@ class Combine:
         mOffsets: cute.Tensor,
         mList: cute.Tensor,
         mSinks: cute.Tensor | None,
+        mCounts: cute.Tensor | None,
+        tree_width: Int32,
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bid, _, _ = cute.arch.block_idx()
@@ -72,11 +81,18 @@ class Combine:
         cute.arch.griddepcontrol_wait()
         if index < mO.shape[0] * heads:
             token, head = index // heads, index % heads
-            begin, end = mOffsets[token], mOffsets[token + 1]
-            direct = Int32(0)
+            begin, end = Int32(0), Int32(0)
+            if token < mOffsets.shape[0] - 1:
+                begin, end = mOffsets[token], mOffsets[token + 1]
+            first = Int32(0)  # of the list; DIRECT and INVALID are negative and stand alone
             if end > begin:
-                direct = Int32(1) if mList[begin] < 0 else Int32(0)
-            if direct == 0:
+                first = mList[begin]
+            if const_expr(self.config.device_counts):
+                if not plan_fits(mCounts, mO.shape[0], tree_width):
+                    first = Int32(INVALID)
+                if first == INVALID:
+                    self.spoil(mO, mLSE, token, head, tidx % LANES)
+            if first >= 0:
                 self.merge(
                     mO, mLSE, mPartialO, mPartialLSE, mList, mSinks, token, head, begin, end,
                     tidx % LANES, warp,
@@ -179,6 +195,15 @@ class Combine:
             if total > 0.0:
                 lse = peak + cute.math.log2(total, fastmath=True) * LN2
             mLSE[token, head] = lse
+
+    @cute.jit
+    def spoil(self, mO: cute.Tensor, mLSE: cute.Tensor, token: Int32, head: Int32, lane: Int32):
+        """A row of NaN. Warps that share the row all write the same."""
+        rO = cute.make_rmem_tensor(const_expr(self.columns), self.dtype)
+        rO.fill(float("nan"))
+        cute.autovec_copy(rO, self.row(mO[token, head, None], lane))
+        if lane == 0:
+            mLSE[token, head] = Float32(float("nan"))
 
     @cute.jit
     def row(self, mRow: cute.Tensor, lane: Int32) -> cute.Tensor:

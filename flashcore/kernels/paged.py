@@ -16,7 +16,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA
 from flashcore.config.paged import PagedConfig, illegal_reason
-from flashcore.kernels.parts import barriers, matmul, pages, pipelines, work_loop
+from flashcore.kernels.parts import barriers, device_plan, matmul, pages, pipelines, work_loop
 from flashcore.kernels.parts.consumer import Fragments, Scale, fragments, last_product
 from flashcore.kernels.parts.epilogue import store_row
 from flashcore.kernels.parts.intervals import (
@@ -59,6 +59,7 @@ class Operands(NamedTuple):
     mTree: cute.Tensor | None  # uint8 (total_q, width)
     mSinks: cute.Tensor | None  # fp32 (heads,)
     mCounter: cute.Tensor  # int32 (2,), zero before and after every launch
+    mCounts: cute.Tensor | None  # int32 (Count.SIZE,) of a plan made on the device
 
 
 class PagedAttention:
@@ -90,6 +91,7 @@ class PagedAttention:
         mTree: cute.Tensor | None,
         mSinks: cute.Tensor | None,
         mCounter: cute.Tensor,
+        mCounts: cute.Tensor | None,
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -119,7 +121,7 @@ class PagedAttention:
         self.Storage = Storage
         operands = Operands(
             mQ, mO, mLSE, mPartialO, mPartialLSE, mCols, mWork, mTokens, mPositions, mQIndex,
-            mTree, mSinks, mCounter,
+            mTree, mSinks, mCounter, mCounts,
         )  # fmt: skip
         self.kernel(
             tma_k, gK, tma_v, gV, operands, softmax_scale, softcap,
@@ -206,6 +208,9 @@ class PagedAttention:
         v_state = pipelines.producer_state(c.stages)
         index, _, _ = cute.arch.block_idx()
         num_items = m.mWork.shape[0]
+        if const_expr(c.device_counts):
+            width = m.mTree.shape[1] if const_expr(c.tree) else Int32(2**31 - 1)
+            num_items = device_plan.count_items(m.mCounts, m.mWork, m.mQ.shape[0], width)
         slot_phase = Int32(1)
         while index < num_items:
             words = work_loop.work_row(m.mWork, index)

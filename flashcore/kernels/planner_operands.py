@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     """The plan, at capacity; docs as in `planner.types.Plan`."""
 
     mCounts: cute.Tensor  # (Count.SIZE,)
+    mStats: cute.Tensor  # int64 (Stat.SIZE,)
     mBad: cute.Tensor  # (max_batch,) `Fault` of each sequence
     mRowOffsets: cute.Tensor  # (max_batch + 1,)
     mKvLens: cute.Tensor  # (max_batch,)

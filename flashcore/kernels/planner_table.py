@@ -17,7 +17,7 @@ from flashcore.config.planner import Segments as S
 from flashcore.kernels.planner_block import Shared, block_scan, block_sum, radix_sort
 from flashcore.kernels.planner_groups import queries_of
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
-from flashcore.planner.counters import Count, Fault
+from flashcore.planner.counters import Count, Fault, Stat
 from flashcore.planner.work import DIRECT, Group
 
 
@@ -92,9 +92,10 @@ def is_direct(plan: Plan, scratch: Scratch, h: Int32):
 def count_results(
     plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, shared: Shared
 ):
-    """Gathered tokens, partial tokens and work items, in 64 bits: they may be too many."""
+    """Gathered tokens, partial tokens, work items and KV tokens, in 64 bits: they may be too
+    many."""
     tid, _, _ = cute.arch.thread_idx()
-    gathered, partials, items = Int64(0), Int64(0), Int64(0)
+    gathered, partials, items, tokens = Int64(0), Int64(0), Int64(0), Int64(0)
     for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
         queries = plan.mGroups[h, int(Group.NUM_Q)]
         splits = Int64(plan.mGroups[h, int(Group.NUM_SPLITS)])
@@ -102,8 +103,9 @@ def count_results(
         if is_direct(plan, scratch, h) == 0:
             partials = partials + splits * Int64(queries)
         items = items + splits * Int64(row_blocks(problem, queries)) * Int64(problem.kv_heads)
-    gathered = block_sum(gathered, shared.wide)
-    return gathered, block_sum(partials, shared.wide), block_sum(items, shared.wide)
+        tokens = tokens + Int64(plan.mGroups[h, int(Group.NUM_TOKENS)])
+    gathered, partials = block_sum(gathered, shared.wide), block_sum(partials, shared.wide)
+    return gathered, partials, block_sum(items, shared.wide), block_sum(tokens, shared.wide)
 
 
 @cute.jit
@@ -330,16 +332,20 @@ def close_row(plan: Plan, scratch: Scratch, b: Int32, queries: Int32, failed: In
 
 @cute.jit
 def bad_queries(plan: Plan, scratch: Scratch, batch: Int32, shared: Shared):
-    """Query tokens of sequences with a fault; also no row has segments yet."""
+    """Query tokens of sequences with a fault, and KV tokens of those without that have queries;
+    also no row has segments yet."""
     tid, _, _ = cute.arch.thread_idx()
     rows = scratch.mRows
-    total = Int64(0)
+    total, tokens = Int64(0), Int64(0)
     for b in cutlass.range(tid, batch, SCAN_THREADS, unroll=1):
         rows[Rows.FIRST_SEGMENT, b] = Int32(0)
         rows[Rows.END_SEGMENT, b] = Int32(0)
+        queries = queries_of(plan, b)
         if rows[Rows.FAULTS, b] + rows[Rows.PAGE_FAULT, b] != 0:
-            total = total + Int64(queries_of(plan, b))
-    return block_sum(total, shared.wide)
+            total = total + Int64(queries)
+        elif queries > 0:
+            tokens = tokens + Int64(plan.mKvLens[b])
+    return block_sum(total, shared.wide), block_sum(tokens, shared.wide)
 
 
 @cute.jit
@@ -373,8 +379,8 @@ def place_results(
 ):  # fmt: skip
     """Merge lists, and all counts; nothing of the lists where one does not fit."""
     tid, _, _ = cute.arch.thread_idx()
-    gathered, partials, items = count_results(plan, scratch, problem, num_groups, shared)
-    elements = bad_queries(plan, scratch, batch, shared)
+    gathered, partials, items, once = count_results(plan, scratch, problem, num_groups, shared)
+    elements, per_sequence = bad_queries(plan, scratch, batch, shared)
     num_splits, listed = place_splits(plan, scratch, num_kept, shared)
     elements = elements + listed
     failed = Int32(0)
@@ -396,3 +402,10 @@ def place_results(
         counts[int(Count.MAX_Q_LEN)] = shared.bins[0]
         counts[int(Count.FAULTS)] = shared.bins[1]
         counts[int(Count.STAMP)] = counts[int(Count.STAMP)] + 1
+        stats = plan.mStats
+        stats[int(Stat.TOKENS_UNIQUE)] = stats[int(Stat.TOKENS_UNIQUE)] * kept
+        stats[int(Stat.TOKENS_ONCE)] = once * kept
+        stats[int(Stat.TOKENS_PER_SEQUENCE)] = per_sequence * kept
+        stats[int(Stat.NUM_GROUPS)] = Int64(num_groups) * kept
+        stats[int(Stat.NUM_FOLDED)] = Int64(counts[int(Count.FOUND)] - num_groups) * kept
+        stats[int(Stat.FAULTS)] = Int64(shared.bins[1])

@@ -32,6 +32,19 @@ class Count(IntEnum):
     SIZE = 16
 
 
+class Stat(IntEnum):
+    """Elements of DevicePlan.stats, int64; the same as in `PlanStats`. All are 0 but FAULTS where
+    the whole batch was left out (`Fault.PLAN`)."""
+
+    TOKENS_UNIQUE = 0  # in distinct pages of sequences with queries; what no plan can go below
+    TOKENS_ONCE = 1  # read by this plan
+    TOKENS_PER_SEQUENCE = 2  # read if every sequence with queries reads its own copy
+    NUM_GROUPS = 3
+    NUM_FOLDED = 4  # groups that were shared as found and were given back
+    FAULTS = 5  # `Fault` of any sequence
+    SIZE = 6
+
+
 class Fault(IntFlag):
     """Why a sequence could not be planned; bits of DevicePlan.bad and of Count.FAULTS."""
 

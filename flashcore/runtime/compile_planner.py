@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashcore.config.planner import PlannerConfig, Slots, illegal_reason
-from flashcore.planner.counters import Count
+from flashcore.planner.counters import Count, Stat
 from flashcore.planner.work import FIELDS
 from flashcore.runtime.compile import COMPILE_OPTIONS
 
@@ -45,12 +45,15 @@ def compile_planner(config: PlannerConfig, options: str = "") -> Any:
 
 def _plan() -> Any:
     import cutlass.cute as cute
+    from cutlass import Int64
+    from cutlass.cute.runtime import make_fake_tensor
 
     from flashcore.kernels.planner_operands import Plan
 
     entries, gathered, items = cute.sym_int(), cute.sym_int(), cute.sym_int()
     return Plan(
         mCounts=_vector(int(Count.SIZE)),
+        mStats=make_fake_tensor(Int64, (int(Stat.SIZE),), (1,), assumed_align=8),
         mBad=_vector(cute.sym_int()),
         mRowOffsets=_vector(cute.sym_int()),
         mKvLens=_vector(cute.sym_int()),

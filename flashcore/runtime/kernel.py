@@ -43,7 +43,12 @@ DENSE = Family(
     compiler="flashcore.runtime.compile:compile_dense",
     sources=("kernels", "config", "runtime/compile.py"),
 )
-_PAGED_SOURCES = (*DENSE.sources, "planner/work.py", "runtime/compile_paged.py")
+_PAGED_SOURCES = (
+    *DENSE.sources,
+    "planner/work.py",
+    "planner/counters.py",
+    "runtime/compile_paged.py",
+)
 PAGED = Family("paged", "flashcore.runtime.compile_paged:compile_paged", _PAGED_SOURCES)
 COMBINE = Family(
     "combine", "flashcore.runtime.compile_paged:compile_combine", _PAGED_SOURCES, ("LDG",)

@@ -10,11 +10,19 @@ from __future__ import annotations
 
 import torch
 
-from flashcore.config.paged import CombineConfig, PagedConfig, choose, choose_combine
+from flashcore.config.paged import (
+    CombineConfig,
+    PagedConfig,
+    choose,
+    choose_combine,
+    choose_device_combine,
+)
 from flashcore.runtime.cache import shared_cache
 from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
 from flashcore.runtime.launch import DTYPE_NAMES, scheduler_scratch, sm_count, tma_ready
 from flashcore.runtime.load import CompiledFunction
+
+_ANY_WIDTH = 2**31 - 1
 
 _functions: dict[PagedConfig | CombineConfig, CompiledFunction] = {}
 
@@ -41,9 +49,16 @@ def paged_attention(
     softcap: float,
     sinks: torch.Tensor | None,
     tree_mask: torch.Tensor | None,
+    counts: torch.Tensor | None = None,
+    workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes as in `flashcore.paged_attention` and `Plan`: (out like q, lse [total_q,
     num_q_heads]).
+
+    counts: of a plan made on the device, whose tensors are at capacity. workspace: fp32
+    [num_partial_tokens, num_q_heads, head_dim], the same without the last axis, and a
+    `scheduler_scratch` of its own. out: to write the result to. Both are made where not given.
 
     Raises NotImplementedError for a dtype, ValueError for a head_dim, page size or stride that the
     kernels cannot take.
@@ -67,14 +82,22 @@ def paged_attention(
         softcap=softcap > 0,
         sinks=sinks is not None,
         tree=tree_mask is not None,
+        device_counts=counts is not None,
     )
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    else:
+        out = tma_ready("out", out)
     lse = torch.empty(total_q, heads, dtype=torch.float32, device=q.device)
     if total_q == 0:
         return out, lse
-    # One partial token at least: an empty tensor has no address to hand over.
-    partial_out = lse.new_empty(max(num_partial_tokens, 1), heads, dim)
-    partial_lse = lse.new_empty(max(num_partial_tokens, 1), heads)
+    if workspace is None:
+        # One partial token at least: an empty tensor has no address to hand over.
+        partial_out = lse.new_empty(max(num_partial_tokens, 1), heads, dim)
+        partial_lse = lse.new_empty(max(num_partial_tokens, 1), heads)
+        scratch = scheduler_scratch(q.device.index)
+    else:
+        partial_out, partial_lse, scratch = workspace
     if sinks is not None:
         sinks = sinks.float()
     num_items = work.shape[0]
@@ -94,7 +117,8 @@ def paged_attention(
             q_index if config.tree else None,
             None if tree_mask is None else tree_mask.view(torch.uint8),
             sinks,
-            scheduler_scratch(q.device.index),
+            scratch,
+            counts,
             scale,
             softcap,
             window_left,
@@ -105,8 +129,21 @@ def paged_attention(
         entries = merge_partials.numel()
         if entries == 0:  # query tokens without keys: their zeros are written by the merge
             merge_partials = merge_offsets
-        merge = choose_combine(dtype, dim, sinks is not None, entries, total_q)
-        _function(merge)(out, lse, partial_out, partial_lse, merge_offsets, merge_partials, sinks)
+        if counts is None:
+            merge = choose_combine(dtype, dim, sinks is not None, entries, total_q)
+        else:
+            merge = choose_device_combine(dtype, dim, sinks is not None, total_q * heads)
+        _function(merge)(
+            out,
+            lse,
+            partial_out,
+            partial_lse,
+            merge_offsets,
+            merge_partials,
+            sinks,
+            counts,
+            _ANY_WIDTH if tree_mask is None else tree_mask.shape[1],
+        )
     return out, lse
 
 

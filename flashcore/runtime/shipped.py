@@ -89,6 +89,13 @@ def _paged_configs() -> list[PagedConfig]:
     configs += [pick("bf16", 128, 64, 4, m, tree=True) for m in (64, 128)]
     configs.append(pick("bf16", 64, 64, 8, 64, window=True, sinks=True))
     configs.append(pick("bf16", 256, 64, 2, 64, window=True, softcap=True))
+    # Plans made on the device, as an engine with CUDA graphs uses them; verify with a tree mask.
+    configs += [
+        pick(dtype, dim, 64, 4, 64, device_counts=True)
+        for dtype in DTYPES
+        for dim in paged.HEAD_DIMS
+    ]
+    configs.append(pick("bf16", 128, 64, 4, 64, tree=True, device_counts=True))
     return list(dict.fromkeys(configs))
 
 
@@ -96,4 +103,11 @@ def _combine_configs() -> list[CombineConfig]:
     """One for each head_dim and dtype, and with sinks for the models that have them."""
     plain = [CombineConfig(dtype, dim) for dtype in DTYPES for dim in paged.HEAD_DIMS]
     long = [CombineConfig("bf16", dim, warps_per_row=8) for dim in paged.HEAD_DIMS]
-    return [*plain, *long, CombineConfig("bf16", 64, sinks=True)]
+    rows = (1, paged.FEW_ROWS + 1)
+    device = [
+        paged.choose_device_combine(dtype, dim, False, n)
+        for dtype in DTYPES
+        for dim in paged.HEAD_DIMS
+        for n in rows
+    ]
+    return [*plain, *long, *device, CombineConfig("bf16", 64, sinks=True)]
