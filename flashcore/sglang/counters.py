@@ -31,11 +31,11 @@ class Counters:
             return
         if self._copy is None:
             self._copy = torch.zeros(Stat.SIZE, dtype=torch.int64, pin_memory=stats.is_cuda)
-        elif self._arrived is None or self._arrived.query():
+        elif self._arrived is None or self._arrived.query():  # type: ignore[no-untyped-call]
             self._tell(self._copy.tolist())
         self._copy.copy_(stats, non_blocking=True)
         if stats.is_cuda:
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
     def _tell(self, stats: list[int]) -> None:

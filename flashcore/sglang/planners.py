@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 import flashcore
-from flashcore.config import paged
+from flashcore.config.dense import WARPGROUP_ROWS
 from flashcore.planner import split
 from flashcore.planner.counters import Stat
 from flashcore.sglang.page_tables import PageTables
@@ -40,7 +40,9 @@ class Planner(Protocol):
         """Plan the batch. Waits for nothing where it may stand in a CUDA graph."""
         ...
 
-    def attend(self, plan: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rules: Any):
+    def attend(
+        self, plan: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rules: Any
+    ) -> torch.Tensor:
         """`flashcore.paged_attention`; q may have rows beyond the plan's, which come out zero."""
         ...
 
@@ -92,15 +94,13 @@ class TorchPlanner:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        *,
-        out: torch.Tensor,
-        tree_mask: torch.Tensor | None = None,
         **rules: Any,
     ) -> torch.Tensor:
-        planned = plan.total_q
-        if tree_mask is not None:
-            tree_mask = tree_mask[:planned]
-        result = flashcore.paged_attention(q[:planned], k, v, plan, tree_mask=tree_mask, **rules)
+        planned, out = plan.total_q, rules.pop("out", None)
+        if rules.get("tree_mask") is not None:
+            rules["tree_mask"] = rules["tree_mask"][:planned]
+        result = flashcore.paged_attention(q[:planned], k, v, plan, **rules)
+        out = torch.empty_like(q) if out is None else out
         out[:planned].copy_(result)
         out[planned:].zero_()
         return out
@@ -168,7 +168,8 @@ class KernelPlanner:
         v: torch.Tensor,
         **rules: Any,
     ) -> torch.Tensor:
-        return flashcore.paged_attention(q, k, v, plan, **rules)
+        out: torch.Tensor = flashcore.paged_attention(q, k, v, plan, **rules)
+        return out
 
     def stats(self) -> torch.Tensor:
         return self._planner.stats()
@@ -194,10 +195,10 @@ def multiprocessors(device: torch.device) -> int:
 
 def decode_tile() -> int:
     """Query rows of a work item in decode and verify: a sequence by itself has few."""
-    return paged.WARPGROUP_ROWS
+    return WARPGROUP_ROWS
 
 
 def prefill_tile(queries: int, batch: int, shape: Shape) -> int:
     """128 where the sequences' own rows fill it, which halves the reads of K and V; else 64."""
     rows = queries * (shape.num_q_heads // shape.num_kv_heads)
-    return 2 * paged.WARPGROUP_ROWS if rows >= 96 * batch else paged.WARPGROUP_ROWS
+    return 2 * WARPGROUP_ROWS if rows >= 96 * batch else WARPGROUP_ROWS

@@ -1,0 +1,59 @@
+"""The compiled kernels that the backend asks for, to build before the server starts."""
+
+from __future__ import annotations
+
+from flashcore.config import paged, planner
+from flashcore.config.dense import WARPGROUP_ROWS
+from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
+from flashcore.runtime.launch_planner import PLANNER
+
+
+def kernels_for(
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    dtype: str = "bf16",
+    page_tokens: int = 64,
+    max_batch: int = 4096,
+    windowed: bool = False,
+    softcap: bool = False,
+    sinks: bool = False,
+    tree: bool = False,
+    causal: bool = True,
+) -> list[Kernel]:
+    """Kernels of layers of one shape, heads as one rank sees them; each once.
+
+    windowed, softcap, sinks: features of those layers. tree: speculative decoding with trees.
+    max_batch: requests that run at most.
+    """
+    attention = [
+        paged.choose(
+            dtype,
+            head_dim,
+            page_tokens,
+            num_q_heads // num_kv_heads,
+            tile_m,
+            causal=causal,
+            window=windowed,
+            softcap=softcap,
+            sinks=sinks,
+            tree=with_tree,
+            device_counts=True,
+        )
+        for with_tree in ((False, True) if tree else (False,))
+        for tile_m in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS)
+        if not (with_tree and tile_m > WARPGROUP_ROWS)  # verify runs with decode's tile
+    ]
+    merges = [
+        paged.choose_device_combine(dtype, head_dim, sinks, rows)
+        for rows in (1, paged.FEW_ROWS + 1)
+    ]
+    # A prefill planner is made for few sequences first, decode's for as many as can run.
+    plans = [planner.choose(rows) for rows in (64, max_batch)]
+    kernels = [
+        *(Kernel(PAGED, config) for config in attention),
+        *(Kernel(COMBINE, config) for config in merges),
+        *(Kernel(PLANNER, config) for config in plans),
+    ]
+    return list(dict.fromkeys(kernels))
