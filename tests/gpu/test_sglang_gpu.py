@@ -147,7 +147,7 @@ def static_inputs(engine: Engine, tokens: int) -> dict[str, list[torch.Tensor]]:
 def capture(
     engine: Engine, first: Forward, size: int, width: int, buffers: Any, inputs: Any
 ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
-    """As SGLang's decode graph runner does it: two warm-up runs on a side stream, then the graph."""
+    """As SGLang's decode graph runner does it: two runs on a side stream, then the graph."""
     backend = engine.backend
     view = graph_view(engine, first, first.batch.batch_size, buffers)
     view.batch_size, view.num_padding = size, 0

@@ -28,7 +28,7 @@ PADDING = 3  # requests that a graph's batch is padded by
 
 @dataclass(frozen=True)
 class Request:
-    """prefix: cached tokens, of which `shared` are those of `group`; new: tokens of this forward."""
+    """prefix: cached tokens, of which `shared` are those of `group`; new: those of this forward."""
 
     prefix: int
     new: int
@@ -115,14 +115,14 @@ def make_engine(setup: Setup, max_batch: int = 12, seed: int = 0) -> Engine:
 
 
 def _make_pools(runner: Any, s: Setup, size: int, rng: torch.Generator) -> None:
-    common = dict(
-        page_size=s.page_tokens,
-        dtype=s.dtype,
-        head_num=s.heads[1],
-        head_dim=s.head_dim,
-        device=s.device,
-        enable_alt_stream=False,
-    )
+    common = {
+        "page_size": s.page_tokens,
+        "dtype": s.dtype,
+        "head_num": s.heads[1],
+        "head_dim": s.head_dim,
+        "device": s.device,
+        "enable_alt_stream": False,
+    }
     if s.two_pools:
         pool = SWAKVPool(
             size=size,
@@ -230,7 +230,9 @@ def _batch_of(
         req_pool_indices=torch.tensor(rows, dtype=torch.int64, device=device),
         seq_lens=torch.tensor(lengths, dtype=torch.int64, device=device),
         seq_lens_cpu=torch.tensor(lengths),
-        out_cache_loc=torch.cat([row[-n:] if n else row[:0] for row, n in zip(slots, new)]),
+        out_cache_loc=torch.cat(
+            [row[-n:] if n else row[:0] for row, n in zip(slots, new, strict=True)]
+        ),
         seq_lens_sum=sum(lengths),
         positions=torch.cat(positions).to(device),
     )
