@@ -64,7 +64,7 @@ def _paged_tensors(config: PagedConfig) -> tuple[Any, ...]:
         make_fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), assumed_align=16),
         _vector(Int32, gathered),
         _vector(Int32, gathered),
-        _vector(Int32, total_q) if c.tree else None,
+        _vector(Int32, cute.sym_int()) if c.tree else None,
         _matrix(Uint8, total_q, cute.sym_int(), 1) if c.tree else None,
         _vector(Float32, heads) if c.sinks else None,
         _vector(Int32, 2),
