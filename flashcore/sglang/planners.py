@@ -15,6 +15,7 @@ import flashcore
 from flashcore.config.dense import WARPGROUP_ROWS
 from flashcore.planner import split
 from flashcore.planner.counters import Stat
+from flashcore.planner.folding import Fold
 from flashcore.sglang.page_tables import PageTables
 from flashcore.sglang.support import Model, Shape
 
@@ -25,6 +26,10 @@ tree 27 groups deep under each of 256 sequences."""
 PLAN_ENTRIES = 1 << 19
 """Pages of all sequences that a plan has room for, where as many can occur: 33 million tokens in
 pages of 64. An entry takes about 250 bytes."""
+
+
+SHARING_QUERIES = 512
+"""New tokens of a prefill up to which sequences share runs: room for partial results is certain."""
 
 
 class Planner(Protocol):
@@ -59,8 +64,8 @@ class Planner(Protocol):
 class TorchPlanner:
     """`flashcore.plan` on any device. It waits for the device, so no CUDA graph can hold it."""
 
-    def __init__(self, shape: Shape, page_tokens: int, tile_m: int):
-        self.shape, self.page_tokens, self.tile_m = shape, page_tokens, tile_m
+    def __init__(self, shape: Shape, page_tokens: int, tile_m: int, fold: Fold):
+        self.shape, self.page_tokens, self.tile_m, self.fold = shape, page_tokens, tile_m, fold
         self.bytes = 0
         self._stats = torch.zeros(Stat.SIZE, dtype=torch.int64)
 
@@ -79,6 +84,7 @@ class TorchPlanner:
             head_dim=self.shape.head_dim,
             page_tokens=self.page_tokens,
             tile_m=self.tile_m,
+            fold=self.fold,
         )
         found = plan.stats()
         self._stats[Stat.TOKENS_UNIQUE] = found.tokens_unique
@@ -117,6 +123,7 @@ class KernelPlanner:
         shape: Shape,
         page_tokens: int,
         tile_m: int,
+        fold: Fold,
         *,
         max_batch: int,
         max_entries: int,
@@ -148,6 +155,7 @@ class KernelPlanner:
             page_tokens=page_tokens,
             itemsize=itemsize,
             tile_m=tile_m,
+            fold=fold,
             device=workspace.device,
             workspace=workspace,
         )
@@ -202,3 +210,9 @@ def prefill_tile(queries: int, batch: int, shape: Shape) -> int:
     """128 where the sequences' own rows fill it, which halves the reads of K and V; else 64."""
     rows = queries * (shape.num_q_heads // shape.num_kv_heads)
     return 2 * WARPGROUP_ROWS if rows >= 96 * batch else WARPGROUP_ROWS
+
+
+def prefill_fold(queries: int, tile_m: int) -> Fold:
+    """Sequences that fill tiles by themselves share nothing; nor do more query tokens than there
+    is room for partial results of."""
+    return "always" if tile_m > WARPGROUP_ROWS or queries > SHARING_QUERIES else True

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flashcore.planner.folding import Fold
 from flashcore.sglang import page_tables, planners
 from flashcore.sglang.page_tables import PageTables, Slots
 from flashcore.sglang.planners import KernelPlanner, Planner, TorchPlanner
@@ -49,9 +50,10 @@ class View:
         self.max_pages = -(-max_tokens // model.page_tokens)
         self.translation, self._workspace = translation, workspace
         self._static: PageTables | None = None
-        self._prefill: dict[int, Planner] = {}
+        self._prefill: dict[tuple[int, Fold], Planner] = {}
         self.decode = self._planner(
             planners.decode_tile(),
+            True,
             max_batch,
             self.decode_entries,
             max_batch * max(1, model.draft_tokens),
@@ -117,26 +119,30 @@ class View:
                 )
             return self.decode
         tile = planners.prefill_tile(need.queries, max(need.batch, 1), self.shape)
-        found = self._prefill.get(tile)
+        kind = tile, planners.prefill_fold(need.queries, tile)
+        found = self._prefill.get(kind)
         if need.tokens is None or self.window >= 0:
             entries = need.batch * self._width(need.queries)
         if found is None or not found.holds(need.batch, entries, need.queries):
             # Room for twice as much: batches that grow step by step make few planners.
-            found = self._prefill[tile] = self._planner(
-                tile,
+            found = self._prefill[kind] = self._planner(
+                *kind,
                 max(2 * need.batch, 64),
                 max(2 * entries, 1 << 14),
                 max(2 * need.queries, 1 << 13),
             )
         return found
 
-    def _planner(self, tile_m: int, max_batch: int, max_entries: int, max_q: int) -> Planner:
+    def _planner(
+        self, tile_m: int, fold: Fold, max_batch: int, max_entries: int, max_q: int
+    ) -> Planner:
         if self._workspace is None:
-            return TorchPlanner(self.shape, self.model.page_tokens, tile_m)
+            return TorchPlanner(self.shape, self.model.page_tokens, tile_m, fold)
         return KernelPlanner(
             self.shape,
             self.model.page_tokens,
             tile_m,
+            fold,
             max_batch=max_batch,
             max_entries=max_entries,
             max_q=max_q,
