@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from flashcore.sglang import page_tables, planners
 from flashcore.sglang.counters import Counters
 from flashcore.sglang.page_tables import Slots
-from flashcore.sglang.support import Model, NotServed
+from flashcore.sglang.support import Model, NotServed, parallel_ranks
 from flashcore.sglang.views import Need, View
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class FlashcoreBackend(AttentionBackend):
         self._is_draft = model_runner.is_draft_worker
         self._make_views(model_runner.req_to_token_pool.size)
         args = model_runner.server_args
-        rank = getattr(model_runner.ps, "attn_tp_rank", 0)
+        rank = parallel_ranks(model_runner).attn_tp_rank
         interval = getattr(args, "decode_log_interval", None) or 40
         self._counters = {
             mode: Counters(mode, interval, quiet=rank != 0 or self._is_draft)

@@ -57,13 +57,12 @@ class Model:
         window = runner.sliding_window_size
         window = -1 if window is None else int(window)
         full, windowed = _shapes(runner, window)
-        args = runner.server_args
         model = Model(
             full=full,
             windowed=windowed,
             window=window if windowed else -1,
             page_tokens=runner.page_size,
-            draft_tokens=args.speculative_num_draft_tokens or 0,
+            draft_tokens=_draft_tokens(runner),
             dtype=runner.dtype,
             device=torch.device(runner.device),
         )
@@ -87,7 +86,8 @@ def check_server(runner: Any) -> None:
         raise NotServed("chunked local attention", "use --attention-backend fa3")
     if getattr(runner, "prefill_aware_swa", False):
         raise NotServed("prefill-aware sliding windows", "use --attention-backend fa3")
-    if getattr(runner.ps, "attn_cp_size", 1) > 1 or getattr(runner.ps, "dcp_size", 1) > 1:
+    ranks = parallel_ranks(runner)
+    if ranks.attn_cp_size > 1 or ranks.dcp_size > 1:
         raise NotServed("context parallelism", "use --attention-backend fa3")
     if getattr(runner.server_args, "enable_unified_memory", False):
         raise NotServed("the unified memory pool", "leave out --enable-unified-memory")
@@ -101,6 +101,23 @@ def check_server(runner: Any) -> None:
             raise NotServed(f"a KV cache in {layout} layout")
         if getattr(part, "is_quantized_kv_cache", False):
             raise NotServed("a quantised KV cache", "use --kv-cache-dtype auto")
+
+
+def parallel_ranks(runner: Any) -> Any:
+    """SGLang's numbers of ranks, which moved from the runner (0.5.16) to its context (0.5.23)."""
+    if hasattr(runner, "ps"):
+        return runner.ps
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel()
+
+
+def _draft_tokens(runner: Any) -> int:
+    try:
+        from sglang.srt.runtime_context import get_spec
+    except ImportError:  # 0.5.16
+        return runner.server_args.speculative_num_draft_tokens or 0
+    return get_spec().speculative_num_draft_tokens or 0
 
 
 def check_kernels(model: Model, kv_cache_dtype: torch.dtype) -> None:
@@ -184,7 +201,7 @@ def _attention_layers(model: Any) -> Iterator[Any]:
 
 
 def _configured_shape(runner: Any) -> Shape:
-    config, ranks = runner.model_config, getattr(runner.ps, "attn_tp_size", runner.ps.tp_size)
+    config, ranks = runner.model_config, parallel_ranks(runner).attn_tp_size
     return Shape(
         config.get_num_attention_heads(ranks), config.get_num_kv_heads(ranks), config.head_dim
     )

@@ -40,6 +40,12 @@ MODES = {
 # Windowed layers: shorter than a page, than the draft, and longer than most sequences.
 WINDOWS = {"full": {}, "window": {"window": 40}, "pools": {"window": 100, "two_pools": True}}
 
+# Pages of one token, of fewer than a window, and of more than one; every size without a window.
+CACHES = [
+    *(("full", page) for page in cases.PAGE_SIZES),
+    *((windows, page) for windows in ("window", "pools") for page in (1, 64)),
+]
+
 
 def setup_of(mode: str, page_tokens: int, **options: Any) -> Setup:
     draft_tokens = 5 if mode in ("draft_extend", "verify_chain", "verify_tree") else 0
@@ -58,8 +64,7 @@ def check(engine: Engine, forward: Forward, outs: list[torch.Tensor], **options:
         assert not out[forward.tokens :].any()
 
 
-@pytest.mark.parametrize("page_tokens", cases.PAGE_SIZES)
-@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize(("windows", "page_tokens"), CACHES)
 @pytest.mark.parametrize("mode", MODES)
 def test_eager(mode: str, windows: str, page_tokens: int) -> None:
     engine = make_engine(setup_of(mode, page_tokens, **WINDOWS[windows]))
@@ -71,8 +76,7 @@ def test_eager(mode: str, windows: str, page_tokens: int) -> None:
     assert stats[Stat.TOKENS_UNIQUE] < stats[Stat.TOKENS_PER_SEQUENCE]
 
 
-@pytest.mark.parametrize("page_tokens", cases.PAGE_SIZES)
-@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize(("windows", "page_tokens"), CACHES)
 @pytest.mark.parametrize("mode", ["decode", "verify_chain", "verify_tree"])
 def test_graph_buffers(mode: str, windows: str, page_tokens: int) -> None:
     """Captured with one batch, replayed with two others that are padded, from the same memory.

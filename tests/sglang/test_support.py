@@ -121,6 +121,7 @@ def test_entry_point_registers_without_a_device() -> None:
     assert target
     module, function = target.group(1).split(":")
     code = (
+        "from tests.sglang import standins; standins.install()\n"
         f"import flashcore, sys; assert not any(m.startswith('sglang') for m in sys.modules)\n"
         f"from {module} import {function} as f; f(); f()\n"
         "from sglang.srt import server_args as s\n"
