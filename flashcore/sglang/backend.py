@@ -11,10 +11,10 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-from flashcore.sglang import page_tables, planners
+from flashcore.sglang import kernels, page_tables, planners
 from flashcore.sglang.counters import Counters
 from flashcore.sglang.page_tables import Slots
-from flashcore.sglang.support import Model, NotServed, parallel_ranks
+from flashcore.sglang.support import Model, NotServed, attention_layers, parallel_ranks
 from flashcore.sglang.views import Need, View
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,15 @@ class FlashcoreBackend(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self._is_draft = model_runner.is_draft_worker
-        self._make_views(model_runner.req_to_token_pool.size)
         args = model_runner.server_args
+        self._make_views(model_runner.req_to_token_pool.size)
+        if self._workspace is not None:
+            capped = any(layer.logit_cap for layer in attention_layers(model_runner))
+            topk = getattr(args, "speculative_eagle_topk", None) or 0
+            ngram = str(getattr(args, "speculative_algorithm", None)).upper() == "NGRAM"
+            kernels.prepare(
+                self.model, model_runner.req_to_token_pool.size, capped, topk > 1 or ngram
+            )
         rank = parallel_ranks(model_runner).attn_tp_rank
         interval = getattr(args, "decode_log_interval", None) or 40
         self._counters = {
@@ -65,14 +72,14 @@ class FlashcoreBackend(AttentionBackend):
         self._workspace = None
         if model.device.type == "cuda":
             queries = max_batch * max(1, model.draft_tokens)
-            self._workspace = planners.workspace_for(model, min(queries, 2048))
+            self._workspace = planners.workspace_for(model, min(queries, 1024))
 
         def view(shape: Any, window: int, one: Any, translation: Any) -> View:
             return View(
                 model,
                 shape,
                 window=window,
-                num_pages=one.size // model.page_tokens + 1,
+                num_pages=_pool_slots(one) // model.page_tokens,
                 max_batch=max_batch,
                 max_tokens=self.req_to_token.shape[1],
                 workspace=self._workspace,
@@ -121,6 +128,8 @@ class FlashcoreBackend(AttentionBackend):
             self._tree_buffer = torch.ones(max_num_tokens, n, dtype=torch.bool, device=device)
             if not self._is_draft:
                 self._allocate_draft_mask(max_bs, max_num_tokens)
+        size = self._bytes() / 2**20
+        logger.info("flashcore attention: graphs of up to %d, buffers now %.0f MiB", max_bs, size)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a capture and before each replay: slots, masks and lengths into our buffers."""
@@ -335,6 +344,12 @@ class FlashcoreBackend(AttentionBackend):
                 f"model that announces {self.model.window}"
             )
         return view
+
+
+def _pool_slots(pool: Any) -> int:
+    """Slots of a pool's tensors: its size may be settled only after graphs are captured."""
+    buffers = getattr(getattr(pool, "full_kv_pool", pool), "k_buffer", None)
+    return int(buffers[0].shape[0]) if buffers else int(pool.size + pool.page_size)
 
 
 def _is_decode_like(mode: Any) -> bool:

@@ -1,11 +1,54 @@
-"""The compiled kernels that the backend asks for, to build before the server starts."""
+"""The compiled kernels that the backend asks for: built before the server serves, or before it
+starts."""
 
 from __future__ import annotations
+
+import logging
+import time
+
+import torch
 
 from flashcore.config import paged, planner
 from flashcore.config.dense import WARPGROUP_ROWS
 from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
 from flashcore.runtime.launch_planner import PLANNER
+from flashcore.sglang.support import Model
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(model: Model, max_batch: int, softcap: bool, tree: bool) -> None:
+    """Compile what `model` needs and the cache lacks, so that no request waits for a compiler.
+
+    Attention sinks are known to the layers alone: their kernels are compiled at the first forward.
+    """
+    from flashcore.runtime.cache import shared_cache
+
+    cache = shared_cache()
+    wanted = [
+        kernel
+        for shape, windowed in ((model.full, False), (model.windowed, True))
+        if shape is not None
+        for kernel in kernels_for(
+            shape.num_q_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            dtype="bf16" if model.dtype == torch.bfloat16 else "fp16",
+            page_tokens=model.page_tokens,
+            max_batch=max_batch,
+            windowed=windowed,
+            softcap=softcap,
+            tree=tree,
+        )
+    ]
+    missing = [kernel for kernel in dict.fromkeys(wanted) if cache.entry(kernel) is None]
+    if not missing:
+        return
+    started = time.monotonic()
+    for kernel in missing:
+        cache.ensure(kernel)
+    seconds = time.monotonic() - started
+    logger.info("flashcore attention: %d kernels compiled in %.1f s", len(missing), seconds)
 
 
 def kernels_for(

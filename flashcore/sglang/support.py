@@ -93,6 +93,8 @@ def check_server(runner: Any) -> None:
         raise NotServed("the unified memory pool", "leave out --enable-unified-memory")
     if getattr(runner.server_args, "enable_deterministic_inference", False):
         raise NotServed("deterministic inference")
+    if getattr(runner.server_args, "dllm_algorithm", None) is not None:
+        raise NotServed("diffusion language models")
     for part in (pool, *(getattr(pool, name, None) for name in ("full_kv_pool", "swa_kv_pool"))):
         if getattr(part, "use_hnd", False):
             raise NotServed("a KV cache in HND layout", "unset SGLANG_USE_HND_KVCACHE")
@@ -149,7 +151,7 @@ def check_kernels(model: Model, kv_cache_dtype: torch.dtype) -> None:
 
 def _shapes(runner: Any, window: int) -> tuple[Shape | None, Shape | None]:
     """Of the model's layers; of its configuration where there is no model to look at."""
-    layers = list(_attention_layers(getattr(runner, "model", None)))
+    layers = attention_layers(runner)
     if not layers:
         shape = _configured_shape(runner)
         return shape, shape if window >= 0 else None
@@ -190,14 +192,14 @@ def check_layer(layer: Any) -> None:
 _TRITON = "use --attention-backend triton"
 
 
-def _attention_layers(model: Any) -> Iterator[Any]:
+def attention_layers(runner: Any) -> list[Any]:
+    """RadixAttention layers of the runner's model, if it has one already."""
+    model = getattr(runner, "model", None)
     if model is None:
-        return
+        return []
     from sglang.srt.layers.radix_attention import RadixAttention
 
-    for module in model.modules():
-        if isinstance(module, RadixAttention):
-            yield module
+    return [module for module in model.modules() if isinstance(module, RadixAttention)]
 
 
 def _configured_shape(runner: Any) -> Shape:

@@ -9,7 +9,6 @@ import pytest
 
 from tests.sglang import standins
 
-
 HAS_SGLANG = importlib.util.find_spec("sglang") is not None
 collect_ignore_glob = [] if HAS_SGLANG else ["test_*.py"]
 if HAS_SGLANG:

@@ -199,6 +199,10 @@ def test_idle() -> None:
     forward = make_forward(engine, ForwardMode.DECODE, [Request(5, 1)])
     forward.batch.forward_mode = ForwardMode.IDLE
     q = torch.zeros(0, 64)
+    forward.batch.batch_size = 0
+    for name in ("seq_lens", "seq_lens_cpu", "req_pool_indices", "out_cache_loc", "positions"):
+        setattr(forward.batch, name, getattr(forward.batch, name)[:0])
+    engine.backend.init_forward_metadata(forward.batch)
     out = engine.backend.forward(q, None, None, engine.layers[0], forward.batch)
     assert out.shape == (0, 64)
 
