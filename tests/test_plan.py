@@ -244,6 +244,18 @@ def test_folds_sink_down_a_tree():
     assert plan.num_partial_tokens == 0
 
 
+def test_fold_always_gives_back_what_it_exactly_can():
+    """Runs that bytes would keep go to their children; one that a sequence ends with stays."""
+    layout = tree(prefix_pages=64, tails=16, tail_pages=4)
+    plan = plan_tree(layout, fold="always", num_workers=0)
+    assert plan.stats().num_shared_groups == 0
+    assert plan.num_partial_tokens == 0
+    table = torch.tensor([[0, 1], [0, 2], [0, 3]])
+    lens = torch.tensor([32, 32, 16])
+    layout = flashcore.layout_from_page_table(table, lens, page_tokens=16)
+    assert plan_tree(layout, fold="always").stats().num_shared_groups == 1
+
+
 def test_inactive_sequences_do_not_break_a_shared_run():
     layout = tree(prefix_pages=8, tails=3, tail_pages=1)
     table = layout.cols.view(3, 9).clone()

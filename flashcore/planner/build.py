@@ -11,7 +11,7 @@ from flashcore import validate
 from flashcore.device import resident_ctas
 from flashcore.pager.csr import Layout
 from flashcore.planner import split
-from flashcore.planner.folding import Costs, Folding, Reason, fold_groups
+from flashcore.planner.folding import Costs, Fold, Folding, Reason, fold_groups
 from flashcore.planner.sharing import Segments, find_segments
 from flashcore.planner.types import Plan
 from flashcore.planner.work import DIRECT, FIELDS, Group, Work
@@ -29,7 +29,7 @@ def plan(
     tile_m: int | None = None,
     num_workers: int | None = None,
     share: bool = True,
-    fold: bool = True,
+    fold: Fold = True,
 ) -> Plan:
     """Plan the attention of one batch; the result serves every layer.
 
@@ -44,7 +44,9 @@ def plan(
         num_workers: work items that run at the same time (CTAs); KV runs are split to fill them.
             0: no split. None: as many as a CUDA device runs, elsewhere 0.
         share: False reads every sequence's pages for itself (for comparison; same results).
-        fold: False keeps every group however small.
+        fold: False keeps every group however small; "always" keeps none that can be given back to
+            its sequences, which is right for prefill: a sequence whose own queries fill the tiles
+            gains nothing from company.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
@@ -70,8 +72,8 @@ def plan(
         runs.members,
         runs.queries,
         runs.tokens == runs.entries * page_tokens,
-        Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize),
-        enabled=fold,
+        Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize, fold),
+        enabled=bool(fold),
     )
     segments = _fold(found, folding)
     gathered = _gather_queries(segments, lengths, q_offsets, kv_lens)

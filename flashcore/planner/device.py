@@ -25,7 +25,7 @@ from flashcore.planner.device_plan import (
     workspace_elements,
     workspace_tensors,
 )
-from flashcore.planner.folding import Costs
+from flashcore.planner.folding import Costs, Fold
 from flashcore.planner.types import Plan
 from flashcore.planner.work import DIRECT
 
@@ -70,7 +70,7 @@ class DevicePlanner:
         itemsize: int = 2,
         tile_m: int = 64,
         num_workers: int | None = None,
-        fold: bool = True,
+        fold: Fold = True,
         device: torch.device | str = "cuda",
         workspace: torch.Tensor | None = None,
     ):
@@ -102,11 +102,11 @@ class DevicePlanner:
             **workspace_tensors(c.max_partials, num_q_heads, head_dim, workspace, device),
         )
         self._scratch = _allocate_scratch(c, num_pages, device)
-        costs = Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize)
+        costs = Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize, fold)
         unit = page_tokens * -(-split.TILE_TOKENS // page_tokens)
         self._problem = (
             *(page_tokens, num_pages, num_kv_heads, group_size, tile_m),
-            *(*costs, int(fold)),
+            *(*costs, int(bool(fold))),
             *(workers, split.MIN_SPLIT_TOKENS, split.LONG_SPLIT_TOKENS, unit),
         )
 

@@ -11,6 +11,7 @@ import torch
 from flashcore.planner.counters import Count, Fault
 from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities
+from flashcore.planner.folding import Fold
 from flashcore.runtime import launch
 from tests.cases import ABSURD_PAGE, Batch, prefix_tree
 from tests.device_plan_cases import (
@@ -89,8 +90,8 @@ def captured(
 
 
 @pytest.mark.parametrize("workers", [0, 40, 400])
-@pytest.mark.parametrize("fold", [True, False])
-def test_same_plan(workers: int, fold: bool) -> None:
+@pytest.mark.parametrize("fold", [True, False, "always"])
+def test_same_plan(workers: int, fold: Fold) -> None:
     for seed in range(12):
         batch = random_batch(seed)
         options = {"num_workers": workers, "fold": fold, "tile_m": 64}
