@@ -31,7 +31,8 @@ def plan_times(machine: Machine, rounds: int) -> list[dict[str, Any]]:
 
 
 def _updates(sequences: int, pages: int, device: str) -> Any:
-    from flashcore.planner.device import Capacities, DevicePlanner
+    from flashcore.planner.device import DevicePlanner
+    from flashcore.planner.device_plan import Capacities
 
     problem = PagedProblem("", sequences, pages * 128, prefix_tokens=pages // 2 * 128)
     batch = make_batch(problem)
@@ -41,7 +42,6 @@ def _updates(sequences: int, pages: int, device: str) -> Any:
         num_q_heads=problem.q_heads,
         num_kv_heads=problem.kv_heads,
         head_dim=problem.head_dim,
-        num_workers=132,
         device=device,
     )
     table, lens = batch.page_table.to(device), batch.seq_lens.to(device)

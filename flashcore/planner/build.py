@@ -273,7 +273,8 @@ def _split_pages(
     share = split.split_share(total, int(cost.max()), int(cost.min()), num_workers)
     if share == 0:
         return runs.entries
-    return split.split_pages(runs.entries, blocks, share, page_tokens)
+    pages: torch.Tensor = split.split_pages(runs.entries, blocks, share, page_tokens)
+    return pages
 
 
 def _group_table(

@@ -10,8 +10,7 @@ import torch
 
 from flashcore.config import paged, planner
 from flashcore.config.dense import WARPGROUP_ROWS
-from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
-from flashcore.runtime.launch_planner import PLANNER
+from flashcore.runtime.kernel import COMBINE, PAGED, PLANNER, Kernel
 from flashcore.sglang.support import Model
 
 logger = logging.getLogger(__name__)
