@@ -17,6 +17,8 @@ _HOME = {
     "PlanStats": "flashcore.planner.stats",
     "plan": "flashcore.planner.build",
     "Capacities": "flashcore.planner.device_plan",
+    "DeviceLayout": "flashcore.pager.device",
+    "DevicePager": "flashcore.pager.device",
     "DevicePlan": "flashcore.planner.device_plan",
     "DevicePlanner": "flashcore.planner.device",
     "attention": "flashcore.api",
@@ -25,6 +27,8 @@ _HOME = {
 
 __all__ = [
     "Capacities",
+    "DeviceLayout",
+    "DevicePager",
     "DevicePlan",
     "DevicePlanner",
     "Layout",
@@ -41,6 +45,7 @@ __all__ = [
 if TYPE_CHECKING:
     from flashcore.api import attention, paged_attention
     from flashcore.pager.csr import Layout, build_layout, layout_from_page_table
+    from flashcore.pager.device import DeviceLayout, DevicePager
     from flashcore.planner.build import plan
     from flashcore.planner.device import DevicePlanner
     from flashcore.planner.device_plan import Capacities, DevicePlan

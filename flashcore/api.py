@@ -350,8 +350,8 @@ def _check_paged_shapes(
             )
         if value.shape[0] < plan.num_pages:
             raise ValueError(
-                f"{name} must have at least {plan.num_pages} pages, since the plan uses the page "
-                f"id {plan.num_pages - 1}; got {value.shape[0]}"
+                f"{name} must have at least {plan.num_pages} pages, since the plan may use the "
+                f"page id {plan.num_pages - 1}; got {value.shape[0]}"
             )
 
 

@@ -16,6 +16,8 @@ from flashcore.config.planner import UNUSED, Reason, Rows, Slots, State
 from flashcore.config.planner import Entries as E
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
+from flashcore.pager.counters import PagerCount
+from flashcore.pager.device import DeviceLayout
 from flashcore.planner.counters import INVALID, Count, Fault, Stat
 from flashcore.planner.device import DevicePlanner
 from flashcore.planner.work import DIRECT, FIELDS, Group, Work
@@ -53,10 +55,22 @@ class Emulation:
         yield from self.rng.permutation(n).tolist()
 
     def update(self, table: torch.Tensor, seq_lens: torch.Tensor, q_lens: torch.Tensor) -> None:
-        self.entries[:], self.segs[:], self.found[:] = POISON, POISON, POISON
-        self.rows[Rows.FAULTS], self.rows[Rows.PAGE_FAULT + 1 :] = POISON, POISON
+        self.poison()
         self.batch = table.shape[0]
         self.layout(table.numpy(), seq_lens.numpy(), q_lens.numpy())
+        self.finish_update()
+
+    def update_from_layout(self, layout: DeviceLayout, q_lens: torch.Tensor) -> None:
+        self.poison()
+        self.batch = len(q_lens)
+        self.adopt([t.numpy() for t in layout.source()], q_lens.numpy())
+        self.finish_update()
+
+    def poison(self) -> None:
+        self.entries[:], self.segs[:], self.found[:] = POISON, POISON, POISON
+        self.rows[Rows.FAULTS], self.rows[Rows.PAGE_FAULT + 1 :] = POISON, POISON
+
+    def finish_update(self) -> None:
         self.claim()
         self.link()
         self.number_segments()
@@ -110,7 +124,34 @@ class Emulation:
             left = int(seq_lens[row]) - column * self.page_tokens
             p["token_counts"][e] = min(left, self.page_tokens)
             self.entries[E.ROW, e] = row
+            self.entries[E.START, e] = column * self.page_tokens
             if column == 0:
+                self.entries[E.PREVIOUS, e] = -1
+
+    def adopt(self, source: list[np.ndarray], q_lens: np.ndarray) -> None:
+        p, c = self.p, self.c
+        counts, bad, row_offsets, kv_lens, cols, token_counts, starts, rows = source
+        there, queries = int(counts[PagerCount.BATCH]), 0
+        nnz = int(row_offsets[min(self.batch, there)])
+        p["q_offsets"][0] = p["row_offsets"][0] = 0
+        p["counts"][Count.NNZ], p["stats"][Stat.TOKENS_UNIQUE] = nnz, 0
+        for b in range(self.batch):
+            faults, length, end = int(Fault.LENGTH), 0, nnz
+            if b < there:
+                faults, length, end = int(bad[b]), int(kv_lens[b]), int(row_offsets[b + 1])
+            q = int(q_lens[b])
+            if q < 0:
+                q, faults = 0, faults | Fault.QUERY_LENGTH
+            q = min(q, c.max_q + 1)
+            queries += q
+            if q and queries > c.max_q:
+                faults |= Fault.QUERIES
+            p["q_offsets"][b + 1], p["row_offsets"][b + 1] = min(queries, c.max_q), end
+            p["kv_lens"][b], self.rows[Rows.FAULTS, b] = 0 if faults else length, faults
+        for e in self.any_order(nnz):
+            p["cols"][e], p["token_counts"][e] = cols[e], token_counts[e]
+            self.entries[[E.ROW, E.START], e] = rows[e], starts[e]
+            if starts[e] == 0:
                 self.entries[E.PREVIOUS, e] = -1
 
     # Steps 2 to 4
@@ -279,8 +320,7 @@ class Emulation:
             if h < 0:
                 continue
             entry, row = segs[[S.ENTRY, S.ROW], s]
-            start = (entry - p["row_offsets"][row]) * self.page_tokens
-            start -= found[G.EXTRA_TOKENS, g]
+            start = self.entries[E.START, entry] - found[G.EXTRA_TOKENS, g]
             segs[[S.KEPT_ROW, S.KEPT_GROUP, S.KEPT_START], self.kept] = row, h, start
             self.kept += 1
             if segs[S.OWNER, s] == entry:

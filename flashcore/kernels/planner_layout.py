@@ -117,6 +117,7 @@ def fill_entries(
         plan.mCols[e] = page
         plan.mTokenCounts[e] = left if left < problem.page_tokens else problem.page_tokens
         scratch.mEntries[E.ROW, e] = row
+        scratch.mEntries[E.START, e] = column * problem.page_tokens
         if column == 0:
             scratch.mEntries[E.PREVIOUS, e] = Int32(-1)
 

@@ -24,6 +24,19 @@ class Problem(NamedTuple):
     split_unit: Int32  # tokens; splits are multiples of it
 
 
+class Source(NamedTuple):
+    """A layout made on the device; docs as in `pager.device.DeviceLayout`."""
+
+    mCounts: cute.Tensor  # (PagerCount.SIZE,)
+    mBad: cute.Tensor  # (its max_batch,)
+    mRowOffsets: cute.Tensor  # (its max_batch + 1,)
+    mKvLens: cute.Tensor  # (its max_batch,)
+    mCols: cute.Tensor  # (its max_entries,), at most those of the plan
+    mTokenCounts: cute.Tensor  # (its max_entries,)
+    mStarts: cute.Tensor  # (its max_entries,)
+    mRows: cute.Tensor  # (its max_entries,)
+
+
 class Plan(NamedTuple):
     """The plan, at capacity; docs as in `planner.types.Plan`."""
 

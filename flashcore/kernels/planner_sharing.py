@@ -59,8 +59,11 @@ def owner_and_uses(plan: Plan, scratch: Scratch, e: Int32):
 
 
 @cute.jit
-def mark_breaks(plan: Plan, scratch: Scratch, problem: Problem):
-    """Each entry finds its owner, and breaks the owner's run where it does not go on like it."""
+def mark_breaks(plan: Plan, scratch: Scratch, problem: Problem, wide: cute.Tensor):
+    """Each entry finds its owner, and breaks the owner's run where it does not go on like it.
+
+    wide: int64 of shared memory for each warp, in which tokens of distinct pages are added up.
+    """
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     grid, _, _ = cute.arch.grid_dim()
@@ -82,10 +85,17 @@ def mark_breaks(plan: Plan, scratch: Scratch, problem: Problem):
             if linked == 0:
                 scratch.mEntries[E.BROKEN, owner] = Int32(1)
         scratch.mEntries[E.OWNER, e] = owner
+    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
     unique = warp_sum(unique)
-    if cute.arch.lane_idx() == 0 and unique > 0:
-        at = plan.mStats.iterator + int(Stat.TOKENS_UNIQUE)
-        cute.arch.atomic_add(at, unique, sem="relaxed", scope="gpu")
+    if lane == 0:
+        wide[warp] = unique
+    cute.arch.sync_threads()
+    if tid == 0:
+        for w in cutlass.range_constexpr(1, const_expr(ENTRY_THREADS // 32)):
+            unique = unique + wide[w]
+        if unique > 0:
+            at = plan.mStats.iterator + int(Stat.TOKENS_UNIQUE)
+            cute.arch.atomic_add(at, unique, sem="relaxed", scope="gpu")
 
 
 @cute.jit

@@ -14,6 +14,7 @@ import torch
 from flashcore import validate
 from flashcore.config import planner as lines
 from flashcore.device import device_path
+from flashcore.pager.device import DeviceLayout
 from flashcore.planner import split
 from flashcore.planner.counters import Count
 from flashcore.planner.device_plan import (
@@ -86,7 +87,7 @@ class DevicePlanner:
             capacities = replace(capacities, max_partials=held)
         c = fill_defaults(capacities, num_q_heads, num_kv_heads, tile_m, workers)
         self.capacities = c
-        self.config = lines.choose(c.max_batch)
+        self._configs = tuple(lines.choose(c.max_batch, source) for source in (False, True))
         filled = planned_tensors(c, device)
         self._filled = tuple(filled.values())
         self.plan = DevicePlan(
@@ -137,20 +138,55 @@ class DevicePlanner:
         query tokens are NaN.
         """
         self._check(page_table, seq_lens, q_lens)
-        path = device_path(page_table.device)
+        if page_table.numel() == 0:  # torch gives empty tensors any strides
+            page_table = torch.empty(page_table.shape, dtype=torch.int32, device=page_table.device)
+        return self._launch(page_table, seq_lens, q_lens, None)
+
+    def update_from_layout(self, layout: DeviceLayout, q_lens: torch.Tensor) -> DevicePlan:
+        """Plan the batch that a `DevicePager` has laid out, on the stream of its update.
+
+        q_lens: [batch] int32, contiguous, for the sequences of the layout. A sequence that could
+        not be laid out is left out as in `update`.
+        """
+        validate.tensor("q_lens", q_lens, dtypes=(torch.int32,), ndim=1)
+        validate.same_device("plan", self.plan.cols, layout=layout.cols, q_lens=q_lens)
+        for name in ("page_tokens", "num_pages"):
+            found, wanted = getattr(layout, name), getattr(self.plan, name)
+            if found != wanted:
+                raise ValueError(f"layout must have the planner's {name} {wanted}, got {found}")
+        if layout.cols.numel() > self.capacities.max_entries:
+            raise ValueError(
+                f"layout has max_entries {layout.cols.numel()}, the planner's is "
+                f"{self.capacities.max_entries}"
+            )
+        most_rows = min(self.capacities.max_batch, layout.bad.numel())
+        if q_lens.numel() > most_rows:
+            raise ValueError(
+                f"q_lens has {q_lens.numel()} sequences, max_batch of planner and layout is "
+                f"{most_rows}"
+            )
+        return self._launch(None, None, q_lens, layout)
+
+    def _launch(
+        self,
+        page_table: torch.Tensor | None,
+        seq_lens: torch.Tensor | None,
+        q_lens: torch.Tensor,
+        layout: DeviceLayout | None,
+    ) -> DevicePlan:
+        path = device_path(q_lens.device)
         if path.name != "hopper":
             raise NotImplementedError(
                 f"DevicePlanner plans with Hopper kernels: {path.reason}; use flashcore.plan"
             )
-        if page_table.numel() == 0:  # torch gives empty tensors any strides
-            page_table = torch.empty(page_table.shape, dtype=torch.int32, device=page_table.device)
         from flashcore.runtime.launch_planner import make_plan
 
         make_plan(
-            self.config,
+            self._configs[layout is not None],
             page_table,
             seq_lens,
             q_lens,
+            None if layout is None else layout.source(),
             self._filled,
             self._scratch,
             self._problem,

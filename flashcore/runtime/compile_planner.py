@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashcore.config.planner import PlannerConfig, Slots, illegal_reason
+from flashcore.pager.counters import PagerCount
 from flashcore.planner.counters import Count, Stat
 from flashcore.planner.work import FIELDS
 from flashcore.runtime.compile import COMPILE_OPTIONS
@@ -13,9 +14,9 @@ from flashcore.runtime.compile import COMPILE_OPTIONS
 def compile_planner(config: PlannerConfig, options: str = "") -> Any:
     """Compile the planner for `config`; the result exports with `export_to_c`.
 
-    Call arguments, in order: page_table, seq_lens, q_lens, then the fields of
-    `kernels.planner_operands` `Plan`, `Scratch` and `Problem` as three tuples, and the number of
-    multiprocessors. The stream is the caller's current one.
+    Call arguments, in order: page_table and seq_lens or None twice, q_lens, then the fields of
+    `kernels.planner_operands` `Source` (or None), `Plan`, `Scratch` and `Problem` as tuples, and
+    the number of multiprocessors. The stream is the caller's current one.
     """
     reason = illegal_reason(config)
     if reason is not None:
@@ -31,15 +32,34 @@ def compile_planner(config: PlannerConfig, options: str = "") -> Any:
     batch = cute.sym_int()
     return cute.compile(
         Planner(config),
-        _matrix(batch, cute.sym_int(), align=4),
+        None if config.from_layout else _matrix(batch, cute.sym_int(), align=4),
+        None if config.from_layout else _vector(batch),
         _vector(batch),
-        _vector(batch),
+        _source() if config.from_layout else None,
         _plan(),
         _scratch(),
         Problem(*(Int32(1) for _ in Problem._fields)),
         Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"{COMPILE_OPTIONS} {options}".strip(),
+    )
+
+
+def _source() -> Any:
+    import cutlass.cute as cute
+
+    from flashcore.kernels.planner_operands import Source
+
+    batch, entries = cute.sym_int(), cute.sym_int()
+    return Source(
+        mCounts=_vector(int(PagerCount.SIZE)),
+        mBad=_vector(batch),
+        mRowOffsets=_vector(cute.sym_int()),
+        mKvLens=_vector(batch),
+        mCols=_vector(entries),
+        mTokenCounts=_vector(entries),
+        mStarts=_vector(entries),
+        mRows=_vector(entries),
     )
 
 

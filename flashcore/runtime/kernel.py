@@ -46,12 +46,33 @@ DENSE = Family(
 _PAGED_SOURCES = (
     *DENSE.sources,
     "planner/work.py",
+    "pager/counters.py",
     "planner/counters.py",
     "runtime/compile_paged.py",
 )
 PAGED = Family("paged", "flashcore.runtime.compile_paged:compile_paged", _PAGED_SOURCES)
 COMBINE = Family(
     "combine", "flashcore.runtime.compile_paged:compile_combine", _PAGED_SOURCES, ("LDG",)
+)
+_PLAN_SOURCES = (
+    "kernels",
+    "config",
+    "planner/work.py",
+    "planner/counters.py",
+    "pager/counters.py",
+    "runtime/compile.py",
+)
+PLANNER = Family(
+    "planner",
+    "flashcore.runtime.compile_planner:compile_planner",
+    (*_PLAN_SOURCES, "runtime/compile_planner.py"),
+    required_opcodes=("REDG", "SHFL"),
+)
+PAGER = Family(
+    "pager",
+    "flashcore.runtime.compile_pager:compile_pager",
+    (*_PLAN_SOURCES, "runtime/compile_pager.py"),
+    required_opcodes=("SHFL",),
 )
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from flashcore.config import paged
 from flashcore.config.dense import DTYPES, HEAD_DIMS, DenseConfig, DenseProblem, choose
 from flashcore.config.paged import CombineConfig, PagedConfig
-from flashcore.runtime.kernel import COMBINE, DENSE, PAGED, Kernel
+from flashcore.config.pager import PagerConfig
+from flashcore.config.planner import PlannerConfig
+from flashcore.runtime.kernel import COMBINE, DENSE, PAGED, PAGER, PLANNER, Kernel
 
 _LONG = 4096  # tokens: many tiles, in every dimension
 
@@ -20,6 +22,9 @@ def shipped_kernels() -> list[Kernel]:
         *(Kernel(DENSE, config) for config in _dense_configs()),
         *(Kernel(PAGED, config) for config in _paged_configs()),
         *(Kernel(COMBINE, config) for config in _combine_configs()),
+        *(Kernel(PLANNER, PlannerConfig(1024, from_layout)) for from_layout in (False, True)),
+        *(Kernel(PAGER, PagerConfig(tokens, "words")) for tokens in (False, True)),
+        *(Kernel(PAGER, PagerConfig(tokens, "none")) for tokens in (False, True)),
     ]
 
 
