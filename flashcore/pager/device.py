@@ -199,6 +199,10 @@ class DevicePager:
             lengths=ends,
             page_resident_bitmap=resident,
         )
+        if tokens:
+            pages = unit_stride(pages)
+        begins = None if begins is None else unit_stride(begins)
+        ends = unit_stride(ends)
         config = PagerConfig(tokens, self._bitmap(resident))
         if resident is not None and resident.dtype == torch.bool:
             resident = resident.view(torch.uint8)
@@ -233,3 +237,8 @@ class DevicePager:
                 f"{self.layout.num_pages} pages, it covers {held}"
             )
         return "words" if words else "bytes"
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous vector with a stride of 1: torch gives those of 0 or 1 elements any."""
+    return x if x.numel() > 1 else x.as_strided(x.shape, (1,))

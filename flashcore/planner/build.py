@@ -79,7 +79,7 @@ def plan(
     gathered = _gather_queries(segments, lengths, q_offsets, kv_lens)
     kept = _runs(segments, tokens_before, lengths)
     tile_m = tile_m or _tile_rows(kept.tokens, kept.queries * group_size)
-    num_workers = _workers(num_workers, layout, head_dim, tile_m, page_tokens)
+    num_workers = _workers(num_workers, layout, head_dim, tile_m)
     blocks = (kept.queries * group_size + tile_m - 1) // tile_m
     per_split = _split_pages(kept, blocks, num_kv_heads, num_workers, page_tokens)
     groups, num_partials = _group_table(segments, kept, gathered, per_split)
@@ -152,12 +152,10 @@ def _check_problem(
         validate.positive_int("num_workers", num_workers)
 
 
-def _workers(
-    num_workers: int | None, layout: Layout, head_dim: int, tile_m: int, page_tokens: int
-) -> int:
+def _workers(num_workers: int | None, layout: Layout, head_dim: int, tile_m: int) -> int:
     if num_workers is None:
         device = layout.cols.device
-        return resident_ctas(device, head_dim, tile_m, page_tokens) if device.type == "cuda" else 0
+        return resident_ctas(device, head_dim, tile_m) if device.type == "cuda" else 0
     return num_workers
 
 

@@ -14,7 +14,7 @@ import torch
 from flashcore import validate
 from flashcore.config import planner as lines
 from flashcore.device import device_path, resident_ctas
-from flashcore.pager.device import DeviceLayout
+from flashcore.pager.device import DeviceLayout, unit_stride
 from flashcore.planner import split
 from flashcore.planner.counters import Count
 from flashcore.planner.device_plan import (
@@ -81,7 +81,7 @@ class DevicePlanner:
         validate.positive_int("page_tokens", page_tokens)
         validate.positive_int("num_pages", num_pages, maximum=_MOST_PAGES)
         device = torch.device(device)
-        workers = _workers(num_workers, device, head_dim, tile_m, page_tokens)
+        workers = _workers(num_workers, device, head_dim, tile_m)
         if workspace is not None and not capacities.max_partials:
             held = workspace.numel() // workspace_elements(1, num_q_heads, head_dim)
             capacities = replace(capacities, max_partials=held)
@@ -140,7 +140,7 @@ class DevicePlanner:
         self._check(page_table, seq_lens, q_lens)
         if page_table.numel() == 0:  # torch gives empty tensors any strides
             page_table = torch.empty(page_table.shape, dtype=torch.int32, device=page_table.device)
-        return self._launch(page_table, seq_lens, q_lens, None)
+        return self._launch(page_table, unit_stride(seq_lens), unit_stride(q_lens), None)
 
     def update_from_layout(self, layout: DeviceLayout, q_lens: torch.Tensor) -> DevicePlan:
         """Plan the batch that a `DevicePager` has laid out, on the stream of its update.
@@ -256,12 +256,10 @@ class DevicePlanner:
             )
 
 
-def _workers(
-    num_workers: int | None, device: torch.device, head_dim: int, tile_m: int, page_tokens: int
-) -> int:
+def _workers(num_workers: int | None, device: torch.device, head_dim: int, tile_m: int) -> int:
     """CTAs to balance, 0 for no split."""
     if num_workers is None:
-        return resident_ctas(device, head_dim, tile_m, page_tokens) if device.type == "cuda" else 0
+        return resident_ctas(device, head_dim, tile_m) if device.type == "cuda" else 0
     if num_workers:
         validate.positive_int("num_workers", num_workers)
     return num_workers

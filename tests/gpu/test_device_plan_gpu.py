@@ -135,7 +135,8 @@ def test_large_batches(seed: int) -> None:
     batch = Batch(
         torch.from_numpy(table).int(), kv_lens, q_lens, PAGE_TOKENS, num_pages, 32, 8, 128
     )
-    planner = planner_for(batch, Capacities(rows, rows * columns, 64), "cuda", num_workers=132)
+    capacities = Capacities(rows, rows * columns, 64, max_partials=rows * columns)
+    planner = planner_for(batch, capacities, "cuda", num_workers=132)
     expected = batch._plan(num_workers=132, tile_m=64)
     for _ in range(3):
         planner.update(*inputs(batch, "cuda"))
