@@ -314,7 +314,8 @@ def test_splits_balance_workers(runs, workers, page_tokens):
         length = splitting.split_pages(n, blocks, share, page_tokens)
         number = -(-n // length)
         assert length % -(-splitting.TILE_TOKENS // page_tokens) == 0
-        assert cost / number <= 1.25 * share + 16 * (splitting.TILE_TOKENS + page_tokens)
+        rounding = 16 * (splitting.TILE_TOKENS + page_tokens)
+        assert cost / number <= 1.25 * (share + rounding)
         more += (number - 1) * blocks
     # Splits beyond the first of each item are at least 4 / 5 of a quarter of a worker's share.
     assert more <= 5 * workers
