@@ -195,14 +195,22 @@ class _Call:
 
 
 def _short_batches(call: _Call, batches: list[list[_Run]], threads: int) -> list[list[_Run]]:
-    """Those whose products are no work for several threads; none where there are too few tasks."""
+    """Those whose products are no work for several threads; none where that leaves some idle."""
     _, heads, group, dim = call.q.shape
     short = []
     for batch in batches:
         rows = len(batch) * batch[0].num_q * heads * group
         if rows * min(batch[0].num_keys, run.KEYS_PER_CHUNK) * dim <= LONG_PRODUCT:
             short.append(batch)
-    return short
+    tasks = sum(len(_parts(batch)) for batch in short)
+    idle = tasks < threads and _numbers_read(call, short) >= LEAST_READ
+    return [] if threads == 1 or idle else short
+
+
+def _numbers_read(call: _Call, batches: list[list[_Run]]) -> int:
+    """Of K."""
+    _, heads, _, dim = call.q.shape
+    return sum(len(batch) * batch[0].num_keys for batch in batches) * heads * dim
 
 
 def _attend_side_by_side(call: _Call, batches: list[list[_Run]], threads: int) -> None:
@@ -210,8 +218,7 @@ def _attend_side_by_side(call: _Call, batches: list[list[_Run]], threads: int) -
 
     It does not matter which thread did what.
     """
-    _, heads, _, dim = call.q.shape
-    if sum(len(batch) * batch[0].num_keys for batch in batches) * heads * dim < LEAST_READ:
+    if _numbers_read(call, batches) < LEAST_READ:
         threads = 1
     pieces = [(batch, part) for batch in batches for part in _parts(batch)]
     results = iter(run_tasks([partial(call.attend, *piece) for piece in pieces], threads))
