@@ -18,13 +18,14 @@ endif
 .PHONY: demo test test-gpu lint types bench-cpu clean
 
 include make/dsl.mk
+include make/sglang.mk
 
 demo: $(READY)
 	$(PY) -m flashcore demo
 
 test: $(DEV_READY) lint types
 	$(PY) -m pytest tests --ignore=tests/gpu
-	$(if $(CI),$(MAKE) test-dsl-old)
+	$(if $(CI),$(MAKE) test-dsl-old test-sglang)
 	$(if $(HAS_GPU),$(PY) -m pytest tests/gpu)
 
 test-gpu: $(DEV_READY)

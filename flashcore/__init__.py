@@ -16,11 +16,21 @@ _HOME = {
     "Plan": "flashcore.planner.types",
     "PlanStats": "flashcore.planner.stats",
     "plan": "flashcore.planner.build",
+    "Capacities": "flashcore.planner.device_plan",
+    "DeviceLayout": "flashcore.pager.device",
+    "DevicePager": "flashcore.pager.device",
+    "DevicePlan": "flashcore.planner.device_plan",
+    "DevicePlanner": "flashcore.planner.device",
     "attention": "flashcore.api",
     "paged_attention": "flashcore.api",
 }
 
 __all__ = [
+    "Capacities",
+    "DeviceLayout",
+    "DevicePager",
+    "DevicePlan",
+    "DevicePlanner",
     "Layout",
     "Plan",
     "PlanStats",
@@ -35,7 +45,10 @@ __all__ = [
 if TYPE_CHECKING:
     from flashcore.api import attention, paged_attention
     from flashcore.pager.csr import Layout, build_layout, layout_from_page_table
+    from flashcore.pager.device import DeviceLayout, DevicePager
     from flashcore.planner.build import plan
+    from flashcore.planner.device import DevicePlanner
+    from flashcore.planner.device_plan import Capacities, DevicePlan
     from flashcore.planner.stats import PlanStats
     from flashcore.planner.types import Plan
 

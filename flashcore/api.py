@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import torch
 
 from flashcore import ops, validate
+from flashcore.planner.device_plan import DevicePlan
 from flashcore.planner.types import Plan
 
 Window = tuple[int, int]
@@ -149,7 +150,7 @@ def paged_attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
-    plan: Plan,
+    plan: Plan | DevicePlan,
     *,
     scale: float | None = ...,
     causal: bool = ...,
@@ -157,6 +158,7 @@ def paged_attention(
     softcap: float = ...,
     sinks: torch.Tensor | None = ...,
     tree_mask: torch.Tensor | None = ...,
+    out: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
 ) -> torch.Tensor: ...
 @overload
@@ -164,7 +166,7 @@ def paged_attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
-    plan: Plan,
+    plan: Plan | DevicePlan,
     *,
     scale: float | None = ...,
     causal: bool = ...,
@@ -172,13 +174,14 @@ def paged_attention(
     softcap: float = ...,
     sinks: torch.Tensor | None = ...,
     tree_mask: torch.Tensor | None = ...,
+    out: torch.Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def paged_attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
-    plan: Plan,
+    plan: Plan | DevicePlan,
     *,
     scale: float | None = None,
     causal: bool = True,
@@ -186,6 +189,7 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch over a paged KV cache; each run of shared pages is read once.
@@ -201,36 +205,64 @@ def paged_attention(
         k_pages, v_pages: [num_pages, page_tokens, num_kv_heads, head_dim], dtype as q; any strides
             with a contiguous last axis, so a [num_pages, num_kv_heads, page_tokens, head_dim] cache
             is passed as `.transpose(1, 2)`.
-        plan: from `flashcore.plan`, on q's device.
+        plan: from `flashcore.plan` or from `flashcore.DevicePlanner.update`, on q's device. With
+            the latter, q may have more rows than the plan has query tokens, as a batch padded for a
+            CUDA graph has. Rows of sequences that could not be planned come out as NaN; so do all
+            rows where q or the tree mask is too small for the plan.
         scale, window, softcap, sinks: as in `attention`; a window counts from the query's position.
         causal: query t of a sequence sees keys 0 .. kv_len - q_len + t.
         tree_mask: bool [total_q, width], width at least the longest q_len: among its sequence's own
             new tokens, query t sees token j iff tree_mask[t, j]; the cached ones are all visible.
             It takes the place of `causal`.
+        out: like q, to write the result to.
         return_lse: also return the natural log of the softmax's sum, sinks included.
 
     Returns:
         out like q, and with return_lse also lse fp32 [total_q, num_q_heads]. A query that sees no
-        key gives zeros and -inf (its sink, if any).
+        key gives zeros and -inf (its sink, if any); so do rows of q past a DevicePlan's last query
+        token.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
+        NotImplementedError: a DevicePlan under torch.compile or without a Hopper GPU.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a flashcore.Plan, got {type(plan).__name__}")
+    if not isinstance(plan, (Plan, DevicePlan)):
+        raise TypeError(
+            f"plan must be a flashcore.Plan or a flashcore.DevicePlan, got {type(plan).__name__}"
+        )
     validate.tensor("q", q, dtypes=validate.FLOAT_DTYPES, ndim=3)
     for name, value in (("k_pages", k_pages), ("v_pages", v_pages)):
         validate.tensor(name, value, dtypes=validate.FLOAT_DTYPES, ndim=4)
     validate.same_dtype("q", q, k_pages=k_pages, v_pages=v_pages)
     validate.same_device(
-        "q", q, k_pages=k_pages, v_pages=v_pages, plan=plan.cols, sinks=sinks, tree_mask=tree_mask
+        "q",
+        q,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        plan=plan.cols,
+        sinks=sinks,
+        tree_mask=tree_mask,
+        out=out,
     )
     validate.contiguous_last_axis(q=q, k_pages=k_pages, v_pages=v_pages)
     validate.no_grad(q=q, k_pages=k_pages, v_pages=v_pages, sinks=sinks)
     _check_paged_shapes(q, k_pages, v_pages, plan)
     if tree_mask is not None:
-        _check_tree_mask(tree_mask, plan)
+        _check_tree_mask(tree_mask, plan, len(q))
+    if out is not None:
+        _check_out(out, q)
     left, right = _window(window)
+    rules = (_scale(scale, q.shape[-1]), bool(causal), left, right, _softcap(softcap))
+    sinks = _sinks(sinks, q.shape[-2])
+    if isinstance(plan, DevicePlan):
+        if _traced(q):
+            raise NotImplementedError(
+                "plan is a flashcore.DevicePlan, which torch.compile and torch.export cannot "
+                "trace; keep the call out of the traced region (torch.compiler.disable) or use "
+                "flashcore.plan"
+            )
+        result = ops.device_plan_attention(q, k_pages, v_pages, plan, *rules, sinks, tree_mask, out)
+        return result if return_lse else result[0]
     arguments = (
         q,
         k_pages,
@@ -246,16 +278,17 @@ def paged_attention(
         plan.num_partial_tokens,
         plan.needs_merge,
         plan.tile_m,
-        _scale(scale, q.shape[-1]),
-        bool(causal),
-        left,
-        right,
-        _softcap(softcap),
-        _sinks(sinks, q.shape[-2]),
+        *rules,
+        sinks,
         tree_mask,
     )
-    out, lse = (ops.paged_attention_op if _traced(q) else ops.paged_attention_impl)(*arguments)
-    return (out, lse) if return_lse else out
+    if _traced(q):
+        result = ops.paged_attention_op(*arguments)
+        if out is not None:
+            result = out.copy_(result[0]), result[1]
+    else:
+        result = ops.paged_attention_impl(*arguments, out)
+    return result if return_lse else result[0]
 
 
 # Launches of calls that passed every check. A key is what the choice of the launch depends on; that
@@ -356,9 +389,10 @@ def _check_ends(name: str, ends: torch.Tensor, total: int) -> None:
 
 
 def _check_paged_shapes(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: Plan
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: Plan | DevicePlan
 ) -> None:
-    expected = (plan.total_q, plan.num_q_heads, plan.head_dim)
+    total_q = plan.total_q if isinstance(plan, Plan) else len(q)
+    expected = (total_q, plan.num_q_heads, plan.head_dim)
     if tuple(q.shape) != expected:
         raise ValueError(
             f"q must have the plan's [total_q, num_q_heads, head_dim] = {expected}, "
@@ -373,18 +407,26 @@ def _check_paged_shapes(
             )
         if value.shape[0] < plan.num_pages:
             raise ValueError(
-                f"{name} must have at least {plan.num_pages} pages, since the plan uses the page "
-                f"id {plan.num_pages - 1}; got {value.shape[0]}"
+                f"{name} must have at least {plan.num_pages} pages, since the plan may use the "
+                f"page id {plan.num_pages - 1}; got {value.shape[0]}"
             )
 
 
-def _check_tree_mask(tree_mask: torch.Tensor, plan: Plan) -> None:
+def _check_tree_mask(tree_mask: torch.Tensor, plan: Plan | DevicePlan, total_q: int) -> None:
     validate.tensor("tree_mask", tree_mask, dtypes=(torch.bool,), ndim=2)
-    if tree_mask.shape[0] != plan.total_q or tree_mask.shape[1] < plan.max_q_len:
+    longest = plan.max_q_len if isinstance(plan, Plan) else 1
+    if tree_mask.shape[0] != total_q or tree_mask.shape[1] < longest:
         raise ValueError(
-            f"tree_mask must be [total_q, at least the longest q_len] = [{plan.total_q}, "
-            f">= {plan.max_q_len}], got {tuple(tree_mask.shape)}"
+            f"tree_mask must be [total_q, at least the longest q_len] = [{total_q}, "
+            f">= {longest}], got {tuple(tree_mask.shape)}"
         )
+
+
+def _check_out(out: torch.Tensor, q: torch.Tensor) -> None:
+    validate.tensor("out", out, dtypes=(q.dtype,), ndim=3)
+    if out.shape != q.shape:
+        raise ValueError(f"out must have the shape of q {tuple(q.shape)}, got {tuple(out.shape)}")
+    validate.contiguous_last_axis(out=out)
 
 
 def _window(window: Window | None) -> Window:

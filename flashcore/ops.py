@@ -15,6 +15,7 @@ from flashcore.device import device_path
 from flashcore.eager.dense import dense_attention
 from flashcore.eager.paged import paged_attention as eager_paged_attention
 from flashcore.eager.run import Rules
+from flashcore.planner.device_plan import DevicePlan
 
 if TYPE_CHECKING:
     from flashcore.runtime.launch import DenseLaunch
@@ -119,6 +120,7 @@ def paged_attention_impl(
     softcap: float,
     sinks: torch.Tensor | None,
     tree_mask: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out as q, and the LSE [total_q, num_q_heads]."""
     if device_path(q.device).name == "hopper":
@@ -145,8 +147,9 @@ def paged_attention_impl(
             softcap=softcap,
             sinks=sinks,
             tree_mask=tree_mask,
+            out=out,
         )
-    return eager_paged_attention(
+    result, lse = eager_paged_attention(
         q,
         k_pages,
         v_pages,
@@ -162,13 +165,61 @@ def paged_attention_impl(
         sinks,
         tree_mask,
     )
+    return (result, lse) if out is None else (out.copy_(result), lse)
+
+
+def device_plan_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    plan: DevicePlan,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    tree_mask: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `paged_attention_impl`; all that there is to do is read on the device."""
+    path = device_path(q.device)
+    if path.name != "hopper":
+        raise NotImplementedError(
+            f"plan is a flashcore.DevicePlan, which only the Hopper kernels read: {path.reason}; "
+            "use flashcore.plan"
+        )
+    from flashcore.runtime.launch_paged import paged_attention
+
+    return paged_attention(
+        q,
+        k_pages,
+        v_pages,
+        plan.cols,
+        plan.work,
+        plan.q_tokens,
+        plan.q_positions,
+        plan.q_index,
+        plan.merge_offsets,
+        plan.merge_partials,
+        plan.partial_lse.shape[0],
+        True,
+        plan.tile_m,
+        causal=causal,
+        scale=scale,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        sinks=sinks,
+        tree_mask=tree_mask,
+        counts=plan.counts,
+        workspace=(plan.partial_out, plan.partial_lse, plan.counter),
+        out=out,
+    )
 
 
 attention_op = torch.library.custom_op(
     "flashcore::attention", attention_impl, mutates_args=(), device_types=None
-)
-paged_attention_op = torch.library.custom_op(
-    "flashcore::paged_attention", paged_attention_impl, mutates_args=(), device_types=None
 )
 
 
@@ -192,7 +243,6 @@ def _attention_fake(
     return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
 
 
-@paged_attention_op.register_fake
 def _paged_attention_fake(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -217,3 +267,14 @@ def _paged_attention_fake(
     tree_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+# The operator allocates its result: only the direct call has `out`.
+paged_attention_op = torch.library.custom_op(
+    "flashcore::paged_attention",
+    paged_attention_impl,
+    mutates_args=(),
+    device_types=None,
+    schema=torch.library.infer_schema(_paged_attention_fake, mutates_args=()),
+)
+paged_attention_op.register_fake(_paged_attention_fake)

@@ -9,8 +9,9 @@ from unittest import mock
 import torch
 
 from flashcore.planner import split
-from flashcore.planner.counters import INVALID
-from flashcore.planner.device import Capacities, DevicePlanner
+from flashcore.planner.counters import INVALID, Stat
+from flashcore.planner.device import DevicePlanner
+from flashcore.planner.device_plan import Capacities
 from flashcore.planner.types import Plan
 from flashcore.planner.work import Group, Work
 from tests.cases import Batch
@@ -48,6 +49,14 @@ def assert_same_plan(found: Plan, expected: Plan) -> None:
             assert a.tolist() == b.tolist(), field.name
         else:
             assert a == b, field.name
+
+
+def assert_same_stats(planner: DevicePlanner, expected: Plan) -> None:
+    """What the planner counted on the device, against `Plan.stats`."""
+    stats = expected.stats()
+    found = dict(zip(list(Stat)[:-1], planner.stats().tolist(), strict=True))
+    assert found.pop(Stat.FAULTS) == planner.plan.faults()
+    assert found == {stat: getattr(stats, stat.name.lower()) for stat in found}
 
 
 def plan_without(

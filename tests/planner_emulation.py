@@ -16,7 +16,9 @@ from flashcore.config.planner import UNUSED, Reason, Rows, Slots, State
 from flashcore.config.planner import Entries as E
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
-from flashcore.planner.counters import INVALID, Count, Fault
+from flashcore.pager.counters import PagerCount
+from flashcore.pager.device import DeviceLayout
+from flashcore.planner.counters import INVALID, Count, Fault, Stat
 from flashcore.planner.device import DevicePlanner
 from flashcore.planner.work import DIRECT, FIELDS, Group, Work
 
@@ -38,13 +40,15 @@ class Emulation:
 
     def __init__(self, planner: DevicePlanner, seed: int = 0):
         self.c = planner.capacities
-        self.p = {name: tensor.numpy() for name, tensor in vars(planner.plan).items()}
+        tensors = {n: t for n, t in vars(planner.plan).items() if isinstance(t, torch.Tensor)}
+        self.p = {name: tensor.numpy() for name, tensor in tensors.items()}
         slots, entries, segments, found, rows, *_ = (t.numpy() for t in planner._scratch)
         self.slots, self.entries, self.segs, self.found = slots, entries, segments, found
         self.rows = rows
         (
             self.page_tokens, self.num_pages, self.kv_heads, self.group_size, self.tile_m,
-            self.kv_token, self.partial_token, self.fold, self.aimed_at, self.least, self.unit,
+            self.kv_token, self.partial_token, self.fold, self.workers, self.least, self.long,
+            self.unit,
         ) = planner._problem  # fmt: skip
         self.rng = np.random.default_rng(seed)
 
@@ -52,10 +56,22 @@ class Emulation:
         yield from self.rng.permutation(n).tolist()
 
     def update(self, table: torch.Tensor, seq_lens: torch.Tensor, q_lens: torch.Tensor) -> None:
-        self.entries[:], self.segs[:], self.found[:] = POISON, POISON, POISON
-        self.rows[Rows.FAULTS], self.rows[Rows.PAGE_FAULT + 1 :] = POISON, POISON
+        self.poison()
         self.batch = table.shape[0]
         self.layout(table.numpy(), seq_lens.numpy(), q_lens.numpy())
+        self.finish_update()
+
+    def update_from_layout(self, layout: DeviceLayout, q_lens: torch.Tensor) -> None:
+        self.poison()
+        self.batch = len(q_lens)
+        self.adopt([t.numpy() for t in layout.source()], q_lens.numpy())
+        self.finish_update()
+
+    def poison(self) -> None:
+        self.entries[:], self.segs[:], self.found[:] = POISON, POISON, POISON
+        self.rows[Rows.FAULTS], self.rows[Rows.PAGE_FAULT + 1 :] = POISON, POISON
+
+    def finish_update(self) -> None:
         self.claim()
         self.link()
         self.number_segments()
@@ -97,6 +113,7 @@ class Emulation:
         for b in range(self.batch):
             p["row_offsets"][b + 1] = min(ends[b + 1], nnz)
         p["counts"][Count.NNZ] = nnz
+        p["stats"][Stat.TOKENS_UNIQUE] = 0
         for e in self.any_order(nnz):
             row = last_at_most(np.array(ends), 0, self.batch, e)
             column = e - ends[row]
@@ -108,7 +125,34 @@ class Emulation:
             left = int(seq_lens[row]) - column * self.page_tokens
             p["token_counts"][e] = min(left, self.page_tokens)
             self.entries[E.ROW, e] = row
+            self.entries[E.START, e] = column * self.page_tokens
             if column == 0:
+                self.entries[E.PREVIOUS, e] = -1
+
+    def adopt(self, source: list[np.ndarray], q_lens: np.ndarray) -> None:
+        p, c = self.p, self.c
+        counts, bad, row_offsets, kv_lens, cols, token_counts, starts, rows = source
+        there, queries = int(counts[PagerCount.BATCH]), 0
+        nnz = int(row_offsets[min(self.batch, there)])
+        p["q_offsets"][0] = p["row_offsets"][0] = 0
+        p["counts"][Count.NNZ], p["stats"][Stat.TOKENS_UNIQUE] = nnz, 0
+        for b in range(self.batch):
+            faults, length, end = int(Fault.LENGTH), 0, nnz
+            if b < there:
+                faults, length, end = int(bad[b]), int(kv_lens[b]), int(row_offsets[b + 1])
+            q = int(q_lens[b])
+            if q < 0:
+                q, faults = 0, faults | Fault.QUERY_LENGTH
+            q = min(q, c.max_q + 1)
+            queries += q
+            if q and queries > c.max_q:
+                faults |= Fault.QUERIES
+            p["q_offsets"][b + 1], p["row_offsets"][b + 1] = min(queries, c.max_q), end
+            p["kv_lens"][b], self.rows[Rows.FAULTS, b] = 0 if faults else length, faults
+        for e in self.any_order(nnz):
+            p["cols"][e], p["token_counts"][e] = cols[e], token_counts[e]
+            self.entries[[E.ROW, E.START], e] = rows[e], starts[e]
+            if starts[e] == 0:
                 self.entries[E.PREVIOUS, e] = -1
 
     # Steps 2 to 4
@@ -121,15 +165,16 @@ class Emulation:
                 tokens = self.p["token_counts"][e]
                 slot[Slots.FIRST] = min(slot[Slots.FIRST], e)
                 slot[Slots.USES] += 1
+                slot[Slots.LONGEST] = max(slot[Slots.LONGEST], tokens)
                 if tokens < self.page_tokens:
                     slot[Slots.PARTIAL_TOKENS] += tokens
-                    slot[Slots.LONGEST_PARTIAL] = max(slot[Slots.LONGEST_PARTIAL], tokens)
 
-    def owner_and_uses(self, e: int) -> tuple[int, int]:
+    def owner_and_uses(self, e: int) -> tuple[int, int, int]:
         first, uses, partial, longest = self.slots[self.p["cols"][e]].tolist()
+        tokens = longest if first == e else 0
         if partial != 0 and partial != uses * longest:
-            return e, 1
-        return first, uses
+            return e, 1, tokens
+        return first, uses, tokens
 
     def link(self) -> None:
         p = self.p
@@ -138,10 +183,11 @@ class Emulation:
             if not self.active(row):
                 self.entries[E.OWNER, e] = -1
                 continue
-            owner, uses = self.owner_and_uses(e)
+            owner, uses, tokens = self.owner_and_uses(e)
+            p["stats"][Stat.TOKENS_UNIQUE] += tokens
             linked = False
             if e + 1 < p["row_offsets"][row + 1]:
-                next_owner, next_uses = self.owner_and_uses(e + 1)
+                next_owner, next_uses, _ = self.owner_and_uses(e + 1)
                 full = p["token_counts"][e] == self.page_tokens
                 linked = full and next_uses == uses and next_owner == owner + 1
                 self.entries[E.PREVIOUS, e + 1] = owner
@@ -275,8 +321,7 @@ class Emulation:
             if h < 0:
                 continue
             entry, row = segs[[S.ENTRY, S.ROW], s]
-            start = (entry - p["row_offsets"][row]) * self.page_tokens
-            start -= found[G.EXTRA_TOKENS, g]
+            start = self.entries[E.START, entry] - found[G.EXTRA_TOKENS, g]
             segs[[S.KEPT_ROW, S.KEPT_GROUP, S.KEPT_START], self.kept] = row, h, start
             self.kept += 1
             if segs[S.OWNER, s] == entry:
@@ -300,6 +345,8 @@ class Emulation:
         gathered, partials, items = self.place_groups()
         self.place_classes()
         bad = [b for b in range(self.batch) if self.rows[[0, 1], b].any()]
+        good = [b for b in range(self.batch) if b not in bad and self.queries_of(b)]
+        tokens = sum(int(p["kv_lens"][b]) for b in good)
         elements = sum(self.queries_of(b) for b in bad) + self.place_splits()
         room = len(p["merge_partials"])
         failed = gathered > len(p["q_tokens"]) or items > len(p["work"])
@@ -310,21 +357,39 @@ class Emulation:
         counts[Count.GATHERED] = 0 if failed else gathered
         counts[Count.ITEMS] = 0 if failed else items
         counts[Count.PARTIALS] = 0 if failed else partials
+        kept, found = 0 if failed else 1, int(counts[Count.FOUND])
+        p["stats"][Stat.TOKENS_UNIQUE] *= kept
+        p["stats"][Stat.TOKENS_ONCE] = kept * p["groups"][: self.groups, Group.NUM_TOKENS].sum()
+        p["stats"][Stat.TOKENS_PER_SEQUENCE] = kept * tokens
+        p["stats"][Stat.NUM_GROUPS] = kept * self.groups
+        p["stats"][Stat.NUM_FOLDED] = kept * (found - self.groups)
+        p["stats"][Stat.FAULTS] = counts[Count.FAULTS]
 
     def cut(self) -> None:
         table, segs = self.p["groups"], self.segs
-        total = self.kv_heads * sum(
-            int(row[Group.NUM_TOKENS]) * self.blocks(row[Group.NUM_Q])
+        work = [
+            (int(row[Group.NUM_TOKENS]), self.blocks(row[Group.NUM_Q]))
             for row in table[: self.groups]
-        )
-        split = 0
-        if self.aimed_at:
-            share = max((total + self.aimed_at - 1) // self.aimed_at, self.least)
-            split = (share + self.unit - 1) // self.unit * self.unit // self.page_tokens
-        for row in table[: self.groups]:
-            pages = int(row[Group.NUM_ENTRIES])
-            splits = (pages - 1) // split + 1 if split else 1
-            per_split = (pages + splits - 1) // splits
+        ]
+        total = self.kv_heads * sum(tokens * (11 + 5 * blocks) for tokens, blocks in work)
+        share = 0
+        if self.workers > 1 and any(
+            4 * (tokens * (11 + 5 * blocks) // blocks) * self.workers > 5 * total
+            for tokens, blocks in work
+        ):
+            two, four = -(-total // (2 * self.workers)), -(-total // (4 * self.workers))
+            share = max(min(two, 16 * self.long), four)
+            if len({tokens * (11 + 5 * blocks) // blocks for tokens, blocks in work}) == 1:
+                share = -(-total // self.workers)
+            share = max(share, 16 * self.least)
+        unit = self.unit // self.page_tokens
+        for row, (_, blocks) in zip(table[: self.groups], work, strict=True):
+            pages = per_split = int(row[Group.NUM_ENTRIES])
+            if share:
+                length = (share * blocks // (11 + 5 * blocks) // self.unit + 1) * unit
+                splits = max(1, (4 * pages + 3 * length - 1) // (4 * length))
+                per_split = -(-pages // splits)
+                per_split = -(-per_split // unit) * unit
             row[Group.SPLIT_ENTRIES] = per_split
             row[Group.NUM_SPLITS] = (pages + per_split - 1) // per_split
         for k in self.any_order(self.kept):
@@ -353,8 +418,10 @@ class Emulation:
             full = int(row[Group.SPLIT_ENTRIES]) * self.page_tokens
             last = int(row[Group.NUM_TOKENS]) - (splits - 1) * full
             per_split = self.blocks(queries) * self.kv_heads
-            self.classes.append((full if splits > 1 else last, 2 * h, (splits - 1) * per_split))
-            self.classes.append((last, 2 * h + 1, per_split))
+            weight = 2 if self.blocks(queries) > 1 else 1
+            first = full if splits > 1 else last
+            self.classes.append((weight * first, 2 * h, (splits - 1) * per_split))
+            self.classes.append((weight * last, 2 * h + 1, per_split))
             size = p["member_offsets"][h]
             p["member_offsets"][h] = members
             row[Group.Q_BEGIN] = gathered

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,13 @@ from hypothesis import strategies as st
 
 from flashcore.config.planner import Reason as KernelReason
 from flashcore.planner.counters import INVALID, Count, Fault
-from flashcore.planner.device import Capacities, DevicePlanner
+from flashcore.planner.device import DevicePlanner
+from flashcore.planner.device_plan import Capacities
 from flashcore.planner.folding import Reason
 from tests.cases import Batch, batches
 from tests.device_plan_cases import (
     assert_same_plan,
+    assert_same_stats,
     inputs,
     plan_without,
     planner_for,
@@ -48,7 +52,12 @@ def test_same_plan(batch: Batch, fold: bool, workers: int, tile_m: int):
     options = {"fold": fold, "num_workers": workers, "tile_m": tile_m}
     with short_splits():
         planner = emulate(batch, **options)
-        assert_same_plan(planner.trimmed(len(batch.kv_lens)), batch._plan(**options))
+        expected = batch._plan(**options)
+    assert_same_plan(planner.trimmed(len(batch.kv_lens)), expected)
+    assert_same_stats(planner, expected)
+    # What the default capacity for partial tokens relies on.
+    splits = -(-5 * workers * tile_m // batch.num_q_heads)
+    assert expected.num_partial_tokens <= len(expected.q_tokens) + splits
     assert planner.plan.faults() == Fault(0)
     assert not planner.plan.bad.any()
 
@@ -78,6 +87,9 @@ def test_pages_out_of_range_concern_their_sequence_alone(batch: Batch, data: st.
     for name, value in expected.items():
         assert getattr(found, name).tolist() == value.tolist(), name
     assert planner.plan.faults() == (Fault.PAGE if bad else Fault(0))
+    left = replace(batch, kv_lens=[0 if b in bad else n for b, n in enumerate(batch.kv_lens)])
+    with short_splits():
+        assert_same_stats(planner, left._plan(num_workers=40, tile_m=64))
     assert [b for b, fault in enumerate(planner.plan.bad.tolist()) if fault] == bad
     # The next update is not affected.
     with short_splits():
@@ -129,6 +141,7 @@ def test_lists_that_do_not_fit_leave_no_plan(short: str):
     assert planner.plan.faults() == Fault.PLAN
     counts = planner.plan.counts
     assert counts[[Count.ITEMS, Count.GATHERED, Count.PARTIALS]].tolist() == [0, 0, 0]
+    assert planner.stats().tolist() == [0, 0, 0, 0, 0, Fault.PLAN]
     found = planner.trimmed(2)
     assert found.merge_partials.tolist() == [INVALID] * 5
     assert planner.plan.merge_offsets.tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 5]

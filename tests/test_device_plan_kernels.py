@@ -6,21 +6,22 @@ import pytest
 import torch
 
 from flashcore.config.planner import ROW_CAPACITIES, PlannerConfig, choose, illegal_reason
-from flashcore.planner.device import Capacities, DevicePlanner
+from flashcore.planner.device import DevicePlanner
+from flashcore.planner.device_plan import Capacities
 from flashcore.runtime.folder import default_folder
 from flashcore.runtime.gates import check_kernel
-from flashcore.runtime.kernel import Kernel
+from flashcore.runtime.kernel import PLANNER, Kernel
 from flashcore.runtime.target import detect_target
 from tests.runtime_fixtures import needs_disassembler, needs_dsl
 
 
 @needs_dsl
 @needs_disassembler
-@pytest.mark.parametrize("rows", ROW_CAPACITIES)
-def test_nothing_spills(rows: int) -> None:
-    from flashcore.runtime.launch_planner import PLANNER
-
-    row = check_kernel(Kernel(PLANNER, PlannerConfig(rows)), default_folder(), detect_target())
+@pytest.mark.parametrize(
+    "config", [*(PlannerConfig(rows) for rows in ROW_CAPACITIES), PlannerConfig(1024, True)]
+)
+def test_nothing_spills(config: PlannerConfig) -> None:
+    row = check_kernel(Kernel(PLANNER, config), default_folder(), detect_target())
     assert row.violations == []
 
 

@@ -94,6 +94,21 @@ def test_compile_sees_one_node():
     assert torch.equal(dense(x), flashcore.attention(x, x, x, causal=True))
 
 
+def test_compiled_call_writes_where_it_is_told():
+    batch = shared_batch()
+    q, k, v = batch.tensors()
+    plan = batch.plan()
+
+    def layer(q, out):
+        return flashcore.paged_attention(q, k, v, plan, out=out) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    outs = torch.zeros_like(q), torch.zeros_like(q)
+    assert torch.equal(compiled(q, outs[0]), layer(q, outs[1]))
+    assert torch.equal(*outs)
+    assert torch.equal(outs[0], flashcore.paged_attention(q, k, v, plan))
+
+
 def test_export_sees_one_node():
     batch = shared_batch()
     q, k, v = batch.tensors()

@@ -191,7 +191,11 @@ def call(**changes):
         ({"k_pages": torch.zeros(32, 8, 2, 64)}, ValueError, r"\[any, 16, 2, 64\], got \(32, 8"),
         ({"v_pages": torch.zeros(32, 16, 4, 64)}, ValueError, "v_pages must have the plan's"),
         ({"v_pages": torch.zeros(29, 16, 2, 64)}, ValueError, "v_pages must have at least 30"),
-        ({"plan": None}, TypeError, r"plan must be a flashcore\.Plan, got NoneType"),
+        (
+            {"plan": None},
+            TypeError,
+            r"plan must be a flashcore\.Plan or a flashcore\.DevicePlan, got NoneType",
+        ),
         ({"scale": math.inf}, ValueError, "scale must be finite and above 0, got inf"),
         ({"scale": 0.0}, ValueError, "scale must be finite and above 0, got 0"),
         ({"softcap": -1.0}, ValueError, r"softcap must be finite and at least 0"),

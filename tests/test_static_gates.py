@@ -23,7 +23,7 @@ from flashcore.runtime.gates import (
     violations,
 )
 from flashcore.runtime.inspect import Resources, extract_cubins
-from flashcore.runtime.kernel import COMBINE, DENSE, PAGED, Kernel
+from flashcore.runtime.kernel import COMBINE, DENSE, PAGED, PAGER, PLANNER, Kernel
 from flashcore.runtime.target import detect_target
 from tests.runtime_fixtures import CONSTANT, TILE, ConstantConfig, needs_disassembler, needs_dsl
 from tests.toy_kernels import TileConfig
@@ -127,7 +127,20 @@ def test_required_opcodes_are_the_family_s() -> None:
     assert violations(resources, ("UTMALDG",)) == ["no UTMALDG"]
 
 
-FAMILIES = (DENSE, PAGED, COMBINE)
+def test_load_path_is_told_by_its_opcodes(tmp_path: Path) -> None:
+    """Gathered rows need their own proof: Q comes by LDGSTS in every paged kernel."""
+    boxes = paged.choose("bf16", 64, 16, 4, 64)
+    rows = paged.choose("bf16", 64, 8, 4, 64)
+    assert (boxes.kv_load, rows.kv_load) == ("tma", "gather")
+    of = {c: Kernel(PAGED, c).required_opcodes for c in (boxes, rows)}
+    for config, other in ((boxes, rows), (rows, boxes)):
+        verdict = check_kernel(Kernel(PAGED, config), tmp_path, detect_target())
+        assert verdict.resources is not None
+        assert verdict.violations == []
+        assert len(violations(verdict.resources, of[other])) == 1
+
+
+FAMILIES = (DENSE, PAGED, COMBINE, PLANNER, PAGER)
 
 
 def test_shipped_kernels_are_legal_and_distinct() -> None:
@@ -145,6 +158,9 @@ def test_shipped_kernels_are_legal_and_distinct() -> None:
     assert tiles >= {(d, m) for d in paged.HEAD_DIMS for m in (64, 128)}
     merges = {(c.dtype, c.head_dim) for c in of[COMBINE]}
     assert merges >= {(t, d) for t in dense.DTYPES for d in paged.HEAD_DIMS}
+    for configs in (of[PAGED], of[COMBINE]):  # for plans made on the device too
+        made = {(c.dtype, c.head_dim) for c in configs if c.device_counts}
+        assert made >= {(t, d) for t in dense.DTYPES for d in paged.HEAD_DIMS}
 
 
 def test_unknown_shared_memory_fails() -> None:

@@ -24,6 +24,7 @@ class PlannerConfig:
     """Everything that the code of the planner's kernels depends on."""
 
     row_capacity: int  # sequences whose offsets fit in the shared memory of one CTA
+    from_layout: bool = False  # of a pager on the device, in place of a page table
 
     @property
     def smem_bytes(self) -> int:
@@ -40,11 +41,11 @@ def illegal_reason(config: PlannerConfig) -> str | None:
     return None
 
 
-def choose(max_batch: int) -> PlannerConfig:
+def choose(max_batch: int, from_layout: bool = False) -> PlannerConfig:
     """The smallest kernel that takes `max_batch` sequences; ValueError where there is none."""
     for rows in ROW_CAPACITIES:
         if max_batch <= rows:
-            return PlannerConfig(rows)
+            return PlannerConfig(rows, from_layout)
     raise ValueError(f"max_batch must be at most {ROW_CAPACITIES[-1]}, got {max_batch}")
 
 
@@ -57,7 +58,7 @@ class Slots:
     FIRST = 0  # smallest entry that uses the page
     USES = 1
     PARTIAL_TOKENS = 2  # token counts of the uses that do not fill the page, added up
-    LONGEST_PARTIAL = 3  # the largest of them
+    LONGEST = 3  # most tokens of any use
     LINES = 4
 
 
@@ -69,7 +70,8 @@ class Entries:
     PREVIOUS = 2  # owner of the entry before it in its row, -1: it is the first
     BROKEN = 3  # at an owner: not every use of its page goes on to the owner's next page
     GROUP = 4  # at the owner that begins a group: its number
-    LINES = 5
+    START = 5  # tokens of its sequence before it
+    LINES = 6
 
 
 class Segments:

@@ -2,6 +2,7 @@
 
     layout ─► claim ─► link ─► segments ─► groups ─► places ─► lists
      grid     grid     grid      grid     one CTA   3 CTAs     grid
+    (adopt)
 
 Each is started while the one before it runs, and waits for that one's end.
 
@@ -12,14 +13,15 @@ graph serves any page tables, lengths and sharing.
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Int32, Int64, const_expr
 
 from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, WARPS, PlannerConfig
+from flashcore.kernels.planner_adopt import adopt_layout
 from flashcore.kernels.planner_block import shared_memory
 from flashcore.kernels.planner_emit import emit_gathered, emit_merge, emit_tokens, emit_work
 from flashcore.kernels.planner_groups import find_groups
 from flashcore.kernels.planner_layout import build_layout
-from flashcore.kernels.planner_operands import Plan, Problem, Scratch
+from flashcore.kernels.planner_operands import Plan, Problem, Scratch, Source
 from flashcore.kernels.planner_sharing import claim_pages, mark_breaks, number_segments
 from flashcore.kernels.planner_table import cut, place_items, place_members, place_results
 from flashcore.planner.counters import Count
@@ -39,9 +41,10 @@ class Planner:
     @cute.jit
     def __call__(
         self,
-        mTable: cute.Tensor,  # (batch, max_pages)
-        mSeqLens: cute.Tensor,  # (batch,)
+        mTable: cute.Tensor | None,  # (batch, max_pages)
+        mSeqLens: cute.Tensor | None,  # (batch,)
         mQLens: cute.Tensor,  # (batch,)
+        source: Source | None,  # in place of the first two
         plan: Plan,
         scratch: Scratch,
         problem: Problem,
@@ -56,17 +59,20 @@ class Planner:
         first = {"block": [SCAN_THREADS, 1, 1], "stream": stream}
         scan = {"block": [SCAN_THREADS, 1, 1], "stream": stream, "use_pdl": True}
         visit = {"block": [ENTRY_THREADS, 1, 1], "stream": stream, "use_pdl": True}
-        self.layout(mTable, mSeqLens, mQLens, plan, scratch, problem).launch(
-            grid=[scans, 1, 1], **first
-        )
+        if const_expr(self.config.from_layout):
+            self.adopt(mQLens, source, plan, scratch).launch(grid=[scans, 1, 1], **first)
+        else:
+            self.layout(mTable, mSeqLens, mQLens, plan, scratch, problem).launch(
+                grid=[scans, 1, 1], **first
+            )
         self.claim(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
         self.link(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
         self.segments(plan, scratch).launch(grid=[scans, 1, 1], **scan)
         # Told that one CTA on an SM will do, ptxas takes the registers that it needs.
         roomy = {"min_blocks_per_mp": 1}
         self.groups(plan, scratch, problem).launch(grid=[1, 1, 1], **scan, **roomy)
-        self.places(mSeqLens, plan, scratch, problem).launch(grid=[3, 1, 1], **scan, **roomy)
-        self.lists(mSeqLens, plan, scratch, problem).launch(grid=[num_sms, 4, 1], **visit, **roomy)
+        self.places(mQLens, plan, scratch, problem).launch(grid=[3, 1, 1], **scan, **roomy)
+        self.lists(mQLens, plan, scratch, problem).launch(grid=[num_sms, 4, 1], **visit, **roomy)
 
     @cute.kernel
     def layout(
@@ -87,6 +93,12 @@ class Planner:
         build_layout(mTable, mSeqLens, mQLens, plan, scratch, problem, ends, sums)
 
     @cute.kernel
+    def adopt(self, mQLens: cute.Tensor, source: Source, plan: Plan, scratch: Scratch):
+        sums = SmemAllocator().allocate_tensor(Int32, cute.make_layout(const_expr(WARPS)))
+        cute.arch.griddepcontrol_launch_dependents()
+        adopt_layout(mQLens, source, plan, scratch, sums)
+
+    @cute.kernel
     def claim(self, plan: Plan, scratch: Scratch, problem: Problem):
         self.take_over()
         claim_pages(plan, scratch, problem)
@@ -94,7 +106,9 @@ class Planner:
     @cute.kernel
     def link(self, plan: Plan, scratch: Scratch, problem: Problem):
         self.take_over()
-        mark_breaks(plan, scratch, problem)
+        warps = const_expr(ENTRY_THREADS // 32)
+        wide = SmemAllocator().allocate_tensor(Int64, cute.make_layout(warps))
+        mark_breaks(plan, scratch, problem, wide)
 
     @cute.kernel
     def segments(self, plan: Plan, scratch: Scratch):
@@ -111,7 +125,7 @@ class Planner:
         cut(plan, scratch, problem, num_groups, num_kept, shared)
 
     @cute.kernel
-    def places(self, mSeqLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
+    def places(self, mQLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
         self.take_over()
         bid, _, _ = cute.arch.block_idx()
         shared = shared_memory(SmemAllocator())
@@ -121,21 +135,21 @@ class Planner:
         elif bid == 1:
             place_items(plan, scratch, problem, num_groups, shared)
         else:
-            place_results(plan, scratch, problem, mSeqLens.shape[0], num_groups, num_kept, shared)
+            place_results(plan, scratch, problem, mQLens.shape[0], num_groups, num_kept, shared)
 
     @cute.kernel
-    def lists(self, mSeqLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
+    def lists(self, mQLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
         cute.arch.griddepcontrol_wait()
         # A list for each y: the searches of one do not wait for those of another.
         _, which, _ = cute.arch.block_idx()
         if which == 0:
             emit_work(plan, scratch, problem)
         elif which == 1:
-            emit_merge(plan, scratch, mSeqLens.shape[0])
+            emit_merge(plan, scratch, mQLens.shape[0])
         elif which == 2:
             emit_gathered(plan, scratch)
         else:
-            emit_tokens(plan, scratch, mSeqLens.shape[0])
+            emit_tokens(plan, scratch, mQLens.shape[0])
 
     @cute.jit
     def take_over(self):

@@ -195,9 +195,7 @@ def number_groups(scratch: Scratch, num_found: Int32, shared: Shared):
 
 
 @cute.jit
-def keep_segments(
-    plan: Plan, scratch: Scratch, problem: Problem, num_segments: Int32, shared: Shared
-):
+def keep_segments(plan: Plan, scratch: Scratch, num_segments: Int32, shared: Shared):
     """Segments of the groups that stay, with the pages that folded ancestors leave them; how many.
 
     The owner of each group writes its run into the group table.
@@ -218,7 +216,7 @@ def keep_segments(
             extra = found[G.EXTRA_ENTRIES, g]
             segments[S.KEPT_ROW, place] = row
             segments[S.KEPT_GROUP, place] = h
-            start = (entry - plan.mRowOffsets[row]) * problem.page_tokens
+            start = scratch.mEntries[E.START, entry]
             segments[S.KEPT_START, place] = start - found[G.EXTRA_TOKENS, g]
             if segments[S.OWNER, s] == entry:
                 plan.mGroups[h, int(Group.ENTRY)] = entry - extra
@@ -250,5 +248,5 @@ def find_groups(
     if problem.fold != 0:
         fold_groups(plan, scratch, problem, num_found, shared)
     num_groups = number_groups(scratch, num_found, shared)
-    num_kept = keep_segments(plan, scratch, problem, num_segments, shared)
+    num_kept = keep_segments(plan, scratch, num_segments, shared)
     return num_groups, num_kept

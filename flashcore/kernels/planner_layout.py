@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, Int64
 
 from flashcore.config.planner import SCAN_THREADS, Rows
 from flashcore.config.planner import Entries as E
 from flashcore.kernels.planner_block import block_scan, last_at_most
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
-from flashcore.planner.counters import Count, Fault
+from flashcore.planner.counters import Count, Fault, Stat
 
 
 @cute.jit
@@ -74,6 +74,7 @@ def scan_rows(
         if bid == 0:
             plan.mQOffsets[0] = Int32(0)
             plan.mRowOffsets[0] = Int32(0)
+            plan.mStats[int(Stat.TOKENS_UNIQUE)] = Int64(0)  # the next steps add to it
     cute.arch.sync_threads()
 
 
@@ -116,6 +117,7 @@ def fill_entries(
         plan.mCols[e] = page
         plan.mTokenCounts[e] = left if left < problem.page_tokens else problem.page_tokens
         scratch.mEntries[E.ROW, e] = row
+        scratch.mEntries[E.START, e] = column * problem.page_tokens
         if column == 0:
             scratch.mEntries[E.PREVIOUS, e] = Int32(-1)
 

@@ -19,15 +19,30 @@ class Problem(NamedTuple):
     kv_token_bytes: Int32  # `folding.Costs`
     partial_token_bytes: Int32
     fold: Int32  # 0: groups stay as found
-    items_aimed_at: Int32  # 0: no split
-    min_split_tokens: Int32
+    num_workers: Int32  # 0 or 1: no split
+    min_split_tokens: Int32  # `planner.split`
+    long_split_tokens: Int32
     split_unit: Int32  # tokens; splits are multiples of it
+
+
+class Source(NamedTuple):
+    """A layout made on the device; docs as in `pager.device.DeviceLayout`."""
+
+    mCounts: cute.Tensor  # (PagerCount.SIZE,)
+    mBad: cute.Tensor  # (its max_batch,)
+    mRowOffsets: cute.Tensor  # (its max_batch + 1,)
+    mKvLens: cute.Tensor  # (its max_batch,)
+    mCols: cute.Tensor  # (its max_entries,), at most those of the plan
+    mTokenCounts: cute.Tensor  # (its max_entries,)
+    mStarts: cute.Tensor  # (its max_entries,)
+    mRows: cute.Tensor  # (its max_entries,)
 
 
 class Plan(NamedTuple):
     """The plan, at capacity; docs as in `planner.types.Plan`."""
 
     mCounts: cute.Tensor  # (Count.SIZE,)
+    mStats: cute.Tensor  # int64 (Stat.SIZE,)
     mBad: cute.Tensor  # (max_batch,) `Fault` of each sequence
     mRowOffsets: cute.Tensor  # (max_batch + 1,)
     mKvLens: cute.Tensor  # (max_batch,)

@@ -14,10 +14,10 @@ from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, UNUSED, Slots,
 from flashcore.config.planner import Entries as E
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
-from flashcore.kernels.planner_block import block_scan
+from flashcore.kernels.planner_block import block_scan, warp_sum
 from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
-from flashcore.planner.counters import Count
+from flashcore.planner.counters import Count, Stat
 
 
 @cute.jit
@@ -34,44 +34,50 @@ def claim_pages(plan: Plan, scratch: Scratch, problem: Problem):
             slot = scratch.mSlots.iterator + plan.mCols[e] * Slots.LINES
             cute.arch.atomic_min(slot + Slots.FIRST, e, sem="relaxed", scope="gpu")
             cute.arch.atomic_add(slot + Slots.USES, Int32(1), sem="relaxed", scope="gpu")
+            cute.arch.atomic_max(slot + Slots.LONGEST, tokens, sem="relaxed", scope="gpu")
             if tokens < problem.page_tokens:
                 cute.arch.atomic_add(
                     slot + Slots.PARTIAL_TOKENS, tokens, sem="relaxed", scope="gpu"
-                )
-                cute.arch.atomic_max(
-                    slot + Slots.LONGEST_PARTIAL, tokens, sem="relaxed", scope="gpu"
                 )
 
 
 @cute.jit
 def owner_and_uses(plan: Plan, scratch: Scratch, e: Int32):
-    """Owner of an entry's page and its uses. Entries that disagree on its tokens own themselves:
-    partial counts are all there is and all equal, or there are none."""
+    """Owner of an entry's page, its uses, and the tokens of the page at the first of them, else 0.
+
+    Entries that disagree on its tokens own themselves: partial counts are all there is and all
+    equal, or there are none."""
     words = cute.make_rmem_tensor(const_expr(Slots.LINES), Int32)
     at = (scratch.mSlots.iterator + plan.mCols[e] * Slots.LINES).align(16)
     cute.autovec_copy(cute.make_tensor(at, cute.make_layout(Slots.LINES)), words)
     owner, uses = words[Slots.FIRST], words[Slots.USES]
-    partial = words[Slots.PARTIAL_TOKENS]
-    if partial != 0 and partial != uses * words[Slots.LONGEST_PARTIAL]:
+    partial, longest = words[Slots.PARTIAL_TOKENS], words[Slots.LONGEST]
+    tokens = longest if owner == e else Int32(0)
+    if partial != 0 and partial != uses * longest:
         owner, uses = e, Int32(1)
-    return owner, uses
+    return owner, uses, tokens
 
 
 @cute.jit
-def mark_breaks(plan: Plan, scratch: Scratch, problem: Problem):
-    """Each entry finds its owner, and breaks the owner's run where it does not go on like it."""
+def mark_breaks(plan: Plan, scratch: Scratch, problem: Problem, wide: cute.Tensor):
+    """Each entry finds its owner, and breaks the owner's run where it does not go on like it.
+
+    wide: int64 of shared memory for each warp, in which tokens of distinct pages are added up.
+    """
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     grid, _, _ = cute.arch.grid_dim()
     nnz = plan.mCounts[int(Count.NNZ)]
+    unique = Int64(0)
     for e in cutlass.range(bid * ENTRY_THREADS + tid, nnz, grid * ENTRY_THREADS, unroll=1):
         row = scratch.mEntries[E.ROW, e]
         owner, uses = Int32(-1), Int32(0)
         if is_active(plan, scratch, row):
-            owner, uses = owner_and_uses(plan, scratch, e)
+            owner, uses, tokens = owner_and_uses(plan, scratch, e)
+            unique = unique + Int64(tokens)
             linked = Int32(0)
             if e + 1 < plan.mRowOffsets[row + 1]:
-                next_owner, next_uses = owner_and_uses(plan, scratch, e + 1)
+                next_owner, next_uses, _ = owner_and_uses(plan, scratch, e + 1)
                 full = plan.mTokenCounts[e] == problem.page_tokens
                 if full and next_uses == uses and next_owner == owner + 1:
                     linked = Int32(1)
@@ -79,6 +85,17 @@ def mark_breaks(plan: Plan, scratch: Scratch, problem: Problem):
             if linked == 0:
                 scratch.mEntries[E.BROKEN, owner] = Int32(1)
         scratch.mEntries[E.OWNER, e] = owner
+    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+    unique = warp_sum(unique)
+    if lane == 0:
+        wide[warp] = unique
+    cute.arch.sync_threads()
+    if tid == 0:
+        for w in cutlass.range_constexpr(1, const_expr(ENTRY_THREADS // 32)):
+            unique = unique + wide[w]
+        if unique > 0:
+            at = plan.mStats.iterator + int(Stat.TOKENS_UNIQUE)
+            cute.arch.atomic_add(at, unique, sem="relaxed", scope="gpu")
 
 
 @cute.jit

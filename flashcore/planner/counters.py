@@ -5,7 +5,9 @@ Kernels read it instead of tensor shapes, which are capacities there.
 
 from __future__ import annotations
 
-from enum import IntEnum, IntFlag
+from enum import IntEnum
+
+from flashcore.pager.counters import Fault as Fault
 
 INVALID = -2
 """In place of a partial token: the only element of the merge list of a query token whose sequence
@@ -32,12 +34,14 @@ class Count(IntEnum):
     SIZE = 16
 
 
-class Fault(IntFlag):
-    """Why a sequence could not be planned; bits of DevicePlan.bad and of Count.FAULTS."""
+class Stat(IntEnum):
+    """Elements of DevicePlan.stats, int64; the same as in `PlanStats`. All are 0 but FAULTS where
+    the whole batch was left out (`Fault.PLAN`)."""
 
-    LENGTH = 1  # a length below 0, or beyond the page table
-    QUERY_LENGTH = 2  # a query length below 0
-    PAGE = 4  # a page id out of range
-    ENTRIES = 8  # more pages than max_entries, counting from the first sequence
-    QUERIES = 16  # more query tokens than max_q, counting from the first sequence
-    PLAN = 32  # gathered tokens, work items or partial tokens exceed their capacity
+    TOKENS_UNIQUE = 0  # in distinct pages of sequences with queries; what no plan can go below
+    TOKENS_ONCE = 1  # read by this plan
+    TOKENS_PER_SEQUENCE = 2  # read if every sequence with queries reads its own copy
+    NUM_GROUPS = 3
+    NUM_FOLDED = 4  # groups that were shared as found and were given back
+    FAULTS = 5  # `Fault` of any sequence
+    SIZE = 6

@@ -7,75 +7,55 @@ out and marked in `DevicePlan.bad`; its query tokens' merge lists hold `counters
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
 from flashcore import validate
 from flashcore.config import planner as lines
+from flashcore.device import device_path, resident_ctas
+from flashcore.pager.device import DeviceLayout
 from flashcore.planner import split
-from flashcore.planner.counters import Count, Fault
-from flashcore.planner.folding import Costs
+from flashcore.planner.counters import Count
+from flashcore.planner.device_plan import (
+    Capacities,
+    DevicePlan,
+    fill_defaults,
+    planned_tensors,
+    workspace_elements,
+    workspace_tensors,
+)
+from flashcore.planner.folding import Costs, Fold
 from flashcore.planner.types import Plan
-from flashcore.planner.work import DIRECT, FIELDS
+from flashcore.planner.work import DIRECT
 
-_MOST = validate.INT32_MAX // FIELDS  # rows of a table whose elements are counted in int32
-
-
-@dataclass(frozen=True, eq=False)
-class DevicePlan:
-    """Tensors of `Plan` at capacity, int32; an update rewrites them where they are.
-
-    counts: [Count.SIZE] how much of each tensor is filled, and `Fault` bits of the whole batch.
-    bad: [max_batch] `Fault` bits of each sequence.
-    Merge lists of places past the last query token are empty.
-    """
-
-    counts: torch.Tensor
-    bad: torch.Tensor
-    row_offsets: torch.Tensor
-    kv_lens: torch.Tensor
-    q_offsets: torch.Tensor
-    cols: torch.Tensor
-    token_counts: torch.Tensor
-    groups: torch.Tensor
-    member_offsets: torch.Tensor
-    member_rows: torch.Tensor
-    member_starts: torch.Tensor
-    decisions: torch.Tensor
-    q_tokens: torch.Tensor
-    q_positions: torch.Tensor
-    q_index: torch.Tensor
-    work: torch.Tensor
-    merge_offsets: torch.Tensor
-    merge_partials: torch.Tensor
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """In the order of `kernels.planner_operands.Plan`."""
-        return tuple(vars(self).values())
-
-    def faults(self) -> Fault:
-        """What was wrong with any sequence of the last update. Waits for the device."""
-        return Fault(int(self.counts[Count.FAULTS]))
-
-
-@dataclass(frozen=True)
-class Capacities:
-    """Most of everything; 0 for the last three chooses what ordinary batches cannot exceed."""
-
-    max_batch: int
-    max_entries: int  # pages of all sequences together
-    max_q: int  # query tokens of all sequences together
-    max_gathered: int = 0
-    max_partials: int = 0
-    max_items: int = 0
+_MOST_PAGES = validate.INT32_MAX // 8
 
 
 class DevicePlanner:
     """Plans batches of one model on one GPU, into one `DevicePlan` that it owns.
 
-    Options as in `flashcore.plan`. `num_pages` is the size of the page pool; page tables with an id
-    outside it are caught. Not for use on two streams at once.
+    Everything is launched and nothing awaited, so that a CUDA graph can hold the update and the
+    attention calls of a step:
+
+        planner = DevicePlanner(Capacities(max_batch=256, max_entries=65536, max_q=256), ...)
+        plan = planner.update(page_table, seq_lens, q_lens)
+        out = flashcore.paged_attention(q, k_pages, v_pages, plan)
+
+    Args:
+        capacities: the most there may be of everything; see `Capacities`.
+        num_pages: size of the page pool; page tables with an id outside it are caught.
+        num_q_heads, num_kv_heads, head_dim, page_tokens, itemsize, tile_m, num_workers, fold: as in
+            `flashcore.plan`; tile_m is 64 if not given.
+        device: a Hopper GPU.
+        workspace: fp32 [n], n at least max_partials * num_q_heads * (head_dim + 1), where partial
+            results go; allocated if None. Planners whose attention calls never overlap may share
+            one. Where capacities.max_partials is 0, what it holds is the capacity.
+
+    An update and the attention calls with its plan go on one stream, or are ordered by events.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it may be.
     """
 
     def __init__(
@@ -89,34 +69,60 @@ class DevicePlanner:
         page_tokens: int = 128,
         itemsize: int = 2,
         tile_m: int = 64,
-        num_workers: int = 0,
-        fold: bool = True,
+        num_workers: int | None = None,
+        fold: Fold = True,
         device: torch.device | str = "cuda",
+        workspace: torch.Tensor | None = None,
     ):
         group_size = validate.head_counts(num_q_heads, num_kv_heads)
+        validate.positive_int("head_dim", head_dim)
+        validate.positive_int("itemsize", itemsize, maximum=8)
         validate.positive_int("tile_m", tile_m)
         validate.positive_int("page_tokens", page_tokens)
-        c = self.capacities = _with_defaults(capacities, group_size, num_kv_heads, tile_m)
-        for name, value in vars(c).items():
-            validate.positive_int(name, value, maximum=_MOST)
-        if c.max_batch * (c.max_q + 1) > validate.INT32_MAX:
-            raise ValueError(
-                f"max_batch x (max_q + 1) must be below 2**31, got {c.max_batch} x {c.max_q + 1}"
-            )
-        validate.positive_int("num_pages", num_pages, maximum=_MOST)
-        self.page_tokens, self.tile_m = page_tokens, tile_m
-        self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
-        self.config = lines.choose(c.max_batch)
-        self.plan = _allocate_plan(c, torch.device(device))
-        self._scratch = _allocate_scratch(c, num_pages, torch.device(device))
-        costs = Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize)
-        workers = num_workers * split.ITEMS_PER_WORKER if num_workers > 1 else 0
+        validate.positive_int("num_pages", num_pages, maximum=_MOST_PAGES)
+        device = torch.device(device)
+        workers = _workers(num_workers, device, head_dim, tile_m, page_tokens)
+        if workspace is not None and not capacities.max_partials:
+            held = workspace.numel() // workspace_elements(1, num_q_heads, head_dim)
+            capacities = replace(capacities, max_partials=held)
+        c = fill_defaults(capacities, num_q_heads, num_kv_heads, tile_m, workers)
+        self.capacities = c
+        self._configs = tuple(lines.choose(c.max_batch, source) for source in (False, True))
+        filled = planned_tensors(c, device)
+        self._filled = tuple(filled.values())
+        self.plan = DevicePlan(
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            page_tokens=page_tokens,
+            tile_m=tile_m,
+            max_q=c.max_q,
+            num_pages=num_pages,
+            **filled,
+            **workspace_tensors(c.max_partials, num_q_heads, head_dim, workspace, device),
+        )
+        self._scratch = _allocate_scratch(c, num_pages, device)
+        costs = Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize, fold)
         unit = page_tokens * -(-split.TILE_TOKENS // page_tokens)
         self._problem = (
             *(page_tokens, num_pages, num_kv_heads, group_size, tile_m),
-            *(*costs, int(fold)),
-            *(workers, split.MIN_SPLIT_TOKENS, unit),
+            *(*costs, int(bool(fold))),
+            *(workers, split.MIN_SPLIT_TOKENS, split.LONG_SPLIT_TOKENS, unit),
         )
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of the partial results, the largest of what the planner holds."""
+        c, p = self.capacities, self.plan
+        return 4 * workspace_elements(c.max_partials, p.num_q_heads, p.head_dim)
+
+    def stats(self) -> torch.Tensor:
+        """Counters of the last update: int64 [Stat.SIZE] on the device, columns `counters.Stat`.
+
+        The same tensor always; updates rewrite it. Copy it to pinned memory with non_blocking=True
+        to read it later without waiting.
+        """
+        return self.plan.stats
 
     def update(
         self, page_table: torch.Tensor, seq_lens: torch.Tensor, q_lens: torch.Tensor
@@ -125,19 +131,63 @@ class DevicePlanner:
 
         page_table: [batch, max_pages] int32 with contiguous rows. seq_lens, q_lens: [batch] int32,
         contiguous. A sequence of length 0 and no queries takes up nothing, so a captured graph
-        serves any number of sequences up to its batch.
+        serves any number of sequences up to its batch. The result is the planner's one plan, the
+        same object each time.
+
+        A sequence that cannot be planned is left out and named in `plan.bad`; the results of its
+        query tokens are NaN.
         """
         self._check(page_table, seq_lens, q_lens)
         if page_table.numel() == 0:  # torch gives empty tensors any strides
             page_table = torch.empty(page_table.shape, dtype=torch.int32, device=page_table.device)
+        return self._launch(page_table, seq_lens, q_lens, None)
+
+    def update_from_layout(self, layout: DeviceLayout, q_lens: torch.Tensor) -> DevicePlan:
+        """Plan the batch that a `DevicePager` has laid out, on the stream of its update.
+
+        q_lens: [batch] int32, contiguous, for the sequences of the layout. A sequence that could
+        not be laid out is left out as in `update`.
+        """
+        validate.tensor("q_lens", q_lens, dtypes=(torch.int32,), ndim=1)
+        validate.same_device("plan", self.plan.cols, layout=layout.cols, q_lens=q_lens)
+        for name in ("page_tokens", "num_pages"):
+            found, wanted = getattr(layout, name), getattr(self.plan, name)
+            if found != wanted:
+                raise ValueError(f"layout must have the planner's {name} {wanted}, got {found}")
+        if layout.cols.numel() > self.capacities.max_entries:
+            raise ValueError(
+                f"layout has max_entries {layout.cols.numel()}, the planner's is "
+                f"{self.capacities.max_entries}"
+            )
+        most_rows = min(self.capacities.max_batch, layout.bad.numel())
+        if q_lens.numel() > most_rows:
+            raise ValueError(
+                f"q_lens has {q_lens.numel()} sequences, max_batch of planner and layout is "
+                f"{most_rows}"
+            )
+        return self._launch(None, None, q_lens, layout)
+
+    def _launch(
+        self,
+        page_table: torch.Tensor | None,
+        seq_lens: torch.Tensor | None,
+        q_lens: torch.Tensor,
+        layout: DeviceLayout | None,
+    ) -> DevicePlan:
+        path = device_path(q_lens.device)
+        if path.name != "hopper":
+            raise NotImplementedError(
+                f"DevicePlanner plans with Hopper kernels: {path.reason}; use flashcore.plan"
+            )
         from flashcore.runtime.launch_planner import make_plan
 
         make_plan(
-            self.config,
+            self._configs[layout is not None],
             page_table,
             seq_lens,
             q_lens,
-            self.plan.tensors(),
+            None if layout is None else layout.source(),
+            self._filled,
             self._scratch,
             self._problem,
         )
@@ -151,11 +201,11 @@ class DevicePlanner:
         offsets = p.merge_offsets[: total_q + 1].clone()
         lists = p.merge_partials[: n[Count.MERGE]].clone()
         return Plan(
-            num_q_heads=self.num_q_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            page_tokens=self.page_tokens,
-            tile_m=self.tile_m,
+            num_q_heads=p.num_q_heads,
+            num_kv_heads=p.num_kv_heads,
+            head_dim=p.head_dim,
+            page_tokens=p.page_tokens,
+            tile_m=p.tile_m,
             total_q=total_q,
             max_q_len=n[Count.MAX_Q_LEN],
             num_pages=int(p.cols[:nnz].max()) + 1 if nnz else 0,
@@ -206,41 +256,15 @@ class DevicePlanner:
             )
 
 
-def _with_defaults(c: Capacities, group_size: int, num_kv_heads: int, tile_m: int) -> Capacities:
-    """Gathered tokens: each member's queries; decode has at most one a page. Work items: one for
-    each row block and KV head of a group, and four a worker for the splits."""
-    gathered = c.max_gathered or c.max_entries + 8 * c.max_q
-    blocks = c.max_entries + -(-gathered * group_size // tile_m)
-    items = c.max_items or num_kv_heads * blocks + 4096
-    return Capacities(
-        c.max_batch, c.max_entries, c.max_q, gathered, c.max_partials or 2 * gathered, items
-    )
-
-
-def _allocate_plan(c: Capacities, device: torch.device) -> DevicePlan:
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    return DevicePlan(
-        counts=zeros(Count.SIZE),
-        bad=zeros(c.max_batch),
-        row_offsets=zeros(c.max_batch + 1),
-        kv_lens=zeros(c.max_batch),
-        q_offsets=zeros(c.max_batch + 1),
-        cols=zeros(c.max_entries),
-        token_counts=zeros(c.max_entries),
-        groups=zeros(c.max_entries, FIELDS),
-        member_offsets=zeros(c.max_entries + 1),
-        member_rows=zeros(c.max_entries),
-        member_starts=zeros(c.max_entries),
-        decisions=zeros(c.max_entries, 4),
-        q_tokens=zeros(c.max_gathered),
-        q_positions=zeros(c.max_gathered),
-        q_index=zeros(c.max_q),
-        work=zeros(c.max_items, FIELDS),
-        merge_offsets=zeros(c.max_q + 1),
-        merge_partials=zeros(c.max_partials + c.max_q),
-    )
+def _workers(
+    num_workers: int | None, device: torch.device, head_dim: int, tile_m: int, page_tokens: int
+) -> int:
+    """CTAs to balance, 0 for no split."""
+    if num_workers is None:
+        return resident_ctas(device, head_dim, tile_m, page_tokens) if device.type == "cuda" else 0
+    if num_workers:
+        validate.positive_int("num_workers", num_workers)
+    return num_workers
 
 
 def _allocate_scratch(

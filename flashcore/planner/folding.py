@@ -15,7 +15,7 @@ down, since a folded parent's pages lengthen what its children would have to rep
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -34,15 +34,22 @@ class Reason(IntEnum):
     KEPT_ALL = 6  # shared; folding was switched off
 
 
+Fold = bool | Literal["always"]
+"""True: what is cheaper in bytes. False: nothing. "always": every group whose fold is exact."""
+
+
 class Costs(NamedTuple):
     """Bytes that decide on folding."""
 
-    kv_token: int  # K and V of one token, all KV heads
+    kv_token: int  # K and V of one token, all KV heads; 0 makes every exact fold cheaper
     partial_token: int  # one more partial result of one query token, all query heads, both ways
 
     @staticmethod
-    def of(num_q_heads: int, num_kv_heads: int, head_dim: int, itemsize: int) -> Costs:
-        return Costs(2 * num_kv_heads * head_dim * itemsize, 2 * num_q_heads * (4 * head_dim + 4))
+    def of(
+        num_q_heads: int, num_kv_heads: int, head_dim: int, itemsize: int, fold: Fold = True
+    ) -> Costs:
+        kv_token = 0 if fold == "always" else 2 * num_kv_heads * head_dim * itemsize
+        return Costs(kv_token, 2 * num_q_heads * (4 * head_dim + 4))
 
 
 class Folding(NamedTuple):

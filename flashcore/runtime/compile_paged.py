@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashcore.config.paged import CombineConfig, PagedConfig, illegal_reason
+from flashcore.planner.counters import Count
 from flashcore.runtime.compile import COMPILE_OPTIONS
 
 
@@ -13,8 +14,8 @@ def compile_paged(config: PagedConfig, options: str = "") -> Any:
 
     Call arguments, in order: q, k_pages, v_pages, out, lse, partial_out, partial_lse, cols, work,
     q_tokens, q_positions, q_index or None, tree_mask (uint8) or None, sinks or None,
-    scheduler_scratch, softmax_scale, softcap, window_left, window_right, num_ctas. The stream is
-    the caller's current one.
+    scheduler_scratch, counts or None, softmax_scale, softcap, window_left, window_right, num_ctas.
+    The stream is the caller's current one.
     """
     reason = illegal_reason(config)
     if reason is not None:
@@ -63,10 +64,11 @@ def _paged_tensors(config: PagedConfig) -> tuple[Any, ...]:
         make_fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), assumed_align=16),
         _vector(Int32, gathered),
         _vector(Int32, gathered),
-        _vector(Int32, total_q) if c.tree else None,
+        _vector(Int32, cute.sym_int()) if c.tree else None,
         _matrix(Uint8, total_q, cute.sym_int(), 1) if c.tree else None,
         _vector(Float32, heads) if c.sinks else None,
         _vector(Int32, 2),
+        _vector(Int32, int(Count.SIZE)) if c.device_counts else None,
     )
 
 
@@ -74,7 +76,7 @@ def compile_combine(config: CombineConfig, options: str = "") -> Any:
     """Compile the merge of partial results.
 
     Call arguments, in order: out, lse, partial_out, partial_lse, merge_offsets, merge_partials,
-    sinks or None.
+    sinks or None, counts or None, tree_width.
     """
     import cutlass.cute as cute
     from cutlass import BFloat16, Float16, Float32, Int32
@@ -93,6 +95,8 @@ def compile_combine(config: CombineConfig, options: str = "") -> Any:
         _vector(Int32, cute.sym_int()),
         _vector(Int32, cute.sym_int()),
         _vector(Float32, heads) if config.sinks else None,
+        _vector(Int32, int(Count.SIZE)) if config.device_counts else None,
+        Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"{COMPILE_OPTIONS} {options}".strip(),
     )

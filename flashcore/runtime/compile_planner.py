@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flashcore.config.planner import PlannerConfig, Slots, illegal_reason
-from flashcore.planner.counters import Count
+from flashcore.pager.counters import PagerCount
+from flashcore.planner.counters import Count, Stat
 from flashcore.planner.work import FIELDS
 from flashcore.runtime.compile import COMPILE_OPTIONS
 
@@ -13,9 +14,9 @@ from flashcore.runtime.compile import COMPILE_OPTIONS
 def compile_planner(config: PlannerConfig, options: str = "") -> Any:
     """Compile the planner for `config`; the result exports with `export_to_c`.
 
-    Call arguments, in order: page_table, seq_lens, q_lens, then the fields of
-    `kernels.planner_operands` `Plan`, `Scratch` and `Problem` as three tuples, and the number of
-    multiprocessors. The stream is the caller's current one.
+    Call arguments, in order: page_table and seq_lens or None twice, q_lens, then the fields of
+    `kernels.planner_operands` `Source` (or None), `Plan`, `Scratch` and `Problem` as tuples, and
+    the number of multiprocessors. The stream is the caller's current one.
     """
     reason = illegal_reason(config)
     if reason is not None:
@@ -31,9 +32,10 @@ def compile_planner(config: PlannerConfig, options: str = "") -> Any:
     batch = cute.sym_int()
     return cute.compile(
         Planner(config),
-        _matrix(batch, cute.sym_int(), align=4),
+        None if config.from_layout else _matrix(batch, cute.sym_int(), align=4),
+        None if config.from_layout else _vector(batch),
         _vector(batch),
-        _vector(batch),
+        _source() if config.from_layout else None,
         _plan(),
         _scratch(),
         Problem(*(Int32(1) for _ in Problem._fields)),
@@ -43,14 +45,35 @@ def compile_planner(config: PlannerConfig, options: str = "") -> Any:
     )
 
 
+def _source() -> Any:
+    import cutlass.cute as cute
+
+    from flashcore.kernels.planner_operands import Source
+
+    batch, entries = cute.sym_int(), cute.sym_int()
+    return Source(
+        mCounts=_vector(int(PagerCount.SIZE)),
+        mBad=_vector(batch),
+        mRowOffsets=_vector(cute.sym_int()),
+        mKvLens=_vector(batch),
+        mCols=_vector(entries),
+        mTokenCounts=_vector(entries),
+        mStarts=_vector(entries),
+        mRows=_vector(entries),
+    )
+
+
 def _plan() -> Any:
     import cutlass.cute as cute
+    from cutlass import Int64
+    from cutlass.cute.runtime import make_fake_tensor
 
     from flashcore.kernels.planner_operands import Plan
 
     entries, gathered, items = cute.sym_int(), cute.sym_int(), cute.sym_int()
     return Plan(
         mCounts=_vector(int(Count.SIZE)),
+        mStats=make_fake_tensor(Int64, (int(Stat.SIZE),), (1,), assumed_align=8),
         mBad=_vector(cute.sym_int()),
         mRowOffsets=_vector(cute.sym_int()),
         mKvLens=_vector(cute.sym_int()),

@@ -12,11 +12,19 @@ from functools import lru_cache
 
 import torch
 
-from flashcore.config.paged import CombineConfig, PagedConfig, choose, choose_combine
+from flashcore.config.paged import (
+    CombineConfig,
+    PagedConfig,
+    choose,
+    choose_combine,
+    choose_device_combine,
+)
 from flashcore.runtime.cache import shared_cache
 from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
 from flashcore.runtime.launch import DTYPE_NAMES, scheduler_scratch, sm_count, tma_ready
 from flashcore.runtime.load import CompiledFunction
+
+_ANY_WIDTH = 2**31 - 1
 
 _functions: dict[PagedConfig | CombineConfig, CompiledFunction] = {}
 _choose = lru_cache(maxsize=1024)(choose)  # a choice costs the host as much as a launch
@@ -44,9 +52,16 @@ def paged_attention(
     softcap: float,
     sinks: torch.Tensor | None,
     tree_mask: torch.Tensor | None,
+    counts: torch.Tensor | None = None,
+    workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes as in `flashcore.paged_attention` and `Plan`: (out like q, lse [total_q,
     num_q_heads]).
+
+    counts: of a plan made on the device, whose tensors are at capacity. workspace: fp32
+    [num_partial_tokens, num_q_heads, head_dim], the same without the last axis, and a
+    `scheduler_scratch` of its own. out: to write the result to. Both are made where not given.
 
     Raises NotImplementedError for a dtype, ValueError for a head_dim, page size or stride that the
     kernels cannot take.
@@ -70,16 +85,24 @@ def paged_attention(
         softcap=softcap > 0,
         sinks=sinks is not None,
         tree=tree_mask is not None,
+        device_counts=counts is not None,
     )
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    else:
+        out = tma_ready("out", out)
     lse = q.new_empty((total_q, heads), dtype=torch.float32)
     if total_q == 0:
         return out, lse
-    if num_partial_tokens:
-        partial_out = lse.new_empty((num_partial_tokens, heads, dim))
-        partial_lse = lse.new_empty((num_partial_tokens, heads))
+    if workspace is not None:
+        partial_out, partial_lse, scratch = workspace
     else:
-        partial_out, partial_lse = _no_partials(q.device, heads, dim)
+        scratch = scheduler_scratch(q.device.index)
+        if num_partial_tokens:
+            partial_out = lse.new_empty((num_partial_tokens, heads, dim))
+            partial_lse = lse.new_empty((num_partial_tokens, heads))
+        else:
+            partial_out, partial_lse = _no_partials(q.device, heads, dim)
     if sinks is not None:
         sinks = sinks.float()
     num_items = work.shape[0]
@@ -99,19 +122,33 @@ def paged_attention(
             q_index if config.tree else None,
             None if tree_mask is None else tree_mask.view(torch.uint8),
             sinks,
-            scheduler_scratch(q.device.index),
+            scratch,
+            counts,
             scale,
             softcap,
             window_left,
             window_right,
-            min(num_items, sm_count(q.device)),
+            min(num_items, config.ctas_per_sm * sm_count(q.device)),
         )
     if needs_merge:
         entries = merge_partials.numel()
         if entries == 0:  # query tokens without keys: their zeros are written by the merge
             merge_partials = merge_offsets
-        merge = choose_combine(dtype, dim, sinks is not None, entries, total_q)
-        _function(merge)(out, lse, partial_out, partial_lse, merge_offsets, merge_partials, sinks)
+        if counts is None:
+            merge = choose_combine(dtype, dim, sinks is not None, entries, total_q)
+        else:
+            merge = choose_device_combine(dtype, dim, sinks is not None, total_q * heads)
+        _function(merge)(
+            out,
+            lse,
+            partial_out,
+            partial_lse,
+            merge_offsets,
+            merge_partials,
+            sinks,
+            counts,
+            _ANY_WIDTH if tree_mask is None else tree_mask.shape[1],
+        )
     return out, lse
 
 

@@ -1,7 +1,7 @@
 """Launch the planner's kernels on torch tensors.
 
-Six launches on torch's current stream, nothing read back, so a call can be captured in a CUDA graph
-once the kernel is loaded. Arguments are taken as already checked (`planner.device`).
+Seven launches on torch's current stream, nothing read back, so a call can be captured in a CUDA
+graph once the kernel is loaded. Arguments are taken as already checked (`planner.device`).
 """
 
 from __future__ import annotations
@@ -10,39 +10,27 @@ import torch
 
 from flashcore.config.planner import PlannerConfig
 from flashcore.runtime.cache import shared_cache
-from flashcore.runtime.kernel import Family, Kernel
+from flashcore.runtime.kernel import PLANNER, Kernel
 from flashcore.runtime.launch import sm_count
 from flashcore.runtime.load import CompiledFunction
-
-PLANNER = Family(
-    "planner",
-    "flashcore.runtime.compile_planner:compile_planner",
-    (
-        "kernels",
-        "config",
-        "planner/work.py",
-        "planner/counters.py",
-        "runtime/compile.py",
-        "runtime/compile_planner.py",
-    ),
-    required_opcodes=("REDG", "SHFL"),
-)
 
 _functions: dict[PlannerConfig, CompiledFunction] = {}
 
 
 def make_plan(
     config: PlannerConfig,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
+    page_table: torch.Tensor | None,
+    seq_lens: torch.Tensor | None,
     q_lens: torch.Tensor,
+    layout: tuple[torch.Tensor, ...] | None,
     plan: tuple[torch.Tensor, ...],
     scratch: tuple[torch.Tensor, ...],
     problem: tuple[int, ...],
 ) -> None:
-    """Fill `plan`; the tuples are `Plan`, `Scratch` and `Problem` of `kernels.planner_operands`."""
-    sms = sm_count(page_table.device)
-    load_planner(config)(page_table, seq_lens, q_lens, plan, scratch, problem, sms)
+    """Fill `plan` from a page table or a layout; the tuples are `Source`, `Plan`, `Scratch` and
+    `Problem` of `kernels.planner_operands`."""
+    sms = sm_count(q_lens.device)
+    load_planner(config)(page_table, seq_lens, q_lens, layout, plan, scratch, problem, sms)
 
 
 def load_planner(config: PlannerConfig) -> CompiledFunction:

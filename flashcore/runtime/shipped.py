@@ -9,7 +9,9 @@ from __future__ import annotations
 from flashcore.config import paged
 from flashcore.config.dense import DTYPES, HEAD_DIMS, DenseConfig, DenseProblem, choose
 from flashcore.config.paged import CombineConfig, PagedConfig
-from flashcore.runtime.kernel import COMBINE, DENSE, PAGED, Kernel
+from flashcore.config.pager import PagerConfig
+from flashcore.config.planner import PlannerConfig
+from flashcore.runtime.kernel import COMBINE, DENSE, PAGED, PAGER, PLANNER, Kernel
 
 _LONG = 4096  # tokens: many tiles, in every dimension
 
@@ -20,6 +22,9 @@ def shipped_kernels() -> list[Kernel]:
         *(Kernel(DENSE, config) for config in _dense_configs()),
         *(Kernel(PAGED, config) for config in _paged_configs()),
         *(Kernel(COMBINE, config) for config in _combine_configs()),
+        *(Kernel(PLANNER, PlannerConfig(1024, from_layout)) for from_layout in (False, True)),
+        *(Kernel(PAGER, PagerConfig(tokens, "words")) for tokens in (False, True)),
+        *(Kernel(PAGER, PagerConfig(tokens, "none")) for tokens in (False, True)),
     ]
 
 
@@ -84,11 +89,23 @@ def _paged_configs() -> list[PagedConfig]:
     pick = paged.choose
     configs = [pick("bf16", dim, 64, 4, m) for dim in paged.HEAD_DIMS for m in (64, 128)]
     configs += [pick("fp16", dim, 64, 4, 64) for dim in paged.HEAD_DIMS]
-    configs += [pick("bf16", 128, page, 4, 64) for page in (1, 16, 128)]
+    configs += [pick("bf16", 128, page, 4, 64) for page in (16, 128)]
+    # Pages of 1 are SGLang's default, 8 another whose rows are gathered.
+    configs += [pick("bf16", dim, 1, 4, m) for dim in paged.HEAD_DIMS for m in (64, 128)]
+    configs += [pick("fp16", 128, 1, 4, 64), pick("bf16", 128, 8, 4, 64)]
+    configs += [pick("bf16", 128, 1, group, 64) for group in (1, 8)]
+    configs.append(pick("bf16", 128, 1, 4, 64, tree=True))
     configs += [pick("bf16", 128, 64, group, m) for group in (1, 8) for m in (64, 128)]
     configs += [pick("bf16", 128, 64, 4, m, tree=True) for m in (64, 128)]
     configs.append(pick("bf16", 64, 64, 8, 64, window=True, sinks=True))
     configs.append(pick("bf16", 256, 64, 2, 64, window=True, softcap=True))
+    # Plans made on the device, as an engine with CUDA graphs uses them; verify with a tree mask.
+    configs += [
+        pick(dtype, dim, 64, 4, 64, device_counts=True)
+        for dtype in DTYPES
+        for dim in paged.HEAD_DIMS
+    ]
+    configs.append(pick("bf16", 128, 64, 4, 64, tree=True, device_counts=True))
     return list(dict.fromkeys(configs))
 
 
@@ -96,4 +113,11 @@ def _combine_configs() -> list[CombineConfig]:
     """One for each head_dim and dtype, and with sinks for the models that have them."""
     plain = [CombineConfig(dtype, dim) for dtype in DTYPES for dim in paged.HEAD_DIMS]
     long = [CombineConfig("bf16", dim, warps_per_row=8) for dim in paged.HEAD_DIMS]
-    return [*plain, *long, CombineConfig("bf16", 64, sinks=True)]
+    rows = (1, paged.FEW_ROWS + 1)
+    device = [
+        paged.choose_device_combine(dtype, dim, False, n)
+        for dtype in DTYPES
+        for dim in paged.HEAD_DIMS
+        for n in rows
+    ]
+    return [*plain, *long, *device, CombineConfig("bf16", 64, sinks=True)]

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from flashcore.planner.counters import Count, Fault
-from flashcore.planner.device import Capacities, DevicePlanner
+from flashcore.planner.device import DevicePlanner
+from flashcore.planner.device_plan import Capacities
+from flashcore.planner.folding import Fold
 from flashcore.runtime import launch
 from tests.cases import ABSURD_PAGE, Batch, prefix_tree
 from tests.device_plan_cases import (
     assert_same_plan,
+    assert_same_stats,
     inputs,
     plan_without,
     planner_for,
@@ -87,16 +90,17 @@ def captured(
 
 
 @pytest.mark.parametrize("workers", [0, 40, 400])
-@pytest.mark.parametrize("fold", [True, False])
-def test_same_plan(workers: int, fold: bool) -> None:
+@pytest.mark.parametrize("fold", [True, False, "always"])
+def test_same_plan(workers: int, fold: Fold) -> None:
     for seed in range(12):
         batch = random_batch(seed)
         options = {"num_workers": workers, "fold": fold, "tile_m": 64}
         with short_splits():
             planner = planner_for(batch, CAPACITIES, "cuda", **options)
             planner.update(*inputs(batch, "cuda"))
-            found = planner.trimmed(len(batch.kv_lens)).to("cpu")
-            assert_same_plan(found, batch._plan(**options))
+            found, expected = planner.trimmed(len(batch.kv_lens)), batch._plan(**options)
+            assert_same_plan(found.to("cpu"), expected)
+            assert_same_stats(planner, expected)
         assert planner.plan.faults() == Fault(0)
 
 
@@ -136,6 +140,7 @@ def test_large_batches(seed: int) -> None:
     for _ in range(3):
         planner.update(*inputs(batch, "cuda"))
         assert_same_plan(planner.trimmed(rows).to("cpu"), expected)
+        assert_same_stats(planner, expected)
 
 
 def test_faults_concern_their_sequences_alone() -> None:

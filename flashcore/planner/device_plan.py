@@ -1,0 +1,195 @@
+"""What a `DevicePlanner` fills: tensors at capacity, and how large the capacities are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flashcore import validate
+from flashcore.planner.counters import Count, Fault, Stat
+from flashcore.planner.work import FIELDS
+
+_MOST = validate.INT32_MAX // FIELDS  # rows of a table whose elements are counted in int32
+_DECODE_QUERIES = 1024
+_PARTIALS = 8
+_PARTIALS_BEYOND = 2
+
+
+@dataclass(frozen=True)
+class Capacities:
+    """Most of everything. 0 for the last three chooses: see `fill_defaults`.
+
+    max_batch: sequences. max_entries: pages of all sequences together. max_q: query tokens of all
+    sequences together. max_gathered: query tokens of all groups together. max_partials: partial
+    results of query tokens. max_items: work items.
+    """
+
+    max_batch: int
+    max_entries: int
+    max_q: int
+    max_gathered: int = 0
+    max_partials: int = 0
+    max_items: int = 0
+
+
+def fill_defaults(
+    c: Capacities, num_q_heads: int, num_kv_heads: int, tile_m: int, num_workers: int
+) -> Capacities:
+    """Capacities for what ordinary batches need, checked.
+
+    Gathered tokens: each member's queries; decode has at most one a page. Work items: one for each
+    row block and KV head of a group, and 4096 for the splits.
+    Partial tokens: one for each gathered token whose group is not all there is to it, and for the
+    splits `5 * num_workers * tile_m / num_q_heads` more, whatever the lengths: a split is at least
+    four fifths of a fourth of a worker's share of all work. They are the only large ones, so query
+    tokens get eight groups each (a prefix tree of that depth), and those beyond 1024, which are
+    prefill, two.
+    """
+    group_size = num_q_heads // num_kv_heads
+    for name in ("max_batch", "max_entries", "max_q"):
+        validate.positive_int(name, getattr(c, name), maximum=_MOST)
+    gathered = c.max_gathered or c.max_entries + 8 * c.max_q
+    blocks = c.max_entries + -(-gathered * group_size // tile_m)
+    beyond = max(c.max_q - _DECODE_QUERIES, 0)
+    whole = min(_PARTIALS * (c.max_q - beyond) + _PARTIALS_BEYOND * beyond, gathered)
+    splits = -(-5 * num_workers * tile_m // num_q_heads)
+    filled = Capacities(
+        c.max_batch,
+        c.max_entries,
+        c.max_q,
+        gathered,
+        c.max_partials or whole + splits,
+        c.max_items or num_kv_heads * blocks + 4096,
+    )
+    for name, value in vars(filled).items():
+        validate.positive_int(name, value, maximum=_MOST)
+    if c.max_batch * (c.max_q + 1) > validate.INT32_MAX:
+        raise ValueError(
+            f"max_batch x (max_q + 1) must be below 2**31, got {c.max_batch} x {c.max_q + 1}"
+        )
+    return filled
+
+
+@dataclass(frozen=True, eq=False)
+class DevicePlan:
+    """The plan of one batch on the device, for `flashcore.paged_attention`; from `DevicePlanner`.
+
+    Numbers and tensors as in `flashcore.Plan`, int32, the tensors at capacity; an update rewrites
+    them where they are. Merge lists of places past the last query token are empty. Besides:
+
+    max_q: query tokens there may be. num_pages: pages that the pool must have.
+    counts: [Count.SIZE] how much of each tensor is filled, and `Fault` bits of the whole batch.
+    stats: int64 [Stat.SIZE], see `DevicePlanner.stats`.
+    bad: [max_batch] `Fault` bits of each sequence.
+    partial_out, partial_lse, counter: workspace of an attention call; nothing in it outlives the
+        call, but the counter is left at zero.
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_tokens: int
+    tile_m: int
+    max_q: int
+    num_pages: int
+    counts: torch.Tensor
+    stats: torch.Tensor
+    bad: torch.Tensor
+    row_offsets: torch.Tensor
+    kv_lens: torch.Tensor
+    q_offsets: torch.Tensor
+    cols: torch.Tensor
+    token_counts: torch.Tensor
+    groups: torch.Tensor
+    member_offsets: torch.Tensor
+    member_rows: torch.Tensor
+    member_starts: torch.Tensor
+    decisions: torch.Tensor
+    q_tokens: torch.Tensor
+    q_positions: torch.Tensor
+    q_index: torch.Tensor
+    work: torch.Tensor
+    merge_offsets: torch.Tensor
+    merge_partials: torch.Tensor
+    partial_out: torch.Tensor
+    partial_lse: torch.Tensor
+    counter: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.cols.device
+
+    def faults(self) -> Fault:
+        """What was wrong with any sequence of the last update. Waits for the device."""
+        return Fault(int(self.counts[Count.FAULTS]))
+
+    def __repr__(self) -> str:
+        return (
+            f"DevicePlan(max_batch={self.bad.numel()}, max_q={self.max_q}, "
+            f"max_entries={self.cols.numel()}, max_partials={self.partial_lse.shape[0]}, "
+            f"heads={self.num_q_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"page_tokens={self.page_tokens}, device={self.device})"
+        )
+
+
+def planned_tensors(c: Capacities, device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors that an update fills, in the order of `kernels.planner_operands.Plan`."""
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    return {
+        "counts": zeros(Count.SIZE),
+        "stats": zeros(Stat.SIZE).long(),
+        "bad": zeros(c.max_batch),
+        "row_offsets": zeros(c.max_batch + 1),
+        "kv_lens": zeros(c.max_batch),
+        "q_offsets": zeros(c.max_batch + 1),
+        "cols": zeros(c.max_entries),
+        "token_counts": zeros(c.max_entries),
+        "groups": zeros(c.max_entries, FIELDS),
+        "member_offsets": zeros(c.max_entries + 1),
+        "member_rows": zeros(c.max_entries),
+        "member_starts": zeros(c.max_entries),
+        "decisions": zeros(c.max_entries, 4),
+        "q_tokens": zeros(c.max_gathered),
+        "q_positions": zeros(c.max_gathered),
+        "q_index": zeros(c.max_q),
+        "work": zeros(c.max_items, FIELDS),
+        "merge_offsets": zeros(c.max_q + 1),
+        "merge_partials": zeros(c.max_partials + c.max_q),
+    }
+
+
+def workspace_elements(max_partials: int, num_q_heads: int, head_dim: int) -> int:
+    """fp32 elements of the partial results: a row and its LSE for each partial token and head."""
+    return max_partials * num_q_heads * (head_dim + 1)
+
+
+def workspace_tensors(
+    max_partials: int,
+    num_q_heads: int,
+    head_dim: int,
+    workspace: torch.Tensor | None,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """Partial results in `workspace`, or in memory of their own, and the counter."""
+    elements = workspace_elements(max_partials, num_q_heads, head_dim)
+    if workspace is None:
+        workspace = torch.empty(elements, dtype=torch.float32, device=device)
+    validate.tensor("workspace", workspace, dtypes=(torch.float32,), ndim=1)
+    if workspace.device.type != device.type or not workspace.is_contiguous():
+        raise ValueError(f"workspace must be contiguous on {device}, got {workspace.device}")
+    if workspace.numel() < elements or workspace.data_ptr() % 16:
+        raise ValueError(
+            f"workspace must have at least {elements} elements (max_partials {max_partials} x "
+            f"num_q_heads {num_q_heads} x (head_dim {head_dim} + 1)) and start at an address "
+            f"divisible by 16, got {workspace.numel()} at {workspace.data_ptr()}"
+        )
+    rows = max_partials * num_q_heads
+    return {
+        "partial_out": workspace[: rows * head_dim].view(max_partials, num_q_heads, head_dim),
+        "partial_lse": workspace[rows * head_dim : elements].view(max_partials, num_q_heads),
+        "counter": torch.zeros(2, dtype=torch.int32, device=device),
+    }

@@ -1,0 +1,13 @@
+"""The SGLang attention backend `flashcore`; see docs/sglang.md.
+
+    register.py     the plugin: SGLang's entry point group `sglang.srt.plugins`
+    backend.py      SGLang's AttentionBackend: forward modes, K/V writes, one call per layer
+    support.py      what the model asks for, and whether the kernels serve it
+    views.py        per forward: page tables from SGLang's slots, and the plan of them
+    page_tables.py  slots to page tables, on the CPU and (page_table_kernel.py) on the GPU
+    planners.py     the plan: kernels on Hopper, torch operators elsewhere
+    counters.py     what was read once and what per sequence, for SGLang's log
+    kernels.py      the kernels that a model needs, to compile ahead of time
+
+Nothing here is imported by `import flashcore`.
+"""

@@ -1,0 +1,213 @@
+"""What a model asks of attention, and whether flashcore serves it; decided at start-up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashcore.config.paged import HEAD_DIMS, PAGE_TOKENS
+
+ELSEWHERE = "use --attention-backend fa3 or triton"
+
+
+class NotServed(ValueError):
+    """The server asks for something that the backend lacks."""
+
+    def __init__(self, what: str, instead: str = ELSEWHERE):
+        super().__init__(f"--attention-backend flashcore does not serve {what}; {instead}")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attention of one kind of layer as this rank sees it."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.num_q_heads}/{self.num_kv_heads} heads of {self.head_dim}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the backend needs to know of a model runner.
+
+    full, windowed: shapes of layers without and with a sliding window; None: no such layers.
+    window: keys to the left of a query that a windowed layer sees, -1 without such layers.
+    draft_tokens: query tokens of each sequence in target verify, 0 without speculation.
+    dtype: of queries and of the KV cache.
+    """
+
+    full: Shape | None
+    windowed: Shape | None
+    window: int
+    page_tokens: int
+    draft_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(runner: Any) -> Model:
+        """Read and check a ModelRunner; raises NotServed."""
+        check_server(runner)
+        window = runner.sliding_window_size
+        window = -1 if window is None else int(window)
+        full, windowed = _shapes(runner, window)
+        model = Model(
+            full=full,
+            windowed=windowed,
+            window=window if windowed else -1,
+            page_tokens=runner.page_size,
+            draft_tokens=_draft_tokens(runner),
+            dtype=runner.dtype,
+            device=torch.device(runner.device),
+        )
+        check_kernels(model, runner.kv_cache_dtype)
+        return model
+
+    @property
+    def shapes(self) -> Iterator[Shape]:
+        """Of the kinds of layers that there are."""
+        return (shape for shape in (self.full, self.windowed) if shape is not None)
+
+
+def check_server(runner: Any) -> None:
+    """Raise NotServed for a kind of attention or a cache that the backend does not know."""
+    config, pool = runner.model_config, runner.token_to_kv_pool
+    if runner.use_mla_backend or getattr(config.attention_arch, "name", "MHA") != "MHA":
+        raise NotServed("multi-head latent attention", "use --attention-backend flashmla or fa3")
+    if config.is_encoder_decoder:
+        raise NotServed("encoder-decoder models", "use --attention-backend fa3")
+    if getattr(runner, "attention_chunk_size", None) is not None:
+        raise NotServed("chunked local attention", "use --attention-backend fa3")
+    if getattr(runner, "prefill_aware_swa", False):
+        raise NotServed("prefill-aware sliding windows", "use --attention-backend fa3")
+    ranks = parallel_ranks(runner)
+    if ranks.attn_cp_size > 1 or ranks.dcp_size > 1:
+        raise NotServed("context parallelism", "use --attention-backend fa3")
+    if getattr(runner.server_args, "enable_unified_memory", False):
+        raise NotServed("the unified memory pool", "leave out --enable-unified-memory")
+    if getattr(runner.server_args, "enable_deterministic_inference", False):
+        raise NotServed("deterministic inference")
+    if getattr(runner.server_args, "dllm_algorithm", None) is not None:
+        raise NotServed("diffusion language models")
+    for part in (pool, *(getattr(pool, name, None) for name in ("full_kv_pool", "swa_kv_pool"))):
+        if getattr(part, "use_hnd", False):
+            raise NotServed("a KV cache in HND layout", "unset SGLANG_USE_HND_KVCACHE")
+        layout = getattr(part, "kv_cache_layout", "nhd")
+        if layout not in ("nhd", "hnd"):
+            raise NotServed(f"a KV cache in {layout} layout")
+        if getattr(part, "is_quantized_kv_cache", False):
+            raise NotServed("a quantised KV cache", "use --kv-cache-dtype auto")
+
+
+def parallel_ranks(runner: Any) -> Any:
+    """SGLang's numbers of ranks, which moved from the runner (0.5.16) to its context (0.5.23)."""
+    if hasattr(runner, "ps"):
+        return runner.ps
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel()
+
+
+def _draft_tokens(runner: Any) -> int:
+    try:
+        from sglang.srt.runtime_context import get_spec
+    except ImportError:  # 0.5.16
+        return runner.server_args.speculative_num_draft_tokens or 0
+    return get_spec().speculative_num_draft_tokens or 0
+
+
+def check_kernels(model: Model, kv_cache_dtype: torch.dtype) -> None:
+    """Raise NotServed for what the kernels of this device cannot compute."""
+    if kv_cache_dtype != model.dtype:
+        raise NotServed(
+            f"a KV cache of {kv_cache_dtype} with a model in {model.dtype}",
+            "use --kv-cache-dtype auto, or --attention-backend fa3",
+        )
+    if model.device.type == "cpu":
+        return  # torch operators take any shape; for tests, not for serving
+    from flashcore.device import device_path
+
+    path = device_path(torch.device(model.device.type, torch.cuda.current_device()))
+    if path.name != "hopper":
+        raise NotServed(f"this device ({path.reason})", "use --attention-backend flashinfer")
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        raise NotServed(f"models in {model.dtype}", "use --dtype bfloat16 or float16")
+    if model.page_tokens not in PAGE_TOKENS:
+        raise NotServed(
+            f"--page-size {model.page_tokens}",
+            f"use one of {', '.join(str(n) for n in PAGE_TOKENS)}",
+        )
+    for shape in model.shapes:
+        if shape.head_dim not in HEAD_DIMS:
+            dims = ", ".join(str(n) for n in HEAD_DIMS)
+            raise NotServed(f"head_dim {shape.head_dim} (only {dims})")
+
+
+def _shapes(runner: Any, window: int) -> tuple[Shape | None, Shape | None]:
+    """Of the model's layers; of its configuration where there is no model to look at."""
+    layers = attention_layers(runner)
+    if not layers:
+        shape = _configured_shape(runner)
+        return shape, shape if window >= 0 else None
+    for layer in layers:
+        check_layer(layer)
+    windows = {int(layer.sliding_window_size) for layer in layers} - {-1}
+    if windows - {window}:
+        raise NotServed(f"layers with different sliding windows ({sorted({*windows, window})})")
+    kinds = []
+    for windowed in (False, True):
+        shapes = {
+            Shape(layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim)
+            for layer in layers
+            if (layer.sliding_window_size >= 0) == windowed
+        }
+        if len(shapes) > 1:
+            raise NotServed(f"layers of one kind with different shapes ({_listed(shapes)})")
+        kinds.append(shapes.pop() if shapes else None)
+    return kinds[0], kinds[1]
+
+
+def check_layer(layer: Any) -> None:
+    """Raise NotServed for a RadixAttention layer with a feature that the backend lacks."""
+    if layer.is_cross_attention:
+        raise NotServed("cross attention", "use --attention-backend fa3")
+    if layer.v_head_dim != layer.head_dim:
+        raise NotServed(f"v_head_dim {layer.v_head_dim} beside head_dim {layer.head_dim}")
+    if layer.attn_type.value == "decoder_bidirectional":
+        raise NotServed("bidirectional attention between image tokens", _TRITON)
+    if layer.logit_cap and layer.logit_capping_method != "tanh":
+        raise NotServed(f"the logit cap {layer.logit_capping_method!r}", _TRITON)
+    if layer.xai_temperature_len > 0:
+        raise NotServed("temperatures by length (Grok)", _TRITON)
+    if layer.use_irope:
+        raise NotServed("chunked local attention", "use --attention-backend fa3")
+
+
+_TRITON = "use --attention-backend triton"
+
+
+def attention_layers(runner: Any) -> list[Any]:
+    """RadixAttention layers of the runner's model, if it has one already."""
+    model = getattr(runner, "model", None)
+    if model is None:
+        return []
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+
+
+def _configured_shape(runner: Any) -> Shape:
+    config, ranks = runner.model_config, parallel_ranks(runner).attn_tp_size
+    return Shape(
+        config.get_num_attention_heads(ranks), config.get_num_kv_heads(ranks), config.head_dim
+    )
+
+
+def _listed(shapes: Iterable[Shape]) -> str:
+    return ", ".join(sorted(str(shape) for shape in shapes))

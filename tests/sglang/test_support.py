@@ -1,0 +1,132 @@
+"""Registration, and what fails when the server starts: one line that says what, and what to use."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from flashcore.planner.counters import Stat
+from flashcore.sglang import counters
+from flashcore.sglang.counters import Counters
+from flashcore.sglang.register import NAME, register
+from flashcore.sglang.support import Model, NotServed
+from tests.sglang import cases
+from tests.sglang.batches import Setup, attend, make_engine, make_forward
+
+register()
+
+
+def test_start_up_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        make_engine(Setup(64, window=40))
+    line = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("flashcore"))
+    for part in ("torch operators", "4/2 heads of 16", "window 40", "page size 64", "MiB"):
+        assert part in line
+
+
+UNSERVED: dict[str, tuple[Any, str]] = {
+    "mla": (lambda r: setattr(r, "use_mla_backend", True), "latent attention"),
+    "encoder_decoder": (
+        lambda r: setattr(r.model_config, "is_encoder_decoder", True),
+        "encoder-decoder",
+    ),
+    "chunked": (lambda r: setattr(r, "attention_chunk_size", 8192), "chunked local attention"),
+    "fp8": (lambda r: setattr(r, "kv_cache_dtype", torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    "hnd": (lambda r: setattr(r.token_to_kv_pool, "use_hnd", True), "HND"),
+    "cross": (lambda r: setattr(r.model[0], "is_cross_attention", True), "cross attention"),
+    "v_dim": (lambda r: setattr(r.model[0], "v_head_dim", 8), "v_head_dim 8 beside head_dim 16"),
+    "cap": (
+        lambda r: (
+            setattr(r.model[0], "logit_cap", 1.0),
+            setattr(r.model[0], "logit_capping_method", "other"),
+        ),
+        "logit cap 'other'",
+    ),
+    "grok": (lambda r: setattr(r.model[0], "xai_temperature_len", 9), "temperatures"),
+    "windows": (lambda r: setattr(r.model[0], "sliding_window_size", 7), "[7, 40]"),
+    "unified": (
+        lambda r: setattr(
+            r, "server_args", SimpleNamespace(enable_unified_memory=True)
+        ),
+        "unified memory",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_unserved_fails_at_start_in_one_line(name: str) -> None:
+    runner = make_engine(Setup(16, window=40)).runner
+    spoil, words = UNSERVED[name]
+    spoil(runner)
+    with pytest.raises(NotServed) as raised:
+        ATTENTION_BACKENDS[NAME](runner)
+    text = str(raised.value)
+    assert words in text
+    assert "\n" not in text
+    assert re.search(r"; (use|leave out|unset) ", text)
+
+
+def test_layers_of_two_shapes_of_one_kind() -> None:
+    engine = make_engine(Setup(16, window=40))
+    engine.layers[0].sliding_window_size = 40
+    engine.layers[0].tp_q_head_num = 8
+    with pytest.raises(NotServed, match="different shapes"):
+        Model.of(engine.runner)
+
+
+def test_counters_tell_what_is_shared(caplog: pytest.LogCaptureFixture) -> None:
+    """At the interval and not before; a forward without sharing says why."""
+    engine = make_engine(Setup(64))
+    engine.backend._counters["decode"] = Counters("decode", interval=2)
+    with caplog.at_level(logging.INFO):
+        for _ in range(5):
+            forward = make_forward(engine, ForwardMode.DECODE, cases.decode())
+            engine.backend.init_forward_metadata(forward.batch)
+            attend(engine, forward)
+    lines = [r.getMessage() for r in caplog.records if "KV tokens" in r.getMessage()]
+    assert len(lines) == 1
+    tokens = sum(request.prefix + 1 for request in cases.decode())
+    assert f"per sequence: {tokens}" in lines[0]
+    assert "nothing shared" not in lines[0]
+
+
+def test_counter_lines() -> None:
+    stats = [0] * Stat.SIZE
+    stats[Stat.TOKENS_ONCE] = stats[Stat.TOKENS_PER_SEQUENCE] = stats[Stat.TOKENS_UNIQUE] = 70
+    assert "no two sequences" in counters.line("decode", stats)
+    stats[Stat.TOKENS_UNIQUE] = 60
+    assert "too few" in counters.line("decode", stats)
+    stats[Stat.TOKENS_ONCE] = 35
+    assert "reuse: 2.00" in counters.line("decode", stats)
+    stats[Stat.FAULTS] = 4 | 32
+    assert "page, plan" in counters.faults_line("decode", stats)
+
+
+def test_entry_point_registers_without_a_device() -> None:
+    """As SGLang does it, in a process of its own: by the entry point of pyproject.toml."""
+    root = Path(__file__).parents[2]
+    declared = (root / "pyproject.toml").read_text()
+    assert '[project.entry-points."sglang.srt.plugins"]' in declared
+    target = re.search(r'^flashcore = "(flashcore\.sglang\..*)"$', declared, re.M)
+    assert target
+    module, function = target.group(1).split(":")
+    code = (
+        "from tests.sglang import standins; standins.install()\n"
+        f"import flashcore, sys; assert not any(m.startswith('sglang') for m in sys.modules)\n"
+        f"from {module} import {function} as f; f(); f()\n"
+        "from sglang.srt import server_args as s\n"
+        "from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS as b\n"
+        "assert s.ATTENTION_BACKEND_CHOICES.count('flashcore') == 1 and 'flashcore' in b\n"
+        "assert 'flashcore.sglang.backend' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=root)
