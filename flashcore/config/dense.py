@@ -128,7 +128,7 @@ def choose(problem: DenseProblem) -> DenseConfig:
     causal = not local and (p.causal or p.window_right == 0)
     full = not (causal or local)
     warpgroups, tile_n, q_stages = _tile(head_dim, full, local, p.seqlen_k)
-    # The row that is hardest to hold: 528 with the counter against 526, three stages another 0.2 %.
+    # With the counter and three stages 0.970 of FlashAttention-3, without 0.959 (S8192).
     long_64 = tile_n == 112
     config = DenseConfig(
         dtype=p.dtype,
