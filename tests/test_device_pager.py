@@ -13,8 +13,13 @@ from hypothesis import strategies as st
 
 import flashcore
 from flashcore.config.pager import BITMAPS, PagerConfig, illegal_reason
+from flashcore.device import Path
+from flashcore.pager import device as pager_device
 from flashcore.pager.counters import Fault, PagerCount
 from flashcore.pager.device import DevicePager
+from flashcore.planner import device as planner_device
+from flashcore.runtime import launch_pager, launch_planner
+from flashcore.runtime.cache import KernelCache
 from flashcore.runtime.folder import default_folder
 from flashcore.runtime.gates import check_kernel
 from flashcore.runtime.kernel import PAGER, Kernel
@@ -33,6 +38,7 @@ from tests.device_plan_cases import assert_same_plan, assert_same_stats
 from tests.pager_emulation import PagerEmulation
 from tests.planner_emulation import Emulation
 from tests.runtime_fixtures import needs_disassembler, needs_dsl
+from tests.test_runtime_launch import PretendCuda
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -256,3 +262,50 @@ def test_page_tables_are_checked() -> None:
         pager.update_from_page_table(table, ints(1, 1))
     with pytest.raises(ValueError, match="page_table must have contiguous rows"):
         pager.update_from_page_table(table.T.contiguous().T, ints(1, 1, 1))
+
+
+# ---------------------------------------------------------------- the real functions
+
+
+def pretend(value: Any) -> Any:
+    """Tensors of GPU 0, in tuples too."""
+    import tvm_ffi
+
+    if isinstance(value, tuple):
+        return tuple(pretend(v) for v in value)
+    return tvm_ffi.from_dlpack(PretendCuda(value)) if isinstance(value, torch.Tensor) else value
+
+
+@needs_dsl
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would launch on addresses of the host")
+@pytest.mark.parametrize("kind", ["none", "bool", "words"])
+@pytest.mark.parametrize("form", ["map", "table", "plan of a table", "plan of a layout"])
+def test_compiled_functions_take_what_the_launch_passes(
+    monkeypatch: pytest.MonkeyPatch, form: str, kind: str
+) -> None:
+    """The functions check their arguments before they ask for a driver, which is not there."""
+    cache = KernelCache.open()
+
+    class Pretending:
+        def function(self, kernel: Kernel) -> Any:
+            compiled = cache.function(kernel)
+            return lambda *arguments: compiled(*(pretend(a) for a in arguments))
+
+    for module in (launch_pager, launch_planner):
+        monkeypatch.setattr(module, "shared_cache", Pretending)
+        monkeypatch.setattr(module, "sm_count", lambda device: 132)
+        monkeypatch.setattr(module, "_functions", {})
+    for module in (pager_device, planner_device):
+        monkeypatch.setattr(module, "device_path", lambda device: Path("hopper", ""))
+    m = token_map(6)
+    pager, planner = pager_for(m.num_pages, m.page_tokens, "cpu"), planner_of(m, 0)
+    table, lens = torch.zeros(5, 7, dtype=torch.int32), torch.ones(5, dtype=torch.int32)
+    resident = bitmap(kind, m.num_pages, 0)
+    calls = {
+        "map": lambda: pager.update(m.pages, m.starts, m.ends, resident),
+        "table": lambda: pager.update_from_page_table(table, lens, resident),
+        "plan of a table": lambda: planner.update(table, lens, lens),
+        "plan of a layout": lambda: planner.update_from_layout(pager.layout, lens),
+    }
+    with pytest.raises(RuntimeError, match="InsufficientDriver"):
+        calls[form]()
