@@ -182,6 +182,7 @@ BACKENDS = ("flashcore", "fa3", "flashinfer", "triton")
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu": ("cpu.json", cpu_table),
     "dense": ("dense_h100.json", dense_table),
+    "paged": ("paged_h100.json", paged_table),
 }
 
 

@@ -120,7 +120,7 @@ def _measure(
 ) -> dict[str, Any]:
     import torch
 
-    from flashcore.bench.bandwidth import TORCH_SUM, read_bandwidth
+    from flashcore.bench.bandwidth import read_bandwidth
     from flashcore.bench.machine import read_clocks
     from flashcore.bench.paged import add_bounds, cuda_machine, empty_graph_ms, run_paged
     from flashcore.bench.paged_report import summarise
@@ -156,7 +156,6 @@ def _measure(
         "read_bandwidth": {
             "bytes_per_second": rates[method],
             "method": method,
-            "torch_sum_bytes_per_second": rates[TORCH_SUM],
             "all_methods": {"before": before, "after": after},
         },
         "empty_graph_ms": empty_graph_ms(machine, args.rounds),
