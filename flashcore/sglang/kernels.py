@@ -91,8 +91,9 @@ def kernels_for(
         paged.choose_device_combine(dtype, head_dim, sinks, rows)
         for rows in (1, paged.FEW_ROWS + 1)
     ]
-    # A prefill planner is made for few sequences first, decode's for as many as can run.
-    plans = [planner.choose(rows) for rows in (64, max_batch)]
+    # Prefill planners are made for few sequences and grow, to twice as many as can run.
+    most = planner.ROW_CAPACITIES[-1]
+    plans = [planner.choose(rows) for rows in (64, max_batch, min(2 * max_batch, most))]
     kernels = [
         *(Kernel(PAGED, config) for config in attention),
         *(Kernel(COMBINE, config) for config in merges),
