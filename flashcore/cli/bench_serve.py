@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashcore.bench.serve.shapes import DEFAULT_SHAPE, SHAPES
+from flashcore.cli.bench import positive, refuse
 
 if TYPE_CHECKING:
     from flashcore.bench.serve.engine import EngineOptions
@@ -48,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"a config.json, or one of {', '.join(SHAPES)} (default: {DEFAULT_SHAPE})",
     )
-    add("--layers", type=_positive, metavar="N", help="keep only N layers of the model")
-    add("--page-size", type=_positive, default=64, metavar="N", help="(default: 64)")
+    add("--layers", type=positive, metavar="N", help="keep only N layers of the model")
+    add("--page-size", type=positive, default=64, metavar="N", help="(default: 64)")
     add(
         "--mem-fraction",
         type=_fraction,
@@ -57,10 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="part of the GPU's memory for weights and KV cache (default: 0.88)",
     )
-    add("--repeats", type=_positive, default=3, metavar="N", help="samples each (default: 3)")
+    add("--repeats", type=positive, default=3, metavar="N", help="samples each (default: 3)")
     add(
         "--rounds",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="go round all backends N times, with new engines (default: 1)",
@@ -110,9 +111,9 @@ def run(args: argparse.Namespace) -> int:
     """Carry the command out: 0 done, 1 nothing was timed or a check failed, 2 it cannot run."""
     for name, path in (("--json", args.json), ("--plot", args.plot)):
         if path is not None and not path.absolute().parent.is_dir():
-            return _refuse(f"{name} {path}: there is no folder {path.absolute().parent}")
+            return refuse(f"{name} {path}: there is no folder {path.absolute().parent}")
     if args.log_dir is not None and not args.log_dir.is_dir():
-        return _refuse(f"--log-dir {args.log_dir}: there is no such folder")
+        return refuse(f"--log-dir {args.log_dir}: there is no such folder")
     if args.from_json is not None:
         return _redraw(args)
     return _run(args)
@@ -130,11 +131,11 @@ def _run(args: argparse.Namespace) -> int:
     workloads = _workloads(args, shape) if args.soak is None and not args.logits else []
     backends = (args.backends or _default_backends(args)).split(",")
     if not all(backends):
-        return _refuse(f"--backends {args.backends!r}: an empty name")
+        return refuse(f"--backends {args.backends!r}: an empty name")
     if find_spec("sglang") is None:
-        return _refuse("SGLang is not installed: pip install 'flashcore-attention[sglang]'")
+        return refuse("SGLang is not installed: pip install 'flashcore-attention[sglang]'")
     if args.device == "cuda" and not torch.cuda.is_available():
-        return _refuse("torch sees no CUDA device to serve on")
+        return refuse("torch sees no CUDA device to serve on")
     options = [_options(args, backend, shape) for backend in backends]
     # By default SIGTERM would leave the engines running.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -232,7 +233,7 @@ def _soak(args: argparse.Namespace, options: EngineOptions) -> int:
     from flashcore.bench.serve.soak import format_soak, run_soak
 
     if not args.soak > 0:
-        return _refuse(f"--soak must be more than 0 minutes, got {args.soak}")
+        return refuse(f"--soak must be more than 0 minutes, got {args.soak}")
     result = run_soak(options, minutes=args.soak, log_dir=args.log_dir)
     print(format_soak(result))
     _write(args, {**_head(args), **result})
@@ -268,10 +269,10 @@ def _redraw(args: argparse.Namespace) -> int:
         try:
             result = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            return _refuse(f"--from-json {path}: {error}")
+            return refuse(f"--from-json {path}: {error}")
         absent = _HEAD - set(result if isinstance(result, dict) else ())
         if absent:
-            return _refuse(f"--from-json {path}: it has no {', '.join(sorted(absent))}")
+            return refuse(f"--from-json {path}: it has no {', '.join(sorted(absent))}")
         results.append(result)
     return _deliver(args, _joined(results))
 
@@ -310,25 +311,13 @@ def _deliver(args: argparse.Namespace, result: dict[str, Any]) -> int:
         try:
             plot(result, args.plot)
         except ImportError:
-            return _refuse("--plot needs matplotlib: pip install 'flashcore-attention[bench]'")
+            return refuse("--plot needs matplotlib: pip install 'flashcore-attention[bench]'")
     return 0 if result["rows"] else 1
 
 
 def _write(args: argparse.Namespace, result: dict[str, Any]) -> None:
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _refuse(message: str) -> int:
-    print(f"flashcore bench: {message}", file=sys.stderr)
-    return 2
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def _fraction(text: str) -> float:
