@@ -84,7 +84,100 @@ def dense_table(data: dict[str, Any]) -> str:
     )
 
 
+def paged_table(data: dict[str, Any]) -> str:
+    """Figures of paged_h100.json as Markdown: milliseconds of one layer, and ratios."""
+    rows = [
+        "| sequences x tokens | not unique | bound | "
+        + " | ".join(PAGED_KERNELS.values())
+        + " | x bound | FA3 / flashcore | best peer / flashcore |",
+        "|---" * (6 + len(PAGED_KERNELS)) + "|",
+    ]
+    workloads: dict[str, dict[str, Any]] = {}
+    for row in data["rows"]:
+        workloads.setdefault(row["workload"], {})[row["kernel"]] = row
+    for kernels in workloads.values():
+        ours = kernels.get("flashcore")
+        if ours is None:
+            continue
+        times = [f"{kernels[k]['ms']:.3f}" if k in kernels else "" for k in PAGED_KERNELS]
+        decode = ours["q_len"] == 1  # prefill is bound by arithmetic
+        bound = f"{ours['bound_ms']:.3f}" if decode else ""
+        over = f"{ours['ratio_to_bound']:.3f}" if decode else ""
+        fa3 = f"{kernels['fa3']['ms'] / ours['ms']:.2f}" if "fa3" in kernels else ""
+        peers = [row["ms"] for name, row in kernels.items() if name != "flashcore"]
+        best = f"{min(peers) / ours['ms']:.2f}" if peers else ""
+        rows.append(
+            f"| {_paged_label(ours)} | {ours['reuse']:.0%} | {bound} | {' | '.join(times)} | "
+            f"{over} | {fa3} | {best} |"
+        )
+    read, versions = data["read_bandwidth"], data["versions"]
+    numbers = {row["kernel"]: row["version"] for row in data["rows"]}
+    named = [f"sgl_kernel {numbers['fa3']} (FA3)"] if "fa3" in numbers else []
+    named += [f"FlashInfer {numbers['flashinfer']}"] if "flashinfer" in numbers else []
+    return (
+        "\n".join(rows) + f"\n\nBound: distinct KV bytes / {read['bytes_per_second'] / 1e9:.0f} "
+        f"GB/s streamed in the same run. {data['device']}, driver {data['driver']}, torch "
+        f"{versions['torch']}, {', '.join(named)}, {data['date'][:10]}, commit {data['commit']}; "
+        f"`{data['command']}`"
+    )
+
+
+def _paged_label(row: dict[str, Any]) -> str:
+    """As the row of a table names a workload."""
+    if row["workload"].startswith("ragged"):
+        return f"{row['sequences']} of 1 to {row['tokens']}, three-level tree"
+    if row["q_len"] > 1:
+        return f"prefill, {row['sequences']} x {row['q_len']} after {row['tokens'] - row['q_len']}"
+    notes = [] if row["kv_heads"] == 8 else [f"{row['q_heads']}/{row['kv_heads']} heads"]
+    notes += ["64/8 heads"] if row["q_heads"] == 64 else []
+    notes += [] if row["page_tokens"] == 128 else [f"pages of {row['page_tokens']}"]
+    return ", ".join([f"{row['sequences']} x {row['tokens']}", *notes])
+
+
+PAGED_KERNELS = {
+    "fa3": "FA3",
+    "flashinfer": "FlashInfer",
+    "cascade_fa2": "its cascade, fa2",
+    "cascade_fa3": "its cascade, fa3",
+    "flashcore": "flashcore",
+}
+
+
+def serve_table(data: dict[str, Any]) -> str:
+    """Figures of serve_h100.json as Markdown: tokens/s and decode step, ours over fa3's."""
+    rows = ["| workload | model | " + " | ".join(BACKENDS) + " | ratio to fa3 |", "|---" * 7 + "|"]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        found.setdefault(row["workload"], {})[row["backend"]] = row
+    for name, by_backend in found.items():
+        first = next(iter(by_backend.values()))
+        spec = first["spec"].split("/")[-1]
+        label = spec if name == first["spec"] else f"{name}, {spec}"
+        cells = [_served(by_backend[b]) if b in by_backend else "" for b in BACKENDS]
+        ours, base = (by_backend.get(b) for b in ("flashcore", "fa3"))
+        ratio = f"{_speed(ours) / _speed(base):.2f}" if ours and base else ""
+        rows.append(f"| {label} | {first['model']} | " + " | ".join(cells) + f" | {ratio} |")
+    versions = data["versions"]
+    return (
+        "\n".join(rows) + f"\n\n{data['device']}, driver {data['driver']}, "
+        f"SGLang {versions['sglang']}, torch {versions['torch']}, "
+        f"FlashInfer {versions['flashinfer-python']}, sgl_kernel {versions['sglang-kernel']}, "
+        f"{data['date'][:10]}, commit {data['commit']}; `{data['command']}`"
+    )
+
+
+def _served(row: dict[str, Any]) -> str:
+    if row["tokens_per_s"] is None:
+        return f"first token {row['ttft_ms']:.0f} ms"
+    return f"{row['tokens_per_s']:.0f} tokens/s, {row['step_ms']:.1f} ms"
+
+
+def _speed(row: dict[str, Any]) -> float:
+    return float(row["tokens_per_s"] or 1e3 / row["ttft_ms"])
+
+
 KERNELS = ("flashcore", "fa3", "cudnn", "fa2")
+BACKENDS = ("flashcore", "fa3", "flashinfer", "triton")
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu": ("cpu.json", cpu_table),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from collections.abc import Hashable
+from typing import Any, Literal, overload
 
 import torch
 
@@ -88,6 +89,25 @@ def attention(
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
     """
+    key = None
+    if not _traced(q):
+        options = (causal, scale, window, softcap, max_seqlen_q, return_lse)
+        try:
+            key = (
+                q.dtype,
+                q.get_device(),
+                q.shape,
+                k.shape,
+                options,
+                sinks is not None and (sinks.dtype, sinks.shape),
+                cu_seqlens_q is not None and cu_seqlens_q.shape,
+            )
+            launch = _dense_launches.get(key)
+            if launch is not None and not _wants_gradient(q, k, v, sinks):
+                out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
+                return (out, lse) if return_lse else out
+        except Exception:  # the checks below, or the same launch there, say what is wrong
+            pass
     validate.tensor("q", q, dtypes=validate.FLOAT_DTYPES, ndim=(3, 4))
     for name, value in (("k", k), ("v", v)):
         validate.tensor(name, value, dtypes=validate.FLOAT_DTYPES, ndim=q.dim())
@@ -115,7 +135,13 @@ def attention(
         longest,
         return_lse,
     )
-    out, lse = (ops.attention_op if _traced(q) else ops.attention_impl)(*arguments)
+    launch = None if _traced(q) else ops.attention_launch(*arguments)
+    if launch is not None:
+        if key is not None and launch.reusable and _all_plain(options):
+            _remember(_dense_launches, key, launch)
+        out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
+    else:
+        out, lse = (ops.attention_op if _traced(q) else ops.attention_impl)(*arguments)
     return (out, lse) if return_lse else out
 
 
@@ -263,6 +289,37 @@ def paged_attention(
     else:
         result = ops.paged_attention_impl(*arguments, out)
     return result if return_lse else result[0]
+
+
+# Launches of calls that passed every check. A key is what the choice of the launch depends on; that
+# the other tensors' dtypes, shapes, strides, addresses and devices agree is checked by the compiled
+# function itself. Checks of the contents of a tensor are made on the CPU alone, where no launch is
+# remembered. An index is device enough: the CPU's is -1, and torch supports one kind of accelerator
+# in a process.
+_dense_launches: dict[Hashable, Any] = {}
+_MAX_LAUNCHES = 4096  # beyond this the dictionary starts anew
+
+
+def _wants_gradient(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+) -> bool:
+    return torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (sinks is not None and sinks.requires_grad)
+    )
+
+
+def _all_plain(options: tuple[Any, ...]) -> bool:
+    """No option is an object that can change and keep its hash, such as a tensor."""
+    return all(x is None or isinstance(x, (bool, int, float, tuple)) for x in options)
+
+
+def _remember(launches: dict[Hashable, Any], key: Hashable, launch: Any) -> None:
+    if len(launches) >= _MAX_LAUNCHES:
+        launches.clear()
+    launches[key] = launch
 
 
 def _traced(q: torch.Tensor) -> bool:

@@ -7,6 +7,8 @@ nothing is being traced, which saves the dispatcher's share of a launch.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from flashcore.device import device_path
@@ -14,6 +16,45 @@ from flashcore.eager.dense import dense_attention
 from flashcore.eager.paged import paged_attention as eager_paged_attention
 from flashcore.eager.run import Rules
 from flashcore.planner.device_plan import DevicePlan
+
+if TYPE_CHECKING:
+    from flashcore.runtime.launch import DenseLaunch
+
+
+def attention_launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    return_lse: bool,
+) -> DenseLaunch | None:
+    """The launch that `attention_impl` would make of these arguments; None off Hopper."""
+    if device_path(q.device).name != "hopper":
+        return None
+    from flashcore.runtime.launch import dense_launch
+
+    return dense_launch(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        has_sinks=sinks is not None,
+        batch=None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        max_seqlen_q=max_seqlen_q,
+        return_lse=return_lse,
+    )
 
 
 def attention_impl(
@@ -32,24 +73,23 @@ def attention_impl(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out as q, and the LSE, which is empty where it was not asked for."""
-    if device_path(q.device).name == "hopper":
-        from flashcore.runtime import launch
-
-        out, lse = launch.dense_attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            scale=scale,
-            window_left=window_left,
-            window_right=window_right,
-            softcap=softcap,
-            sinks=sinks,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=max_seqlen_q,
-            return_lse=return_lse,
-        )
+    launch = attention_launch(
+        q,
+        k,
+        v,
+        scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        sinks,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        return_lse,
+    )
+    if launch is not None:
+        out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
     else:
         rules = Rules(scale, causal, window_left, window_right, softcap)
         out, lse = dense_attention(q, k, v, rules, sinks, cu_seqlens_q, cu_seqlens_k)

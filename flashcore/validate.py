@@ -79,7 +79,7 @@ def same_dtype(reference_name: str, reference: torch.Tensor, **others: torch.Ten
 def contiguous_last_axis(**values: torch.Tensor) -> None:
     """The last axis (head_dim) of each tensor has stride 1."""
     for name, value in values.items():
-        if value.shape[-1] > 1 and value.stride(-1) != 1:
+        if value.stride(-1) != 1 and value.shape[-1] > 1:
             raise ValueError(
                 f"{name} must have a contiguous last axis (stride 1), got strides {value.stride()}"
             )

@@ -47,7 +47,8 @@ class Emulation:
         self.rows = rows
         (
             self.page_tokens, self.num_pages, self.kv_heads, self.group_size, self.tile_m,
-            self.kv_token, self.partial_token, self.fold, self.aimed_at, self.least, self.unit,
+            self.kv_token, self.partial_token, self.fold, self.workers, self.least, self.long,
+            self.unit,
         ) = planner._problem  # fmt: skip
         self.rng = np.random.default_rng(seed)
 
@@ -366,18 +367,29 @@ class Emulation:
 
     def cut(self) -> None:
         table, segs = self.p["groups"], self.segs
-        total = self.kv_heads * sum(
-            int(row[Group.NUM_TOKENS]) * self.blocks(row[Group.NUM_Q])
+        work = [
+            (int(row[Group.NUM_TOKENS]), self.blocks(row[Group.NUM_Q]))
             for row in table[: self.groups]
-        )
-        split = 0
-        if self.aimed_at:
-            share = max((total + self.aimed_at - 1) // self.aimed_at, self.least)
-            split = (share + self.unit - 1) // self.unit * self.unit // self.page_tokens
-        for row in table[: self.groups]:
-            pages = int(row[Group.NUM_ENTRIES])
-            splits = (pages - 1) // split + 1 if split else 1
-            per_split = (pages + splits - 1) // splits
+        ]
+        total = self.kv_heads * sum(tokens * (11 + 5 * blocks) for tokens, blocks in work)
+        share = 0
+        if self.workers > 1 and any(
+            4 * (tokens * (11 + 5 * blocks) // blocks) * self.workers > 5 * total
+            for tokens, blocks in work
+        ):
+            two, four = -(-total // (2 * self.workers)), -(-total // (4 * self.workers))
+            share = max(min(two, 16 * self.long), four)
+            if len({tokens * (11 + 5 * blocks) // blocks for tokens, blocks in work}) == 1:
+                share = -(-total // self.workers)
+            share = max(share, 16 * self.least)
+        unit = self.unit // self.page_tokens
+        for row, (_, blocks) in zip(table[: self.groups], work, strict=True):
+            pages = per_split = int(row[Group.NUM_ENTRIES])
+            if share:
+                length = (share * blocks // (11 + 5 * blocks) // self.unit + 1) * unit
+                splits = max(1, (4 * pages + 3 * length - 1) // (4 * length))
+                per_split = -(-pages // splits)
+                per_split = -(-per_split // unit) * unit
             row[Group.SPLIT_ENTRIES] = per_split
             row[Group.NUM_SPLITS] = (pages + per_split - 1) // per_split
         for k in self.any_order(self.kept):
@@ -406,8 +418,10 @@ class Emulation:
             full = int(row[Group.SPLIT_ENTRIES]) * self.page_tokens
             last = int(row[Group.NUM_TOKENS]) - (splits - 1) * full
             per_split = self.blocks(queries) * self.kv_heads
-            self.classes.append((full if splits > 1 else last, 2 * h, (splits - 1) * per_split))
-            self.classes.append((last, 2 * h + 1, per_split))
+            weight = 2 if self.blocks(queries) > 1 else 1
+            first = full if splits > 1 else last
+            self.classes.append((weight * first, 2 * h, (splits - 1) * per_split))
+            self.classes.append((weight * last, 2 * h + 1, per_split))
             size = p["member_offsets"][h]
             p["member_offsets"][h] = members
             row[Group.Q_BEGIN] = gathered

@@ -82,7 +82,7 @@ def test_launch_takes_counts_and_workspace_from_the_plan(recorder: Recorder, row
     assert attention[11:14] == (None, None, None)
     assert attention[14] is plan.counter
     assert attention[15] is plan.counts
-    assert attention[16:] == (0.125, 0.0, -1, -1, min(132, plan.work.shape[0]))
+    assert attention[16:] == (0.125, 0.0, -1, -1, min(2 * 132, plan.work.shape[0]))
     assert merge[:7] == (
         *(out, lse, plan.partial_out, plan.partial_lse),
         *(plan.merge_offsets, plan.merge_partials, None),
@@ -177,10 +177,10 @@ def test_tracing_is_refused() -> None:
 
 
 def test_default_workspace_holds_what_ordinary_batches_need() -> None:
-    """256 decode sequences in a prefix tree of depth eight, and splits for 132 workers of 64 rows
+    """256 decode sequences in a prefix tree of depth eight, and splits for 264 workers of 64 rows
     of 32 heads."""
     c = fill_defaults(flashcore.Capacities(256, 65536, 256), 32, 8, 64, 264)
-    assert c.max_partials == 8 * 256 + 264 * 64 // 32
+    assert c.max_partials == 8 * 256 + 5 * 264 * 64 // 32
     # Never more than there may be gathered tokens, beside the splits.
     c = fill_defaults(flashcore.Capacities(4, 8, 4, max_gathered=10), 32, 8, 64, 0)
     assert c.max_partials == 10

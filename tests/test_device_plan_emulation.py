@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashcore.config.planner import Reason as KernelReason
-from flashcore.planner import split
 from flashcore.planner.counters import INVALID, Count, Fault
 from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities
@@ -57,7 +56,7 @@ def test_same_plan(batch: Batch, fold: bool, workers: int, tile_m: int):
     assert_same_plan(planner.trimmed(len(batch.kv_lens)), expected)
     assert_same_stats(planner, expected)
     # What the default capacity for partial tokens relies on.
-    splits = -(-split.ITEMS_PER_WORKER * workers * tile_m // batch.num_q_heads)
+    splits = -(-5 * workers * tile_m // batch.num_q_heads)
     assert expected.num_partial_tokens <= len(expected.q_tokens) + splits
     assert planner.plan.faults() == Fault(0)
     assert not planner.plan.bad.any()

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashcore
+from flashcore.planner import split as splitting
 from flashcore.planner.folding import Costs, Reason
-from flashcore.planner.split import split_tokens
 from flashcore.planner.work import DIRECT, Group, Work
 from tests import oracle
 from tests.cases import Batch, batches
@@ -178,8 +178,11 @@ def _queries(batch: Batch, plan: flashcore.Plan, group: int) -> list[range]:
 def _check_work(batch: Batch, plan: flashcore.Plan, rows_left: dict, tile_m: int) -> None:
     """Every (group, split, head, packed row) is in one item, with the right keys and target."""
     group_size = batch.num_q_heads // batch.num_kv_heads
-    tokens = plan.work[:, Work.NUM_TOKENS].tolist()
-    assert tokens == sorted(tokens, reverse=True)
+    order = []
+    for item in plan.work.tolist():
+        rows = plan.groups[item[Work.GROUP], Group.NUM_Q] * group_size
+        order.append(item[Work.NUM_TOKENS] * (2 if rows > tile_m else 1))
+    assert order == sorted(order, reverse=True)
     for item in plan.work.tolist():
         group = plan.groups[item[Work.GROUP]].tolist()
         split = item[Work.KV_OFFSET] // (group[Group.SPLIT_ENTRIES] * batch.page_tokens)
@@ -290,13 +293,31 @@ def test_plan_is_immutable_and_moves():
     assert there.total_q == plan.total_q
 
 
-@given(st.integers(1, 10**9), st.integers(2, 200), st.integers(1, 300))
-def test_splits_are_whole_pages_and_tiles(total, workers, page_tokens):
-    tokens = split_tokens(total, workers, page_tokens)
-    assert tokens % page_tokens == 0
-    assert tokens >= 512
-    assert tokens * workers * 2 >= total
-    assert page_tokens > 128 or tokens >= 128
+@given(
+    st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 300)), min_size=1, max_size=40),
+    st.integers(2, 300),
+    st.sampled_from([1, 16, 48, 64, 128, 192]),
+)
+def test_splits_balance_workers(runs, workers, page_tokens):
+    """Whole pages and N tiles; no item far above a worker's share; not many more than balance
+    needs."""
+    pages = [(-(-tokens // page_tokens), blocks) for tokens, blocks in runs]
+    costs = [splitting.run_cost(n * page_tokens, blocks) for n, blocks in pages]
+    total = sum(cost * blocks for cost, (_, blocks) in zip(costs, pages, strict=True))
+    share = splitting.split_share(total, max(costs), min(costs), workers)
+    if share == 0:
+        assert max(costs) <= 1.25 * total / workers
+        return
+    assert share >= 16 * splitting.MIN_SPLIT_TOKENS
+    more = 0
+    for (n, blocks), cost in zip(pages, costs, strict=True):
+        length = splitting.split_pages(n, blocks, share, page_tokens)
+        number = -(-n // length)
+        assert length % -(-splitting.TILE_TOKENS // page_tokens) == 0
+        assert cost / number <= 1.25 * share + 16 * (splitting.TILE_TOKENS + page_tokens)
+        more += (number - 1) * blocks
+    # Splits beyond the first of each item are at least 4 / 5 of a quarter of a worker's share.
+    assert more <= 5 * workers
 
 
 @pytest.mark.parametrize("reason", list(Reason))

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+import flashcore
+from flashcore import api, ops
 from flashcore.config.dense import DenseConfig
+from flashcore.device import Path
 from flashcore.runtime import launch
 from flashcore.runtime.cache import KernelCache
 from flashcore.runtime.kernel import DENSE, Kernel
@@ -36,7 +39,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(launch, "sm_count", lambda device: 132)
     monkeypatch.setattr(launch, "scheduler_scratch", lambda index: "scratch")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(launch, "_current_device", lambda: None)
     return recorder
 
 
@@ -179,6 +182,107 @@ def test_plans_are_bounded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) 
     assert len(launch._plans) <= 3
 
 
+# ---------------------------------------------------------------- calls through the public function
+
+
+@pytest.fixture
+def on_hopper(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """`flashcore.attention` takes CPU tensors for a Hopper GPU's."""
+    monkeypatch.setattr(ops, "device_path", lambda device: Path("hopper", ""))
+    monkeypatch.setattr(api, "_dense_launches", {})
+    return recorder
+
+
+def test_a_remembered_call_is_the_same_call(on_hopper: Recorder) -> None:
+    sinks = torch.zeros(8, dtype=torch.bfloat16)
+    for _ in range(2):
+        q, k, v = tensors(2, 128, 8, 64, kv_heads=2)
+        out, lse = flashcore.attention(
+            q, k, v, causal=True, softcap=3.0, sinks=sinks, return_lse=True
+        )
+        passed = on_hopper.calls[-1]
+        assert passed[:3] == (q, k, v)
+        assert (passed[3], passed[4]) == (out, lse)
+    assert on_hopper.calls[0][3] is not on_hopper.calls[1][3]
+    assert on_hopper.calls[0][5:7] == on_hopper.calls[1][5:7] == (None, None)
+    assert on_hopper.calls[0][9:] == on_hopper.calls[1][9:]
+    assert torch.equal(on_hopper.calls[1][7], sinks.float())
+    assert len(api._dense_launches) == len(on_hopper.configs) == 1
+
+
+def test_a_remembered_packed_call_takes_the_new_bounds(on_hopper: Recorder) -> None:
+    q, k, v = tensors(100, 2, 64)
+    for middle in (40, 60):
+        ends = torch.tensor([0, middle, 100], dtype=torch.int32)
+        flashcore.attention(q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=60)
+        assert on_hopper.calls[-1][5:7] == (ends, ends)
+        assert on_hopper.calls[-1][13] == 60
+    assert len(api._dense_launches) == 1
+
+
+def test_without_lse_nothing_but_the_output_is_made(on_hopper: Recorder) -> None:
+    for _ in range(2):
+        flashcore.attention(*tensors(1, 64, 2, 64))
+        assert on_hopper.calls[-1][4] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": [1.0]}, "k must be a torch.Tensor"),
+        ({"k": torch.zeros(2, 16, 3, 64).bfloat16()}, "v must have the shape of k"),
+        ({"scale": float("nan")}, "scale must be finite"),
+        ({"softcap": -1.0}, "softcap must be finite"),
+        ({"window": (1, -2)}, "window right must be an int"),
+        ({"window": [1, True]}, "window right must be an int"),
+        ({"sinks": torch.zeros(3)}, "sinks must have one logit per query head"),
+        ({"sinks": torch.zeros(4).int()}, "sinks must have dtype"),
+        ({"cu_seqlens_q": torch.zeros(2).int()}, "go with packed q"),
+        ({"q": torch.zeros(2, 16, 4, 64).bfloat16().requires_grad_()}, "q requires a gradient"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_checks_stay_after_a_good_call(
+    on_hopper: Recorder, change: dict[str, Any], message: str
+) -> None:
+    good = dict(zip("qkv", tensors(2, 16, 4, 64), strict=True))
+    flashcore.attention(**good)
+    with pytest.raises((TypeError, ValueError), match=message):
+        flashcore.attention(**{**good, **change})
+    assert len(on_hopper.calls) == 1
+
+
+def test_an_option_that_can_change_is_read_each_time(on_hopper: Recorder) -> None:
+    q, k, v = tensors(1, 16, 2, 64)
+    scale = torch.tensor(0.25)
+    for expected in (0.25, 0.5):
+        scale.fill_(expected)
+        flashcore.attention(q, k, v, scale=scale)  # type: ignore[call-overload]
+        assert on_hopper.calls[-1][9] == expected
+    assert api._dense_launches == {}
+
+
+def test_repaired_strides_are_repaired_each_time(on_hopper: Recorder) -> None:
+    q, k, v = tensors(1, 16, 2, 64)
+    odd = q.as_strided(q.shape, (1, 128, 64, 1))
+    for _ in range(2):
+        flashcore.attention(odd, k, v)
+        assert all(stride % 8 == 0 for stride in on_hopper.calls[-1][0].stride()[:-1])
+
+
+def test_remembered_calls_are_bounded(on_hopper: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "_MAX_LAUNCHES", 3)
+    for length in range(1, 9):
+        flashcore.attention(*tensors(1, length, 1, 64))
+    assert len(api._dense_launches) <= 3
+
+
+def test_cpu_calls_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "_dense_launches", {})
+    flashcore.attention(*tensors(1, 8, 2, 64))
+    assert api._dense_launches == {}
+
+
 # ---------------------------------------------------------------- nothing to attend to
 
 
@@ -265,6 +369,11 @@ def test_legal_views_are_passed_as_they_are(recorder: Recorder) -> None:
 # ---------------------------------------------------------------- the real function
 
 
+no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="would launch on addresses of the host"
+)
+
+
 class PretendCuda:
     """A CPU tensor that tells DLPack it lies on GPU 0."""
 
@@ -283,8 +392,79 @@ class PretendCuda:
         return 2, 0
 
 
+class Checked(Recorder):
+    """Calls the compiled function with CPU tensors that pass for a GPU's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = KernelCache.open()
+
+    def function(self, kernel: Kernel) -> Any:
+        import tvm_ffi
+
+        compiled = self.cache.function(kernel)
+
+        def call(*arguments: Any) -> None:
+            self.calls.append(arguments)
+            compiled(
+                *(
+                    tvm_ffi.from_dlpack(PretendCuda(a)) if isinstance(a, torch.Tensor) else a
+                    for a in arguments
+                )
+            )
+
+        return call
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> Checked:
+    """The compiled function checks its arguments before it asks for a driver that is not there."""
+    checked = Checked()
+    monkeypatch.setattr(launch, "shared_cache", lambda: checked)
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "sm_count", lambda device: 132)
+    zeros = torch.zeros(2, dtype=torch.int32)
+    monkeypatch.setattr(launch, "scheduler_scratch", lambda index: zeros)
+    monkeypatch.setattr(launch, "_current_device", lambda: None)
+    monkeypatch.setattr(ops, "device_path", lambda device: Path("hopper", ""))
+    monkeypatch.setattr(api, "_dense_launches", {})
+    return checked
+
+
 @needs_dsl
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would launch on addresses of the host")
+@no_gpu
+def test_what_a_remembered_call_leaves_to_the_compiled_function(checked: Checked) -> None:
+    """It refuses each of these before it would launch; the error is then the checks' own."""
+    good = dict(zip("qkv", tensors(1, 300, 4, 128), strict=True))
+
+    def like(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=torch.bfloat16)
+
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"v": [1.0]}, "v must be a torch.Tensor"),
+        ({"v": torch.zeros(1, 300, 4, 128)}, "v must have the dtype of q"),
+        ({"k": torch.zeros(1, 300, 4, 128).half()}, "k must have the dtype of q"),
+        ({"v": like(1, 299, 4, 128)}, "v must have the shape of k"),
+        ({"v": like(1, 300, 2, 128)}, "v must have the shape of k"),
+        ({"v": like(300, 4, 128)}, "v must have 4 dimensions"),
+        ({"q": like(1, 300, 4, 256)[..., ::2]}, "q must have a contiguous last axis"),
+        ({"v": like(1, 300, 4, 256)[..., ::2]}, "v must have a contiguous last axis"),
+        ({"k": like(1, 300, 4, 132)[..., :128]}, "k has stride 132"),
+        ({"v": like(1, 300, 4, 136)[..., 4:132]}, "v must start at an address divisible by 16"),
+        ({"v": torch.empty(1, 300, 4, 128, device="meta").bfloat16()}, "v must be on the device"),
+    ]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="InsufficientDriver"):
+            flashcore.attention(**good)
+    assert len(checked.calls) == 3  # the second call: as remembered, then after the checks
+    for change, message in bad:
+        with pytest.raises((TypeError, ValueError), match=message):
+            flashcore.attention(**{**good, **change})
+    assert len(api._dense_launches) == 1
+
+
+@needs_dsl
+@no_gpu
 @pytest.mark.parametrize(
     ("shape", "kv_heads", "options"),
     [
@@ -296,37 +476,8 @@ class PretendCuda:
     ids=["batched", "decode", "padded, every axis 1", "packed"],
 )
 def test_compiled_function_takes_what_the_launch_passes(
-    monkeypatch: pytest.MonkeyPatch,
-    shape: tuple[int, ...],
-    kv_heads: int,
-    options: dict[str, Any],
+    checked: Checked, shape: tuple[int, ...], kv_heads: int, options: dict[str, Any]
 ) -> None:
-    """The function checks its arguments before it asks for a driver, which is not there."""
-    import tvm_ffi
-
-    cache = KernelCache.open()
-
-    class Checked(Recorder):
-        def function(self, kernel: Kernel) -> Any:
-            compiled = cache.function(kernel)
-
-            def call(*arguments: Any) -> None:
-                compiled(
-                    *(
-                        tvm_ffi.from_dlpack(PretendCuda(a)) if isinstance(a, torch.Tensor) else a
-                        for a in arguments
-                    )
-                )
-
-            return call
-
-    checked = Checked()
-    monkeypatch.setattr(launch, "shared_cache", lambda: checked)
-    monkeypatch.setattr(launch, "_plans", {})
-    monkeypatch.setattr(launch, "sm_count", lambda device: 132)
-    zeros = torch.zeros(2, dtype=torch.int32)
-    monkeypatch.setattr(launch, "scheduler_scratch", lambda index: zeros)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     options = dict(options)
     if "cu_seqlens" in options:
         ends = torch.tensor(options.pop("cu_seqlens"), dtype=torch.int32)

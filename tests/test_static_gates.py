@@ -127,6 +127,19 @@ def test_required_opcodes_are_the_family_s() -> None:
     assert violations(resources, ("UTMALDG",)) == ["no UTMALDG"]
 
 
+def test_load_path_is_told_by_its_opcodes(tmp_path: Path) -> None:
+    """Gathered rows need their own proof: Q comes by LDGSTS in every paged kernel."""
+    boxes = paged.choose("bf16", 64, 16, 4, 64)
+    rows = paged.choose("bf16", 64, 8, 4, 64)
+    assert (boxes.kv_load, rows.kv_load) == ("tma", "gather")
+    of = {c: Kernel(PAGED, c).required_opcodes for c in (boxes, rows)}
+    for config, other in ((boxes, rows), (rows, boxes)):
+        verdict = check_kernel(Kernel(PAGED, config), tmp_path, detect_target())
+        assert verdict.resources is not None
+        assert verdict.violations == []
+        assert len(violations(verdict.resources, of[other])) == 1
+
+
 FAMILIES = (DENSE, PAGED, COMBINE, PLANNER, PAGER)
 
 

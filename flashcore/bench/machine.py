@@ -22,6 +22,9 @@ _PACKAGES = (
     "fa3-fwd",
     "sglang-kernel",
     "flash-attn-4",
+    "sglang",
+    "flashinfer-python",
+    "triton",
 )
 
 
@@ -39,9 +42,12 @@ def describe_device() -> dict[str, Any]:
     }
 
 
-def read_clocks() -> dict[str, float]:
-    """Clocks, power and temperature now; empty where nvidia-smi does not say."""
-    values = (_nvidia_smi(",".join(_CLOCK_FIELDS.values())) or "").split(",")
+def read_clocks(index: int | None = None) -> dict[str, float]:
+    """Clocks, power and temperature now; empty where nvidia-smi does not say.
+
+    With the index of a GPU, this process does not open the device.
+    """
+    values = (_nvidia_smi(",".join(_CLOCK_FIELDS.values()), index) or "").split(",")
     clocks = {}
     for name, value in zip(_CLOCK_FIELDS, values, strict=False):
         try:
@@ -72,10 +78,11 @@ def source_commit() -> str:
     return f"{commit}-dirty" if changed else commit
 
 
-def _nvidia_smi(fields: str) -> str | None:
+def _nvidia_smi(fields: str, index: int | None = None) -> str | None:
     import torch
 
-    index = torch.cuda.current_device()
+    if index is None:
+        index = torch.cuda.current_device()
     return _output(
         "nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id={index}"
     )

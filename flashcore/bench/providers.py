@@ -62,34 +62,15 @@ def dense_providers() -> tuple[list[Provider], dict[str, str]]:
 
 
 def _flashcore() -> Provider:
-    from flashcore import __version__
-    from flashcore.runtime.launch import available, dense_attention
+    from flashcore import __version__, attention
+    from flashcore.runtime.launch import available
 
     usable, reason = available("cuda")
     if not usable:
         raise UnsupportedError(reason)
 
     def prepare(problem: DenseProblem, q: Any, k: Any, v: Any) -> Call:
-        scale = problem.head_dim**-0.5
-
-        def call() -> torch.Tensor:
-            return dense_attention(
-                q,
-                k,
-                v,
-                causal=problem.causal,
-                scale=scale,
-                window_left=-1,
-                window_right=-1,
-                softcap=0.0,
-                sinks=None,
-                cu_seqlens_q=None,
-                cu_seqlens_k=None,
-                max_seqlen_q=None,
-                return_lse=False,
-            )[0]
-
-        return call
+        return lambda: attention(q, k, v, causal=problem.causal)
 
     return Provider("flashcore", "flashcore", __version__, prepare)
 
@@ -102,20 +83,12 @@ def _fa3_fwd() -> Provider:
             raise UnsupportedError("this build of FlashAttention-3 has bf16 only")
         return lambda: _first(attend(q, k, v, causal=problem.causal))
 
-    return Provider("fa3_fwd", "fa3", _version("fa3-fwd"), prepare)
+    return Provider("fa3_fwd", "fa3", version_of("fa3-fwd"), prepare)
 
 
 def _sgl_kernel() -> Provider:
     """The operator itself, on unpacked tensors: faster than the package's varlen function."""
-    import torch
-
-    spec = find_spec("sgl_kernel")
-    if spec is None or not spec.submodule_search_locations:
-        raise UnsupportedError("sgl_kernel is not installed")
-    library = Path(next(iter(spec.submodule_search_locations))) / "flash_ops.abi3.so"
-    load_library: Any = torch.ops.load_library
-    load_library(str(library))
-    forward = torch.ops.sgl_kernel.fwd.default
+    forward, number = load_flash_ops()
 
     def prepare(problem: DenseProblem, q: Any, k: Any, v: Any) -> Call:
         # Between the tensors and the scale: new keys, output, lengths, page table, rotary, scales.
@@ -135,7 +108,23 @@ def _sgl_kernel() -> Provider:
         arguments = (*unused[0], *lengths, *unused[1], scale, problem.causal, -1, -1, 0, 0.0)
         return lambda: _first(forward(q, k, v, *arguments, **options))
 
-    return Provider("sgl_kernel", "fa3", _version("sglang-kernel", "sgl-kernel"), prepare)
+    return Provider("sgl_kernel", "fa3", number, prepare)
+
+
+def load_flash_ops() -> tuple[Any, str]:
+    """FlashAttention-3's forward operator in sgl_kernel, and the version of that package.
+
+    The library alone is loaded: the package's own import wants kernels for other purposes too.
+    """
+    import torch
+
+    spec = find_spec("sgl_kernel")
+    if spec is None or not spec.submodule_search_locations:
+        raise UnsupportedError("sgl_kernel is not installed")
+    library = Path(next(iter(spec.submodule_search_locations))) / "flash_ops.abi3.so"
+    load_library: Any = torch.ops.load_library
+    load_library(str(library))
+    return torch.ops.sgl_kernel.fwd.default, version_of("sglang-kernel", "sgl-kernel")
 
 
 def _fa4() -> Provider:
@@ -144,7 +133,7 @@ def _fa4() -> Provider:
     def prepare(problem: DenseProblem, q: Any, k: Any, v: Any) -> Call:
         return lambda: _first(attend(q, k, v, causal=problem.causal))
 
-    return Provider("fa4", "fa4", _version("flash-attn-4", "fa4", "flash-attn"), prepare)
+    return Provider("fa4", "fa4", version_of("flash-attn-4", "fa4", "flash-attn"), prepare)
 
 
 def _cudnn() -> Provider:
@@ -192,7 +181,8 @@ def _first(result: Any) -> torch.Tensor:
     return out
 
 
-def _version(*distributions: str) -> str:
+def version_of(*distributions: str) -> str:
+    """Version of the first of these distributions that is installed, or "unknown"."""
     for distribution in distributions:
         try:
             return version(distribution)

@@ -56,7 +56,7 @@ def time_interleaved(
         for contestant in (*contestants[shift:], *contestants[:shift]):
             number = calls[contestant.name]
             samples[contestant.name].append(elapsed_ms(contestant, number) / number)
-    return {name: _summary(values, calls[name]) for name, values in samples.items()}
+    return {name: timing_of(values, calls[name]) for name, values in samples.items()}
 
 
 def cuda_elapsed_ms(contestant: Contestant, calls: int) -> float:
@@ -90,7 +90,8 @@ def host_us_per_call(call: Callable[[], Any], calls: int = 200) -> float:
     return spent / calls * 1e6
 
 
-def _summary(values: list[float], calls: int) -> Timing:
+def timing_of(values: list[float], calls: int) -> Timing:
+    """Median and deciles of a contestant's samples, milliseconds of one call each."""
     ordered = sorted(values)
     tenth = (len(ordered) - 1) // 10
     return Timing(

@@ -1,4 +1,4 @@
-"""`flashcore bench`: time our kernels beside every installed peer."""
+"""`flashcore bench SUITE`: time our kernels beside every installed peer."""
 
 from __future__ import annotations
 
@@ -6,41 +6,33 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from flashcore.bench.problems import DenseProblem
-    from flashcore.bench.providers import Provider
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `flashcore bench` to its parser."""
-    parser.description = (
-        "Time dense attention on this GPU: flashcore and each installed peer (FlashAttention-3 "
-        "through fa3-fwd or sglang-kernel, FlashAttention-4, cuDNN and FlashAttention-2 through "
-        "torch), in turns on the same tensors. Prints a table of TFLOP/s."
-    )
-    parser.add_argument("suite", choices=["dense"], help="what to time")
+    """Add the suites of `flashcore bench` and their options to its parser."""
+    from flashcore.cli import bench_dense, bench_paged, bench_serve
+
+    parser.description = "Time flashcore and each installed peer on this GPU."
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    for name, module, summary in (
+        ("dense", bench_dense, "dense attention, in TFLOP/s"),
+        ("paged", bench_paged, "paged attention over shared prefixes, beside the time to read it"),
+    ):
+        sub = suites.add_parser(name, help=summary)
+        add_common_arguments(sub)
+        module.add_arguments(sub)
+        sub.set_defaults(run_suite=module.run)
+    bench_serve.add_arguments(suites.add_parser("serve", help="SGLang, backend by backend"))
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that every suite has."""
     parser.add_argument(
-        "--dtype", choices=["bf16", "fp16", "both"], default="bf16", help="(default: bf16)"
-    )
-    parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name has TEXT")
-    parser.add_argument(
-        "--providers",
-        metavar="A,B",
-        help="only these of flashcore, fa3_fwd, sgl_kernel, fa4, cudnn, fa2",
-    )
-    parser.add_argument(
-        "--rounds", type=_positive, default=30, metavar="N", help="turns of each (default: 30)"
-    )
-    parser.add_argument(
-        "--sample-ms",
-        type=_positive,
-        default=5,
-        metavar="T",
-        help="length of one turn in milliseconds (default: 5)",
+        "--rounds", type=positive, default=30, metavar="N", help="turns of each (default: 30)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it; needs matplotlib")
@@ -55,97 +47,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out: 0 done, 1 nothing was timed, 2 it cannot run here."""
+    if args.suite == "serve":
+        from flashcore.cli import bench_serve
+
+        return bench_serve.run(args)
     for name, path in (("--json", args.json), ("--plot", args.plot)):
         if path is not None and not path.absolute().parent.is_dir():
-            return _refuse(f"{name} {path}: there is no folder {path.absolute().parent}")
-    if args.from_json is not None:
-        return _redraw(args)
-    return _time(args)
+            return refuse(f"{name} {path}: there is no folder {path.absolute().parent}")
+    return int(args.run_suite(args))
 
 
-def _redraw(args: argparse.Namespace) -> int:
+def read_result(path: Path, needed: set[str]) -> dict[str, Any]:
+    """A result that --json wrote; ValueError says what is wrong with it."""
     try:
-        result = json.loads(args.from_json.read_text())
+        result: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        return _refuse(f"--from-json {args.from_json}: {error}")
-    needed = {"device", "driver", "commit", "date", "rows", "summary", "skipped"}
+        raise ValueError(f"--from-json {path}: {error}") from error
     absent = needed - set(result if isinstance(result, dict) else ())
     if absent:
-        return _refuse(f"--from-json {args.from_json}: it has no {', '.join(sorted(absent))}")
-    return _deliver(args, result)
+        raise ValueError(f"--from-json {path}: it has no {', '.join(sorted(absent))}")
+    return dict(result)
 
 
-def _time(args: argparse.Namespace) -> int:
-    import torch
+def head(commit: str | None) -> dict[str, Any]:
+    """Of a result: device, driver, versions, commit, date, command."""
+    from flashcore.bench.machine import describe_device, package_versions, source_commit
 
-    from flashcore.bench.problems import dense_problems
-    from flashcore.bench.providers import dense_providers
-
-    dtypes = ("bf16", "fp16") if args.dtype == "both" else (args.dtype,)
-    problems = [p for dtype in dtypes for p in dense_problems(dtype) if args.only in p.name]
-    if not problems:
-        return _refuse(f"no problem has {args.only!r} in its name")
-    if not torch.cuda.is_available():
-        return _refuse("torch sees no CUDA device to time on")
-    providers, missing = dense_providers()
-    if args.providers:
-        wanted = args.providers.split(",")
-        unknown = [n for n in wanted if n not in missing and n not in {p.name for p in providers}]
-        if unknown:
-            return _refuse(f"unknown provider {unknown[0]!r}")
-        providers = [provider for provider in providers if provider.name in wanted]
-        missing = {name: why for name, why in missing.items() if name in wanted}
-    if not providers:
-        return _refuse(f"no provider can be used: {missing}")
-    result = _measure(args, problems, providers, missing)
-    return _deliver(args, result)
-
-
-def _measure(
-    args: argparse.Namespace,
-    problems: list[DenseProblem],
-    providers: list[Provider],
-    missing: dict[str, str],
-) -> dict[str, Any]:
-    import torch
-
-    from flashcore.bench.dense import host_overhead_us, run_dense
-    from flashcore.bench.machine import (
-        describe_device,
-        package_versions,
-        read_clocks,
-        source_commit,
-    )
-
-    idle = read_clocks()
-    with torch.inference_mode():
-        measured = run_dense(
-            problems,
-            providers,
-            rounds=args.rounds,
-            sample_ms=args.sample_ms,
-            on_problem=lambda name: print(f"timing {name}", file=sys.stderr, flush=True),
-        )
-        host_us = {p.name: host_overhead_us(p) for p in providers if p.kernel == "flashcore"}
-    skipped = [f"{name}: {why}" for name, why in missing.items()] + measured["skipped"]
     return {
         **describe_device(),
-        "clocks": {"before": idle, "during": measured["clocks"]},
         "versions": package_versions(),
-        "commit": args.commit or source_commit(),
+        "commit": commit or source_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         # Folders are the machine's own business.
         "command": shlex.join(["flashcore", *(Path(word).name for word in sys.argv[1:])]),
-        "host_us_per_launch": host_us,
-        "skipped": skipped,
-        "rows": measured["rows"],
-        "summary": measured["summary"],
     }
 
 
-def _deliver(args: argparse.Namespace, result: dict[str, Any]) -> int:
-    from flashcore.bench.report import format_table, plot
-
+def deliver(
+    args: argparse.Namespace,
+    result: dict[str, Any],
+    format_table: Callable[[dict[str, Any]], str],
+    plot: Callable[[dict[str, Any], Path], None],
+) -> int:
+    """Print the result, write what was asked for: 0, 1 where nothing was timed."""
     print(f"{result['device']}, driver {result['driver']}, commit {result['commit']}")
     print(format_table(result))
     if args.json is not None:
@@ -154,16 +98,18 @@ def _deliver(args: argparse.Namespace, result: dict[str, Any]) -> int:
         try:
             plot(result, args.plot)
         except ImportError:
-            return _refuse("--plot needs matplotlib: pip install 'flashcore-attention[bench]'")
+            return refuse("--plot needs matplotlib: pip install 'flashcore-attention[bench]'")
     return 0 if result["rows"] else 1
 
 
-def _refuse(message: str) -> int:
+def refuse(message: str) -> int:
+    """Say why on standard error: 2."""
     print(f"flashcore bench: {message}", file=sys.stderr)
     return 2
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """argparse type: an integer of 1 or more."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")

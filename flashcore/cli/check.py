@@ -46,11 +46,18 @@ def cases() -> list[Case]:
         Case("fewer queries than keys", ((77, 900),), causal=True),
         Case("more queries than keys", ((300, 120),), causal=True),
         Case("one key", ((130, 1),)),
+        Case("many keys", ((300, 4133),)),  # full attention has tiles of its own from 4096 keys
+        Case("many keys, head_dim 64", ((300, 4133),), 64),
         Case("left window", square, window=(200, -1), causal=True),
         Case("two-sided window", square, window=(64, 32)),
         Case("soft cap", square, softcap=15.0),
         Case("sinks", square, sinks=True, causal=True),
         Case("all rules", square, window=(300, -1), softcap=20.0, sinks=True, causal=True),
+        # At head_dim 64 a warpgroup passes over blocks that only the rows of others see.
+        Case("head_dim 64, decode", ((3, 1500),), 64, heads=(8, 2), causal=True),
+        Case("head_dim 64, more queries", ((500, 120),), 64, causal=True),
+        Case("head_dim 64, left window", square, 64, window=(200, -1), causal=True),
+        Case("head_dim 64, packed causal", ragged, 64, packed=True, causal=True, heads=(8, 2)),
         Case("packed", ragged, packed=True),
         Case("packed, causal, grouped", ragged, packed=True, causal=True, heads=(8, 1)),
     ]
@@ -62,6 +69,7 @@ def cases() -> list[Case]:
     half = [
         Case("fp16", square, dtype="fp16", causal=True),
         Case("fp16 head_dim 64", square, 64, dtype="fp16"),
+        Case("fp16 head_dim 64, many keys", ((300, 4133),), 64, dtype="fp16"),
         Case("fp16 head_dim 256", square, 256, dtype="fp16"),
     ]
     padded = [Case(f"head_dim {dim}, padded", square, dim, causal=True) for dim in (40, 80, 136)]

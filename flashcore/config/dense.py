@@ -37,6 +37,7 @@ class DenseConfig:
     cluster_m: int = 1  # CTAs with neighbouring row tiles that share K/V by TMA multicast
     dynamic: bool = False  # tiles from an atomic counter, longest first: needs scheduler_scratch
     ping_pong: bool = True  # warpgroups take turns at the tensor cores
+    own_blocks: bool = False  # a warpgroup passes over blocks that only the others' rows see
     rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
     producer_registers: int = 24
     consumer_registers: int = 240
@@ -127,13 +128,15 @@ def choose(problem: DenseProblem) -> DenseConfig:
     causal = not local and (p.causal or p.window_right == 0)
     full = not (causal or local)
     warpgroups, tile_n, q_stages = _tile(head_dim, full, local, p.seqlen_k)
+    # The row that is hardest to hold: 528 with the counter against 526, three stages another 0.2 %.
+    long_64 = tile_n == 112
     config = DenseConfig(
         dtype=p.dtype,
         head_dim=head_dim,
         tile_m=WARPGROUP_ROWS * warpgroups,
         tile_n=tile_n,
         num_consumer_warpgroups=warpgroups,
-        stages=2,
+        stages=3 if long_64 else 2,
         q_stages=q_stages,
         causal=causal,
         local=local,
@@ -143,10 +146,13 @@ def choose(problem: DenseProblem) -> DenseConfig:
         pack_gqa=_pack_gqa(p, WARPGROUP_ROWS * warpgroups),
         return_lse=p.return_lse,
         # Equal tiles need no counter: static order measured the same within 1 %.
-        dynamic=not full or p.varlen,
+        dynamic=not full or p.varlen or long_64,
         # Turns pay where softmax takes longer than the products (hd 64: 471 against 435 TFLOP/s
         # without) and cost 1 % at hd 96 and 128.
         ping_pong=head_dim not in (96, 128),
+        # Of 192 rows a third to two thirds see nothing of the tile's last block of 128 keys: 423
+        # against 390 (2K), 509 against 492 (8K). At hd 256 (64 keys) it gained nothing.
+        own_blocks=warpgroups == 3 and not full,
         # Three consumer warpgroups leave 160 registers each; the varlen scheduler needs 40.
         producer_registers=32 if warpgroups == 3 else (40 if p.varlen else 24),
         consumer_registers=160 if warpgroups == 3 else (232 if p.varlen else 240),

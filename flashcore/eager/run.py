@@ -48,24 +48,27 @@ def attend_runs(
     load: LoadKeys,
     rules: Rules,
     tree: Tree | None = None,
+    part: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised result and LSE of queries, each over its own run of num_keys keys.
 
     q: [runs, n, num_kv_heads, g, head_dim] fp32, multiplied by the scale; g query heads share a KV
     head. positions: [runs, n], the key each query stands at on its run's scale. Several runs at
     once save calls, and go together only if every query sees all of its keys (`sees_all`).
+    part: the keys [begin, end) of the run alone; `merge` puts results over several parts together.
     Returns out like q and lse without the last axis; zeros and -inf where no key is visible.
     """
     runs, n, heads, group, _ = q.shape
+    keys = part or (0, num_keys)
     rows = max(1, SCORES_PER_CHUNK // max(1, runs * heads * group * min(num_keys, KEYS_PER_CHUNK)))
     if n <= rows:
-        return _attend_rows(q, positions, num_keys, load, rules, tree)
+        return _attend_rows(q, positions, num_keys, load, rules, tree, keys)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
     for begin in range(0, n, rows):
-        part = slice(begin, min(begin + rows, n))
-        part_tree = None if tree is None else Tree(tree.mask[part], tree.first_key[part])
-        out[:, part], lse[:, part] = _attend_rows(
-            q[:, part], positions[:, part], num_keys, load, rules, part_tree
+        some = slice(begin, min(begin + rows, n))
+        some_tree = None if tree is None else Tree(tree.mask[some], tree.first_key[some])
+        out[:, some], lse[:, some] = _attend_rows(
+            q[:, some], positions[:, some], num_keys, load, rules, some_tree, keys
         )
     return out, lse
 
@@ -84,9 +87,11 @@ def _attend_rows(
     load: LoadKeys,
     rules: Rules,
     tree: Tree | None,
+    keys: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     runs, n, heads, group, dim = q.shape
     bounds, first, last = _bounds(positions, num_keys, rules, tree)
+    first, last = max(first, keys[0]), min(last, keys[1])
     if first >= last:
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -math.inf)
     queries = q.transpose(1, 2).reshape(runs, heads, n * group, dim)
@@ -117,15 +122,15 @@ def _attend_rows(
         if begin == first:
             out, lse = chunk_out, chunk_lse
         else:
-            out, lse = _merge(out, lse, chunk_out, chunk_lse)
+            out, lse = merge(out, lse, chunk_out, chunk_lse)
     shape = (runs, heads, n, group)
     return out.view(*shape, dim).transpose(1, 2), lse.view(shape).transpose(1, 2)
 
 
-def _merge(
+def merge(
     out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two results over disjoint keys as one; lse keeps a last axis of one."""
+    """Two results over disjoint keys as one; lse has a last axis of one."""
     both = torch.logaddexp(lse, other_lse)
     safe = both.masked_fill(both == -math.inf, 0.0)
     return out * (lse - safe).exp_() + other * (other_lse - safe).exp_(), both

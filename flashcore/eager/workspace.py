@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,12 +17,33 @@ KEPT_BYTES = 8 << 20
 """What is kept per purpose and thread; more is asked for anew."""
 
 
-class _Buffers(threading.local):
+Buffers = dict[tuple[str, torch.dtype], torch.Tensor]
+"""By purpose and dtype."""
+
+
+class _Kept(threading.local):
     def __init__(self) -> None:
-        self.by_purpose: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self.buffers: Buffers = {}
+        self.lent: list[Buffers] = []
 
 
-_buffers = _Buffers()
+_kept = _Kept()
+
+
+def own_buffers(count: int) -> list[Buffers]:
+    """Of this thread, to be lent to others that work for it."""
+    _kept.lent += [{} for _ in range(count - len(_kept.lent))]
+    return _kept.lent[:count]
+
+
+@contextmanager
+def use_buffers(buffers: Buffers) -> Iterator[None]:
+    """Instead of this thread's own."""
+    before, _kept.buffers = _kept.buffers, buffers
+    try:
+        yield
+    finally:
+        _kept.buffers = before
 
 
 def scratch(purpose: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
@@ -29,9 +52,9 @@ def scratch(purpose: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.T
     if like.device.type != "cpu" or count * like.element_size() > KEPT_BYTES:
         return like.new_empty(shape)
     key = (purpose, like.dtype)
-    kept = _buffers.by_purpose.get(key)
+    kept = _kept.buffers.get(key)
     if kept is None or kept.numel() < count:
         with torch.inference_mode(False):  # a tensor made in that mode could not be used outside it
             kept = torch.empty(KEPT_BYTES // like.element_size(), dtype=like.dtype)
-        _buffers.by_purpose[key] = kept
+        _kept.buffers[key] = kept
     return kept[:count].view(shape)

@@ -8,6 +8,8 @@ sequence could not be planned become NaN, and places past the last query token h
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, const_expr
@@ -24,6 +26,18 @@ except ImportError:  # before 4.8
 
 WARPS = 8
 LANES = 32
+UNROLL = 4  # rows of partial results in flight in a warp
+
+
+class Share(NamedTuple):
+    """A row's merge list, this warp's part of it, and this lane's entry of the first 32 of each."""
+
+    begin: Int32
+    end: Int32
+    first: Int32
+    last: Int32
+    any_entry: Int32
+    own_entry: Int32
 
 
 class Combine:
@@ -74,29 +88,53 @@ class Combine:
         tidx, _, _ = cute.arch.thread_idx()
         bid, _, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        lane = tidx % LANES
         heads = mO.shape[1]
         index = bid * (WARPS // self.config.warps_per_row)
         if const_expr(self.config.warps_per_row == 1):
             index += warp
-        cute.arch.griddepcontrol_wait()
-        if index < mO.shape[0] * heads:
+        there = index < mO.shape[0] * heads
+        token, head, begin, end = Int32(0), Int32(0), Int32(0), Int32(0)
+        first, last = Int32(0), Int32(0)
+        any_entry, own_entry = Int32(0), Int32(0)
+        if there:
             token, head = index // heads, index % heads
-            begin, end = Int32(0), Int32(0)
             if token < mOffsets.shape[0] - 1:
                 begin, end = mOffsets[token], mOffsets[token + 1]
-            first = Int32(0)  # of the list; DIRECT and INVALID are negative and stand alone
+            # A contiguous share for each warp: the order of the sum depends on nothing else.
+            share = cute.ceil_div(end - begin, self.config.warps_per_row)
+            first = begin
+            if const_expr(self.config.warps_per_row > 1):
+                first = min(begin + warp * share, end)
+            last = min(first + share, end)
+            # The plan is older than the attention kernel: its lists need no waiting.
+            any_entry = self.entry(mList, begin + lane, end)
+            own_entry = any_entry
+            if const_expr(self.config.warps_per_row > 1):
+                own_entry = self.entry(mList, first + lane, end)
+        cute.arch.griddepcontrol_wait()
+        if there:
+            leading = Int32(0)  # DIRECT and INVALID are negative and stand alone
             if end > begin:
-                first = mList[begin]
+                leading = cute.arch.shuffle_sync(any_entry, 0)
             if const_expr(self.config.device_counts):
                 if not plan_fits(mCounts, mO.shape[0], tree_width):
-                    first = Int32(INVALID)
-                if first == INVALID:
-                    self.spoil(mO, mLSE, token, head, tidx % LANES)
-            if first >= 0:
+                    leading = Int32(INVALID)
+                if leading == INVALID:
+                    self.spoil(mO, mLSE, token, head, lane)
+            if leading >= 0:
                 self.merge(
-                    mO, mLSE, mPartialO, mPartialLSE, mList, mSinks, token, head, begin, end,
-                    tidx % LANES, warp,
+                    mO, mLSE, mPartialO, mPartialLSE, mList, mSinks, token, head,
+                    Share(begin, end, first, last, any_entry, own_entry), lane, warp,
                 )  # fmt: skip
+
+    @cute.jit
+    def entry(self, mList: cute.Tensor, i: Int32, end: Int32) -> Int32:
+        """Entry i of the merge lists, the one before `end` from there on."""
+        partial = Int32(0)
+        if end > 0:
+            partial = mList[min(i, end - 1)]
+        return partial
 
     @cute.jit
     def merge(
@@ -109,15 +147,27 @@ class Combine:
         mSinks: cute.Tensor | None,
         token: Int32,
         head: Int32,
-        begin: Int32,
-        end: Int32,
+        s: Share,
         lane: Int32,
         warp: Int32,
     ):
         """One row: the peak of all terms, then the weighted sum in list order."""
         columns = const_expr(self.columns)
+        begin, end, first, last, any_entry, own_entry = s
+        # The first rows are on their way while the weights are made.
+        rows = cute.make_rmem_tensor((UNROLL, columns), Float32)
+        rows.fill(0.0)
+        if first < last:
+            self.load_rows(mPartialO, own_entry, Int32(0), head, lane, rows)
         peak = -Float32.inf
-        i = begin + lane
+        if begin + lane < end:
+            peak = mPartialLSE[any_entry, head]
+        own_term = peak
+        if const_expr(self.config.warps_per_row > 1):
+            own_term = -Float32.inf
+            if first + lane < last:
+                own_term = mPartialLSE[own_entry, head]
+        i = begin + lane + LANES
         while i < end:
             peak = cute.arch.fmax(peak, mPartialLSE[mList[i], head])
             i += LANES
@@ -126,29 +176,55 @@ class Combine:
         if const_expr(self.config.sinks):
             peak = cute.arch.fmax(peak, mSinks[head])
         safe = Float32(0.0) if peak == -Float32.inf else peak
-        first, last = begin, end
-        if const_expr(self.config.warps_per_row > 1):
-            # A contiguous share for each warp: the order of the sum depends on nothing else.
-            share = cute.ceil_div(end - begin, self.config.warps_per_row)
-            first = min(begin + warp * share, end)
-            last = min(first + share, end)
         total = Float32(0.0)
         acc = cute.make_rmem_tensor(columns, Float32)
         acc.fill(0.0)
-        for i in cutlass.range(first, last, unroll=4):
-            partial = mList[i]
-            weight = cute.math.exp2((mPartialLSE[partial, head] - safe) * LOG2_E, fastmath=True)
-            total += weight
-            values = cute.make_rmem_tensor(columns, Float32)
-            cute.autovec_copy(self.row(mPartialO[partial, head, None], lane), values)
-            for c in cutlass.range_constexpr(columns):
-                acc[c] = acc[c] + weight * values[c]
+        chunk = first
+        while chunk < last:
+            # 32 entries: an entry and its weight in each lane.
+            if chunk > first:
+                own_entry = self.entry(mList, chunk + lane, end)
+                own_term = -Float32.inf
+                if chunk + lane < last:
+                    own_term = mPartialLSE[own_entry, head]
+                self.load_rows(mPartialO, own_entry, Int32(0), head, lane, rows)
+            weight = cute.math.exp2((own_term - safe) * LOG2_E, fastmath=True)
+            count = min(last - chunk, Int32(LANES))
+            for j in cutlass.range(0, count, UNROLL, unroll=1):
+                for u in cutlass.range_constexpr(UNROLL):
+                    w = cute.arch.shuffle_sync(weight, j + u)
+                    if j + u >= count:
+                        w = Float32(0.0)
+                    total += w
+                    for c in cutlass.range_constexpr(columns):
+                        acc[c] = acc[c] + w * rows[u, c]
+                if j + UNROLL < count:
+                    self.load_rows(mPartialO, own_entry, j + UNROLL, head, lane, rows)
+            chunk += LANES
         if const_expr(self.config.warps_per_row == 1):
             self.store(mO, mLSE, mSinks, token, head, lane, safe, total, acc)
         else:
             total = self.gather(acc, total, lane, warp)
             if warp == 0:
                 self.store(mO, mLSE, mSinks, token, head, lane, safe, total, acc)
+
+    @cute.jit
+    def load_rows(
+        self,
+        mPartialO: cute.Tensor,
+        entry: Int32,
+        j: Int32,
+        head: Int32,
+        lane: Int32,
+        rows: cute.Tensor,
+    ):
+        """Rows of the entries that lanes j .. j + UNROLL - 1 hold, all of them in flight."""
+        for u in cutlass.range_constexpr(UNROLL):
+            partial = cute.arch.shuffle_sync(entry, j + u)
+            values = cute.make_rmem_tensor(self.columns, Float32)
+            cute.autovec_copy(self.row(mPartialO[partial, head, None], lane), values)
+            for c in cutlass.range_constexpr(self.columns):
+                rows[u, c] = values[c]
 
     @cute.jit
     def gather(self, acc: cute.Tensor, total: Float32, lane: Int32, warp: Int32):

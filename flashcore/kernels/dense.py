@@ -11,7 +11,12 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA, DenseConfig, illegal_reason
+from flashcore.config.dense import (
+    SMEM_BYTES_PER_SM90_CTA,
+    WARPGROUP_ROWS,
+    DenseConfig,
+    illegal_reason,
+)
 from flashcore.kernels.parts import loads, matmul, pipelines, scheduler
 from flashcore.kernels.parts.consumer import Fragments, Scale, fragments, last_product
 from flashcore.kernels.parts.epilogue import store_row
@@ -237,12 +242,25 @@ class DenseAttention:
             row = m_block * c.tile_m + thread_row
             view = View(row, column, tile.seqlen_q, tile.seqlen_k, window_left, window_right)
             low, high, full_high, full_low = key_blocks(
-                c, m_block, tile.seqlen_q, tile.seqlen_k, window_left, window_right
-            )
+                c, m_block * c.tile_m, c.tile_m, tile.seqlen_q, tile.seqlen_k,
+                window_left, window_right,
+            )  # fmt: skip
             frag.accO.fill(0.0)
             frag.row_max.fill(-Float32.inf)
             frag.row_sum.fill(0.0)
             if high > low:
+                if const_expr(c.own_blocks):
+                    tile_high = high
+                    _, high, full_high, full_low = key_blocks(
+                        c, m_block * c.tile_m + wg * WARPGROUP_ROWS, WARPGROUP_ROWS,
+                        tile.seqlen_q, tile.seqlen_k, window_left, window_right,
+                    )  # fmt: skip
+                    high = max(high, low + 1)  # of rows that see no key a block, all masked
+                    for _ in cutlass.range(tile_high - high, unroll=1):
+                        pipelines.pass_over(ring_k, k_state, wg, self.turns)
+                        k_state.advance()
+                        pipelines.pass_over(ring_v, v_state, wg, 1)
+                        v_state.advance()
                 pipelines.await_stage(ring_q, q_state)
                 self.first_block(frag, view, scale, q_state, ring_k, k_state, wg, high - 1)
                 k_state.advance()

@@ -1,8 +1,9 @@
 """Paged attention for Hopper over a plan's work list: each run of shared pages is read once.
 
-One producer warp, one or two consumer warpgroups, persistent. A work item is a KV run of a group,
-up to tile_m packed query rows of its members, and one KV head (flashcore/planner/work.py); sharing
-only decides how many rows ride on a run. Every mask but the tree's is an interval of keys per row.
+A producer warp (four where rows are gathered), one or two consumer warpgroups, persistent. A work
+item is a KV run of a group, up to tile_m packed query rows of its members, and one KV head
+(flashcore/planner/work.py); sharing only decides how many rows ride on a run. Every mask but the
+tree's is an interval of keys per row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA
 from flashcore.config.paged import PagedConfig, illegal_reason
-from flashcore.kernels.parts import barriers, device_plan, matmul, pages, pipelines, work_loop
+from flashcore.kernels.parts import (
+    barriers,
+    device_plan,
+    gather,
+    matmul,
+    pages,
+    pipelines,
+    work_loop,
+)
 from flashcore.kernels.parts.consumer import Fragments, Scale, fragments, last_product
 from flashcore.kernels.parts.epilogue import store_row
 from flashcore.kernels.parts.intervals import (
@@ -102,8 +111,11 @@ class PagedAttention:
         c = self.config
         sQ_l = matmul.smem_layout(self.dtype, c.tile_m, c.head_dim)
         sKV_l = matmul.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
-        tma_k, gK = pages.page_copy(c, mKPages, sKV_l)
-        tma_v, gV = pages.page_copy(c, mVPages, sKV_l)
+        if const_expr(c.kv_load == "tma"):
+            tma_k, gK = pages.page_copy(c, mKPages, sKV_l)
+            tma_v, gV = pages.page_copy(c, mVPages, sKV_l)
+        else:
+            tma_k, gK, tma_v, gV = None, mKPages, None, mVPages
         mma_qk = matmul.qk_product(self.dtype, self.warpgroups, c.tile_n)
         mma_pv = matmul.pv_product(self.dtype, self.warpgroups, c.head_dim)
 
@@ -130,15 +142,16 @@ class PagedAttention:
             grid=[num_ctas, 1, 1],
             block=[c.threads, 1, 1],
             stream=stream,
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=c.ctas_per_sm,
+            preferred_smem_carveout=100,
         )  # fmt: skip
 
     @cute.kernel
     def kernel(
         self,
-        tma_k: cute.CopyAtom,
+        tma_k: cute.CopyAtom | None,
         gK: cute.Tensor,
-        tma_v: cute.CopyAtom,
+        tma_v: cute.CopyAtom | None,
         gV: cute.Tensor,
         m: Operands,
         softmax_scale: Float32,
@@ -152,9 +165,10 @@ class PagedAttention:
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        if warp == 0:
-            cpasync.prefetch_descriptor(tma_k)
-            cpasync.prefetch_descriptor(tma_v)
+        if const_expr(c.kv_load == "tma"):
+            if warp == 0:
+                cpasync.prefetch_descriptor(tma_k)
+                cpasync.prefetch_descriptor(tma_v)
         storage = SmemAllocator().allocate(self.Storage)
         sQ = storage.q.get_tensor(sQ_l.outer, swizzle=sQ_l.inner)
         sK = storage.k.get_tensor(sKV_l.outer, swizzle=sKV_l.inner)
@@ -164,21 +178,33 @@ class PagedAttention:
             storage.slot.get_tensor(cute.make_layout(SLOT_WORDS)), slot_barriers, slot_barriers + 1
         )
         warps = 4 * self.warpgroups
-        kv_bytes = cute.size_in_bytes(self.dtype, cute.select(sKV_l, mode=[0, 1]))
-        ring_k, ring_v = (
-            pipelines.tma_ring(barriers.data_ptr(), c.stages, kv_bytes, warps)
-            for barriers in (storage.k_barriers, storage.v_barriers)
-        )
+        if const_expr(c.kv_load == "tma"):
+            kv_bytes = cute.size_in_bytes(self.dtype, cute.select(sKV_l, mode=[0, 1]))
+            ring_k, ring_v = (
+                pipelines.tma_ring(barriers.data_ptr(), c.stages, kv_bytes, warps)
+                for barriers in (storage.k_barriers, storage.v_barriers)
+            )
+            readers = warps
+        else:
+            ring_k, ring_v = (
+                pipelines.gather_ring(barriers.data_ptr(), c.stages, warps)
+                for barriers in (storage.k_barriers, storage.v_barriers)
+            )
+            readers = warps + c.loading_warps
         if warp == 0:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(slot.full, 1)
-                cute.arch.mbarrier_init(slot.empty, 32 * warps)
+                cute.arch.mbarrier_init(slot.empty, 32 * readers)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
+        # The merge takes the place of CTAs that are done, and waits there for all of them.
+        cute.arch.griddepcontrol_launch_dependents()
         if warp < 4:
             cute.arch.setmaxregister_decrease(c.producer_registers)
-            if warp == 0:
+            if const_expr(c.kv_load == "gather"):
+                gather.produce(c, gK, gV, sK, sV, ring_k, ring_v, slot, m, window, warp)
+            elif warp == 0:
                 self.produce(tma_k, gK, tma_v, gV, sK, sV, ring_k, ring_v, slot, m, window)
         else:
             cute.arch.setmaxregister_increase(c.consumer_registers)
@@ -207,40 +233,42 @@ class PagedAttention:
         k_state = pipelines.producer_state(c.stages)
         v_state = pipelines.producer_state(c.stages)
         index, _, _ = cute.arch.block_idx()
-        num_items = m.mWork.shape[0]
-        if const_expr(c.device_counts):
-            width = m.mTree.shape[1] if const_expr(c.tree) else Int32(2**31 - 1)
-            num_items = device_plan.count_items(m.mCounts, m.mWork, m.mQ.shape[0], width)
+        num_items = device_plan.count_items(c, m)
         slot_phase = Int32(1)
         while index < num_items:
             words = work_loop.work_row(m.mWork, index)
+            entry, num_tokens = words[int(Work.ENTRY)], words[int(Work.NUM_TOKENS)]
+            last_entry = entry + (num_tokens - 1) // c.page_tokens
+            # On its way while the item is measured: most items begin with their run's last tile.
+            guess = (num_tokens - 1) // c.tile_n
+            ids = pages.tile_pages(c, m.mCols, entry, last_entry, guess)
             item = measure_item(c, words, Work, m.mPositions, m.mTokens, m.mQIndex, window)
             work_loop.publish_item(slot, slot_phase, item)
             slot_phase ^= 1
-            entry = words[int(Work.ENTRY)]
-            last_entry = entry + (item.num_tokens - 1) // c.page_tokens
             if item.end > item.first:
                 k_pages = pages.head_pages(c, tma_k, gK, sK, item.kv_head)
                 v_pages = pages.head_pages(c, tma_v, gV, sV, item.kv_head)
                 # K runs a tile ahead of V: the consumers need K of tile n - 1 before V of n.
                 last = item.end - 1
-                pages.load_tile(c, k_pages, m.mCols, entry, last_entry, last, ring_k, k_state)
+                if last != guess:
+                    ids = pages.tile_pages(c, m.mCols, entry, last_entry, last)
+                ahead = pages.tile_pages(c, m.mCols, entry, last_entry, max(last - 1, 0))
+                pages.load_tile(c, k_pages, ids, last, ring_k, k_state)
                 k_state.advance()
                 for i in cutlass.range(last - item.first, unroll=1):
                     n = last - i
-                    pages.load_tile(c, k_pages, m.mCols, entry, last_entry, n - 1, ring_k, k_state)
+                    below = ahead
+                    ahead = pages.tile_pages(c, m.mCols, entry, last_entry, max(n - 2, 0))
+                    pages.load_tile(c, k_pages, below, n - 1, ring_k, k_state)
                     k_state.advance()
-                    pages.load_tile(c, v_pages, m.mCols, entry, last_entry, n, ring_v, v_state)
+                    pages.load_tile(c, v_pages, ids, n, ring_v, v_state)
                     v_state.advance()
-                pages.load_tile(c, v_pages, m.mCols, entry, last_entry, item.first, ring_v, v_state)
+                    ids = below
+                pages.load_tile(c, v_pages, ids, item.first, ring_v, v_state)
                 v_state.advance()
             index = work_loop.next_item(index, m.mCounter)
-        nothing = Int32(0)
-        over = Item(Int32(-1), *[nothing] * (len(Item._fields) - 1))
-        work_loop.publish_item(slot, slot_phase, over)
+        work_loop.publish_end(slot, slot_phase)
         work_loop.reset_counter(m.mCounter)
-        # The merge may be set up while the last items are computed; it waits for all of them.
-        cute.arch.griddepcontrol_launch_dependents()
         ring_k.producer_tail(k_state)
         ring_v.producer_tail(v_state)
 

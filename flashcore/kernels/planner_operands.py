@@ -19,8 +19,9 @@ class Problem(NamedTuple):
     kv_token_bytes: Int32  # `folding.Costs`
     partial_token_bytes: Int32
     fold: Int32  # 0: groups stay as found
-    items_aimed_at: Int32  # 0: no split
-    min_split_tokens: Int32
+    num_workers: Int32  # 0 or 1: no split
+    min_split_tokens: Int32  # `planner.split`
+    long_split_tokens: Int32
     split_unit: Int32  # tokens; splits are multiples of it
 
 

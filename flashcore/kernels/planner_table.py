@@ -14,10 +14,11 @@ from cutlass import Int32, Int64
 from flashcore.config.planner import SCAN_THREADS, Rows, Sort
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
-from flashcore.kernels.planner_block import Shared, block_scan, block_sum, radix_sort
+from flashcore.kernels.planner_block import Shared, block_any, block_scan, block_sum, radix_sort
 from flashcore.kernels.planner_groups import queries_of
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.planner.counters import Count, Fault, Stat
+from flashcore.planner.split import COST_UNIT, LONGEST_FIRST
 from flashcore.planner.work import DIRECT, Group
 
 
@@ -28,37 +29,66 @@ def row_blocks(problem: Problem, queries: Int32):
 
 
 @cute.jit
-def pages_per_split(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared):
-    """`split.split_tokens` in pages; 0 for no split."""
+def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared):
+    """`split.split_share` of all groups."""
     tid, _, _ = cute.arch.thread_idx()
-    tokens = Int64(0)
+    total = Int64(0)
     for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
         blocks = row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)])
-        tokens = tokens + Int64(plan.mGroups[h, int(Group.NUM_TOKENS)]) * Int64(blocks)
-    tokens = block_sum(tokens, shared.wide) * Int64(problem.kv_heads)
-    split = Int64(0)
-    if problem.items_aimed_at > 0:
-        aimed_at, unit = Int64(problem.items_aimed_at), Int64(problem.split_unit)
-        share = (tokens + aimed_at - 1) // aimed_at
-        least = Int64(problem.min_split_tokens)
+        total = total + Int64(plan.mGroups[h, int(Group.NUM_TOKENS)]) * Int64(11 + 5 * blocks)
+    total = block_sum(total, shared.wide) * Int64(problem.kv_heads)
+    workers, long, unlike = Int64(problem.num_workers), Int32(0), Int32(0)
+    first = run_cost(plan, problem, Int32(0))
+    for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
+        cost = run_cost(plan, problem, h)
+        if 4 * cost * workers > 5 * total:
+            long = Int32(1)
+        if cost != first:
+            unlike = Int32(1)
+    long, unlike = block_any(long, shared.sums), block_any(unlike, shared.sums)
+    share = Int64(0)
+    if problem.num_workers > 1 and long == 1:
+        share = (total + workers - 1) // workers
+        if unlike == 1:
+            two = (total + 2 * workers - 1) // (2 * workers)
+            four = (total + 4 * workers - 1) // (4 * workers)
+            most = Int64(COST_UNIT) * Int64(problem.long_split_tokens)
+            share = two if two < most else most
+            share = share if share > four else four
+        least = Int64(COST_UNIT) * Int64(problem.min_split_tokens)
         share = share if share > least else least
-        split = (share + unit - 1) // unit * unit // Int64(problem.page_tokens)
-    largest = Int64(2**31 - 1)
-    return (split if split < largest else largest).to(Int32)
+    return share
 
 
 @cute.jit
-def cut_groups(plan: Plan, num_groups: Int32, split: Int32):
-    """Even splits of at most `split` pages."""
+def run_cost(plan: Plan, problem: Problem, h: Int32):
+    """`split.run_cost` of one item of a group, 0 past the last group."""
+    cost = Int64(0)
+    blocks = Int64(row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)]))
+    if blocks > 0:
+        cost = Int64(plan.mGroups[h, int(Group.NUM_TOKENS)]) * (11 + 5 * blocks) // blocks
+    return cost
+
+
+@cute.jit
+def cut_groups(plan: Plan, problem: Problem, num_groups: Int32, share: Int64):
+    """`split.split_pages` of each group; the whole run where `share` is 0."""
     tid, _, _ = cute.arch.thread_idx()
+    unit = Int64(problem.split_unit // problem.page_tokens)
     for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
-        pages = plan.mGroups[h, int(Group.NUM_ENTRIES)]
-        splits = Int32(1)
-        if split > 0:
-            splits = (pages - 1) // split + 1
-        per_split = (pages + splits - 1) // splits
-        plan.mGroups[h, int(Group.SPLIT_ENTRIES)] = per_split
-        plan.mGroups[h, int(Group.NUM_SPLITS)] = (pages + per_split - 1) // per_split
+        pages = Int64(plan.mGroups[h, int(Group.NUM_ENTRIES)])
+        per_split = pages
+        if share > 0:
+            blocks = Int64(row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)]))
+            tokens = share * blocks // (11 + 5 * blocks)
+            length = (tokens // Int64(problem.split_unit) + 1) * unit
+            splits = (4 * pages + 3 * length - 1) // (4 * length)
+            splits = splits if splits > 1 else Int64(1)
+            per_split = (pages + splits - 1) // splits
+            per_split = (per_split + unit - 1) // unit * unit
+        plan.mGroups[h, int(Group.SPLIT_ENTRIES)] = per_split.to(Int32)
+        splits = (pages + per_split - 1) // per_split
+        plan.mGroups[h, int(Group.NUM_SPLITS)] = splits.to(Int32)
 
 
 @cute.jit
@@ -156,15 +186,24 @@ def enter_classes(
     full = plan.mGroups[h, int(Group.SPLIT_ENTRIES)] * problem.page_tokens
     last = plan.mGroups[h, int(Group.NUM_TOKENS)] - (splits - 1) * full
     full = full if splits > 1 else last
-    scratch.mClasses[Sort.KEY, 2 * h] = longest - full
+    weight = order_weight(plan, problem, h)
+    scratch.mClasses[Sort.KEY, 2 * h] = longest - weight * full
     scratch.mClasses[Sort.VALUE, 2 * h] = 2 * h
-    scratch.mClasses[Sort.KEY, 2 * h + 1] = longest - last
+    scratch.mClasses[Sort.KEY, 2 * h + 1] = longest - weight * last
     scratch.mClasses[Sort.VALUE, 2 * h + 1] = 2 * h + 1
 
 
 @cute.jit
+def order_weight(plan: Plan, problem: Problem, h: Int32):
+    """How often a token of this group's items counts in the order of the work list."""
+    blocks = row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)])
+    return Int32(LONGEST_FIRST) if blocks > 1 else Int32(1)
+
+
+@cute.jit
 def run_lengths(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared):
-    """No split has more tokens than the first number, and none fewer than the second."""
+    """No split has more tokens than the first number, and none fewer than the second, as the order
+    of the work list counts them."""
     tid, _, _ = cute.arch.thread_idx()
     if tid == 0:
         shared.bins[0] = Int32(0)
@@ -174,8 +213,9 @@ def run_lengths(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared)
         full = plan.mGroups[h, int(Group.SPLIT_ENTRIES)] * problem.page_tokens
         splits = plan.mGroups[h, int(Group.NUM_SPLITS)]
         last = plan.mGroups[h, int(Group.NUM_TOKENS)] - (splits - 1) * full
-        cute.arch.atomic_max(shared.bins.iterator, full, sem="relaxed", scope="cta")
-        cute.arch.atomic_min(shared.bins.iterator + 1, last, sem="relaxed", scope="cta")
+        weight = order_weight(plan, problem, h)
+        cute.arch.atomic_max(shared.bins.iterator, weight * full, sem="relaxed", scope="cta")
+        cute.arch.atomic_min(shared.bins.iterator + 1, weight * last, sem="relaxed", scope="cta")
     cute.arch.sync_threads()
     longest, shortest = shared.bins[0], shared.bins[1]
     cute.arch.sync_threads()
@@ -353,8 +393,8 @@ def cut(plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, num_k
         shared: Shared):  # fmt: skip
     """What all three of the others need: splits, and which groups' results are merged."""
     tid, _, _ = cute.arch.thread_idx()
-    split = pages_per_split(plan, problem, num_groups, shared)
-    cut_groups(plan, num_groups, split)
+    share = split_share(plan, problem, num_groups, shared)
+    cut_groups(plan, problem, num_groups, share)
     find_company(scratch, num_kept)
     if tid == 0:
         plan.mCounts[int(Count.GROUPS)] = num_groups

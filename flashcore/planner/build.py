@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 
 from flashcore import validate
+from flashcore.device import resident_ctas
 from flashcore.pager.csr import Layout
+from flashcore.planner import split
 from flashcore.planner.folding import Costs, Fold, Folding, Reason, fold_groups
 from flashcore.planner.sharing import Segments, find_segments
-from flashcore.planner.split import split_tokens
 from flashcore.planner.types import Plan
 from flashcore.planner.work import DIRECT, FIELDS, Group, Work
 
@@ -41,7 +42,7 @@ def plan(
         itemsize: bytes of a K or V element, for the folding rule.
         tile_m: packed query rows of a work item at most; None: 64, or 128 where the groups fill it.
         num_workers: work items that run at the same time (CTAs); KV runs are split to fill them.
-            0: no split. None: the multiprocessors of a CUDA device, elsewhere 0.
+            0: no split. None: as many as a CUDA device runs, elsewhere 0.
         share: False reads every sequence's pages for itself (for comparison; same results).
         fold: False keeps every group however small; "always" keeps none that can be given back to
             its sequences, which is right for prefill: a sequence whose own queries fill the tiles
@@ -51,8 +52,7 @@ def plan(
         TypeError, ValueError: naming the argument, what it is and what it may be.
     """
     group_size = validate.head_counts(num_q_heads, num_kv_heads)
-    num_workers = _workers(num_workers, layout)
-    _check_problem(head_dim, itemsize, tile_m)
+    _check_problem(head_dim, itemsize, tile_m, num_workers)
     lengths = _check_layout(layout, q_lens, page_tokens)
     q_offsets = _offsets(lengths)
     counts = layout.token_counts.long()
@@ -79,10 +79,10 @@ def plan(
     gathered = _gather_queries(segments, lengths, q_offsets, kv_lens)
     kept = _runs(segments, tokens_before, lengths)
     tile_m = tile_m or _tile_rows(kept.tokens, kept.queries * group_size)
+    num_workers = _workers(num_workers, layout, head_dim, tile_m, page_tokens)
     blocks = (kept.queries * group_size + tile_m - 1) // tile_m
-    item_tokens = int((kept.tokens * blocks).sum()) * num_kv_heads
-    split = split_tokens(item_tokens, num_workers, page_tokens) // page_tokens
-    groups, num_partials = _group_table(segments, kept, gathered, split)
+    per_split = _split_pages(kept, blocks, num_kv_heads, num_workers, page_tokens)
+    groups, num_partials = _group_table(segments, kept, gathered, per_split)
     merge_offsets, merge_partials = _merge_lists(
         segments, groups, gathered, lengths, q_offsets, int(q_offsets[-1])
     )
@@ -141,19 +141,24 @@ class _Gathered(NamedTuple):
     positions: torch.Tensor
 
 
-def _check_problem(head_dim: int, itemsize: int, tile_m: int | None) -> None:
+def _check_problem(
+    head_dim: int, itemsize: int, tile_m: int | None, num_workers: int | None
+) -> None:
     validate.positive_int("head_dim", head_dim)
     validate.positive_int("itemsize", itemsize, maximum=8)
     if tile_m is not None:
         validate.positive_int("tile_m", tile_m)
-
-
-def _workers(num_workers: int | None, layout: Layout) -> int:
     if num_workers:
-        return validate.positive_int("num_workers", num_workers)
-    if num_workers is None and isinstance(layout, Layout) and layout.cols.is_cuda:
-        return torch.cuda.get_device_properties(layout.cols.device).multi_processor_count
-    return 0
+        validate.positive_int("num_workers", num_workers)
+
+
+def _workers(
+    num_workers: int | None, layout: Layout, head_dim: int, tile_m: int, page_tokens: int
+) -> int:
+    if num_workers is None:
+        device = layout.cols.device
+        return resident_ctas(device, head_dim, tile_m, page_tokens) if device.type == "cuda" else 0
+    return num_workers
 
 
 def _check_layout(
@@ -257,13 +262,26 @@ def _tile_rows(tokens: torch.Tensor, rows: torch.Tensor) -> int:
     return 128 if float(wide) <= 1.05 * float(narrow) and tokens.numel() else 64
 
 
+def _split_pages(
+    runs: _Runs, blocks: torch.Tensor, num_kv_heads: int, num_workers: int, page_tokens: int
+) -> torch.Tensor:
+    """Pages of a split of each group."""
+    if runs.tokens.numel() == 0:
+        return runs.entries
+    cost = split.run_cost(runs.tokens, blocks)
+    total = int((runs.tokens * (11 + 5 * blocks)).sum()) * num_kv_heads
+    share = split.split_share(total, int(cost.max()), int(cost.min()), num_workers)
+    if share == 0:
+        return runs.entries
+    pages: torch.Tensor = split.split_pages(runs.entries, blocks, share, page_tokens)
+    return pages
+
+
 def _group_table(
-    segments: Segments, runs: _Runs, gathered: _Gathered, split: int
+    segments: Segments, runs: _Runs, gathered: _Gathered, per_split: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
-    """The group table, int64, and the number of partial tokens; `split` pages a split, 0: none."""
+    """The group table, int64, and the number of partial tokens; `per_split` pages a split."""
     count, queries = runs.entries, runs.queries
-    splits = torch.ones_like(count) if split == 0 else (count + split - 1) // split
-    per_split = (count + splits - 1) // splits
     splits = (count + per_split - 1) // per_split
 
     # Only a group whose query tokens all have this one result may write it to the output.
@@ -302,10 +320,10 @@ def _merge_lists(
     segment, item = _index_within(queries * group[:, Group.NUM_SPLITS])
     # Per segment the splits vary fastest within a token, so a stable sort by token gives the order.
     splits = group[segment, Group.NUM_SPLITS]
-    token, split = item // splits, item % splits
+    token, part = item // splits, item % splits
     gathered_token = gathered.segment_begin[segment] + token
     group = group[segment]
-    partial = group[:, Group.PARTIAL] + split * group[:, Group.NUM_Q]
+    partial = group[:, Group.PARTIAL] + part * group[:, Group.NUM_Q]
     partial = partial + gathered_token - group[:, Group.Q_BEGIN]
     partial = torch.where(group[:, Group.PARTIAL] == DIRECT, DIRECT, partial)
     query = q_offsets[segments.row[segment]] + token
@@ -316,21 +334,21 @@ def _merge_lists(
 def _work_list(
     groups: torch.Tensor, group_size: int, num_kv_heads: int, tile_m: int, page_tokens: int
 ) -> torch.Tensor:
-    """Every (group, split, KV head, row block), longest KV run first, neighbours together."""
+    """Every (group, split, KV head, row block), longest first, neighbours together."""
     rows = groups[:, Group.NUM_Q] * group_size
     blocks = (rows + tile_m - 1) // tile_m
     which, index = _index_within(groups[:, Group.NUM_SPLITS] * num_kv_heads * blocks)
     group, blocks, rows = groups[which], blocks[which], rows[which]
     block = index % blocks
     head = index // blocks % num_kv_heads
-    split = index // (blocks * num_kv_heads)
-    first_entry = split * group[:, Group.SPLIT_ENTRIES]
+    part = index // (blocks * num_kv_heads)
+    first_entry = part * group[:, Group.SPLIT_ENTRIES]
     offset = first_entry * page_tokens
     tokens = torch.minimum(
         group[:, Group.NUM_TOKENS] - offset, group[:, Group.SPLIT_ENTRIES] * page_tokens
     )
     row = block * tile_m
-    partial = group[:, Group.PARTIAL] + split * group[:, Group.NUM_Q] + row // group_size
+    partial = group[:, Group.PARTIAL] + part * group[:, Group.NUM_Q] + row // group_size
     table = torch.zeros((which.numel(), FIELDS), dtype=torch.long, device=groups.device)
     table[:, Work.KV_HEAD] = head
     table[:, Work.ROW_BEGIN] = group[:, Group.Q_BEGIN] * group_size + row
@@ -340,4 +358,5 @@ def _work_list(
     table[:, Work.KV_OFFSET] = offset
     table[:, Work.PARTIAL] = torch.where(group[:, Group.PARTIAL] == DIRECT, DIRECT, partial)
     table[:, Work.GROUP] = which
-    return table[torch.sort(tokens, descending=True, stable=True).indices]
+    order = torch.where(blocks > 1, split.LONGEST_FIRST, 1) * tokens
+    return table[torch.sort(order, descending=True, stable=True).indices]

@@ -13,7 +13,7 @@ import torch
 
 from flashcore import validate
 from flashcore.config import planner as lines
-from flashcore.device import device_path
+from flashcore.device import device_path, resident_ctas
 from flashcore.pager.device import DeviceLayout
 from flashcore.planner import split
 from flashcore.planner.counters import Count
@@ -81,7 +81,7 @@ class DevicePlanner:
         validate.positive_int("page_tokens", page_tokens)
         validate.positive_int("num_pages", num_pages, maximum=_MOST_PAGES)
         device = torch.device(device)
-        workers = _workers(num_workers, device)
+        workers = _workers(num_workers, device, head_dim, tile_m, page_tokens)
         if workspace is not None and not capacities.max_partials:
             held = workspace.numel() // workspace_elements(1, num_q_heads, head_dim)
             capacities = replace(capacities, max_partials=held)
@@ -107,7 +107,7 @@ class DevicePlanner:
         self._problem = (
             *(page_tokens, num_pages, num_kv_heads, group_size, tile_m),
             *(*costs, int(bool(fold))),
-            *(workers, split.MIN_SPLIT_TOKENS, unit),
+            *(workers, split.MIN_SPLIT_TOKENS, split.LONG_SPLIT_TOKENS, unit),
         )
 
     @property
@@ -256,16 +256,15 @@ class DevicePlanner:
             )
 
 
-def _workers(num_workers: int | None, device: torch.device) -> int:
-    """Work items aimed at, 0 for no split."""
+def _workers(
+    num_workers: int | None, device: torch.device, head_dim: int, tile_m: int, page_tokens: int
+) -> int:
+    """CTAs to balance, 0 for no split."""
     if num_workers is None:
-        if device.type != "cuda":
-            return 0
-        num_workers = torch.cuda.get_device_properties(device).multi_processor_count
-    if num_workers == 0:
-        return 0
-    validate.positive_int("num_workers", num_workers)
-    return num_workers * split.ITEMS_PER_WORKER if num_workers > 1 else 0
+        return resident_ctas(device, head_dim, tile_m, page_tokens) if device.type == "cuda" else 0
+    if num_workers:
+        validate.positive_int("num_workers", num_workers)
+    return num_workers
 
 
 def _allocate_scratch(

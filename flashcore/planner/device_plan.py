@@ -34,16 +34,17 @@ class Capacities:
 
 
 def fill_defaults(
-    c: Capacities, num_q_heads: int, num_kv_heads: int, tile_m: int, items_aimed_at: int
+    c: Capacities, num_q_heads: int, num_kv_heads: int, tile_m: int, num_workers: int
 ) -> Capacities:
     """Capacities for what ordinary batches need, checked.
 
     Gathered tokens: each member's queries; decode has at most one a page. Work items: one for each
     row block and KV head of a group, and 4096 for the splits.
     Partial tokens: one for each gathered token whose group is not all there is to it, and for the
-    splits `items_aimed_at * tile_m / num_q_heads` more, whatever the lengths: splits are as long as
-    all work over `items_aimed_at`. They are the only large ones, so query tokens get eight groups
-    each (a prefix tree of that depth), and those beyond 1024, which are prefill, two.
+    splits `5 * num_workers * tile_m / num_q_heads` more, whatever the lengths: a split is at least
+    four fifths of a fourth of a worker's share of all work. They are the only large ones, so query
+    tokens get eight groups each (a prefix tree of that depth), and those beyond 1024, which are
+    prefill, two.
     """
     group_size = num_q_heads // num_kv_heads
     for name in ("max_batch", "max_entries", "max_q"):
@@ -52,7 +53,7 @@ def fill_defaults(
     blocks = c.max_entries + -(-gathered * group_size // tile_m)
     beyond = max(c.max_q - _DECODE_QUERIES, 0)
     whole = min(_PARTIALS * (c.max_q - beyond) + _PARTIALS_BEYOND * beyond, gathered)
-    splits = -(-items_aimed_at * tile_m // num_q_heads)
+    splits = -(-5 * num_workers * tile_m // num_q_heads)
     filled = Capacities(
         c.max_batch,
         c.max_entries,

@@ -104,9 +104,19 @@ def _samples(sampler: StepSampler) -> Report:
         "layout_ms": _distribution(np.array(sampler.layout_ms)),
         "plan_ms": _distribution(np.array(sampler.plan_ms)),
         "attention_ms": _distribution(np.array(sampler.attention_ms)),
+        "fa3_ms": _distribution(np.array(sampler.peer_ms)),
+        "speed_over_fa3": _distribution(_ratios(sampler)),
+        "fa3_absent": sampler.peer_absent,
         "plan_reuse": _distribution(np.array(sampler.plan_reuse)),
         "disagreements": sampler.disagreements,
     }
+
+
+def _ratios(sampler: StepSampler) -> NDArray[np.float64]:
+    """FlashAttention-3's time over ours, for the steps that have both."""
+    peer = np.array(sampler.peer_ms)
+    ratios: NDArray[np.float64] = peer / np.array(sampler.attention_ms)[: peer.size]
+    return ratios
 
 
 def _distribution(values: NDArray[Any]) -> dict[str, float] | None:
@@ -142,6 +152,8 @@ _SAMPLE_ROWS = (
     ("layout (ms)", "layout_ms"),
     ("plan (ms)", "plan_ms"),
     ("attention (ms)", "attention_ms"),
+    ("FlashAttention-3 (ms)", "fa3_ms"),
+    ("FlashAttention-3's time over ours", "speed_over_fa3"),
     ("reuse as planned", "plan_reuse"),
 )
 
@@ -203,6 +215,8 @@ def _table_lines(report: Report) -> list[str]:
         for label, name in _SAMPLE_ROWS:
             if figures := samples[name]:
                 lines.append(_row(label, [format(figures[c], ".3f") for c in _COLUMNS]))
+    if samples["fa3_absent"]:
+        lines.append(f"FlashAttention-3 not timed: {samples['fa3_absent']}")
     if samples["disagreements"]:
         lines.append(f"{samples['disagreements']} sampled steps disagree with the layout and plan")
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,8 +16,21 @@ if TYPE_CHECKING:
 
     from flashcore.pager.csr import Layout
     from flashcore.planner.types import Plan
+    from flashcore.replay.gpu_attention import GpuTimer
 
 Result = TypeVar("Result")
+
+
+class GpuStep(NamedTuple):
+    """One step on a GPU: the arguments of `paged_attention`, and the page table for a peer."""
+
+    q: torch.Tensor
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    plan: Plan
+    page_table: torch.Tensor
+    kv_lens: torch.Tensor
+    q_lens: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +58,13 @@ class StepSampler:
     layout_ms: list[float] = field(default_factory=list)
     plan_ms: list[float] = field(default_factory=list)
     attention_ms: list[float] = field(default_factory=list)
+    peer_ms: list[float] = field(default_factory=list)  # FlashAttention-3 on the same tensors
+    peer_absent: str | None = None  # why it was not timed
     plan_reuse: list[float] = field(default_factory=list)  # after the plan gave small groups back
     disagreements: int = 0
     _pools: tuple[torch.Tensor, torch.Tensor] | None = None
     _generator: torch.Generator | None = None
+    _timer: GpuTimer | None = None
 
     def __call__(self, engine: Engine) -> None:
         """Time this step if it is one of the sampled ones (the first, then each `every`-th)."""
@@ -82,10 +98,26 @@ class StepSampler:
         if self.settings.attention:
             k_pages, v_pages = self._kv_pools(engine)
             q = self._random(int(q_lens.sum()), self.settings.num_q_heads, self.settings.head_dim)
-            _, attention_ms = self._timed(
-                lambda: flashcore.paged_attention(q, k_pages, v_pages, plan, causal=True)
-            )
-            self.attention_ms.append(attention_ms)
+            if device == "cpu":
+                _, attention_ms = self._timed(
+                    lambda: flashcore.paged_attention(q, k_pages, v_pages, plan, causal=True)
+                )
+                self.attention_ms.append(attention_ms)
+            else:
+                step = GpuStep(q, k_pages, v_pages, plan, page_table, lengths, queries)
+                self._time_on_gpu(step)
+
+    def _time_on_gpu(self, step: GpuStep) -> None:
+        """Ours and FlashAttention-3, in CUDA graphs, in turns."""
+        if self._timer is None:
+            from flashcore.replay.gpu_attention import GpuTimer
+
+            self._timer = GpuTimer()
+        ours, peer = self._timer.time(step)
+        self.attention_ms.append(ours)
+        if peer is not None:
+            self.peer_ms.append(peer)
+        self.peer_absent = self._timer.peer_absent
 
     def _layout(
         self, table: torch.Tensor, lengths: torch.Tensor, resident: torch.Tensor, page_tokens: int

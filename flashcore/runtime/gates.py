@@ -97,7 +97,7 @@ def check_kernel(kernel: Kernel, folder: Path, target: Target) -> GateRow:
     except Exception as error:  # whatever the compiler raises is this kernel's verdict
         text = next(iter(_COLOUR.sub("", str(error)).strip().splitlines()), "")
         return GateRow(kernel.describe(), None, [f"{type(error).__name__}: {text}"])
-    found = violations(resources, kernel.family.required_opcodes)
+    found = violations(resources, kernel.required_opcodes)
     return GateRow(kernel.describe(), resources, found)
 
 
@@ -131,6 +131,7 @@ def representative(kernels: Sequence[Kernel]) -> list[Kernel]:
 def format_table(rows: Sequence[GateRow]) -> str:
     """The verdicts as text: one line per kernel, then one for each violation."""
     head = f"{'REG':>4} {'STACK':>5} {'SMEM':>7} {'HGMMA':>6} {'ARRIVE':>6} {'UTMALDG':>7} "
+    head += f"{'LDGSTS':>6} "
     lines = [head + f"{'SPILL':>5}  kernel"]
     for row in rows:
         if row.resources is None:
@@ -143,7 +144,7 @@ def format_table(rows: Sequence[GateRow]) -> str:
             lines.append(
                 f"{r.registers:>4} {r.stack_bytes:>5} {smem:>7} {r.count('HGMMA'):>6} "
                 f"{r.count('WARPGROUP.ARRIVE'):>6} {r.count('UTMALDG'):>7} "
-                f"{r.count('LDL', 'STL'):>5}  {row.kernel}"
+                f"{r.count('LDGSTS'):>6} {r.count('LDL', 'STL'):>5}  {row.kernel}"
             )
         lines += [f"     FAILED: {violation}" for violation in row.violations]
     failed = sum(bool(row.violations) for row in rows)

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from flashcore.config.paged import PagedConfig
 from flashcore.runtime.target import Target
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ class Family:
     sources: tuple[str, ...]  # files and folders that decide the code, relative to the package
     required_opcodes: tuple[str, ...] = ("HGMMA", "UTMALDG")  # or the kernel is not what it says
     root: Path = _PACKAGE
+    opcodes_of: Callable[[Any], tuple[str, ...]] | None = None  # where the configuration decides
 
     def resolve_compiler(self) -> Callable[[Any], Any]:
         """Import the compile function. This imports the CuTe DSL, so only a cache miss does it."""
@@ -50,11 +52,26 @@ _PAGED_SOURCES = (
     "planner/counters.py",
     "runtime/compile_paged.py",
 )
-PAGED = Family("paged", "flashcore.runtime.compile_paged:compile_paged", _PAGED_SOURCES)
+
+
+def _paged_opcodes(config: PagedConfig) -> tuple[str, ...]:
+    """Q is always gathered by LDGSTS; what signals a stage shows how K and V come."""
+    if config.kv_load == "gather":
+        return ("HGMMA", "LDGSTS.E.BYPASS.128", "ARRIVES.LDGSTSBAR")
+    return ("HGMMA", "UTMALDG")
+
+
+PAGED = Family(
+    "paged",
+    "flashcore.runtime.compile_paged:compile_paged",
+    _PAGED_SOURCES,
+    opcodes_of=_paged_opcodes,
+)
 COMBINE = Family(
     "combine", "flashcore.runtime.compile_paged:compile_combine", _PAGED_SOURCES, ("LDG",)
 )
 _PLAN_SOURCES = (
+    "planner/split.py",
     "kernels",
     "config",
     "planner/work.py",
@@ -82,6 +99,12 @@ class Kernel:
 
     family: Family
     config: Any
+
+    @property
+    def required_opcodes(self) -> tuple[str, ...]:
+        """Opcodes without which the compiled kernel is not what its configuration says."""
+        of = self.family.opcodes_of
+        return self.family.required_opcodes if of is None else of(self.config)
 
     def key(self, target: Target) -> str:
         """Hex sha256 of everything that can change the compiled code."""

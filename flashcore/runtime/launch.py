@@ -1,6 +1,8 @@
 """Launch the dense kernel on torch tensors: the hot path of `flashcore.attention` on Hopper.
 
-    tensors ─► plan (remembered per shape: config, compiled function, grid) ─► buffers ─► call
+    tensors ─► plan (remembered per shape: config, function, grid) ─► launch ─► buffers, call
+
+A `DenseLaunch` may be kept and called again with other tensors; `flashcore.api` does so.
 
 The host is never synchronised and the kernel runs on torch's current stream, so calls can be
 captured in a CUDA graph; the first call of a shape may compile and must come before the capture.
@@ -9,6 +11,7 @@ Arguments are taken as already checked (flashcore.validate).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -47,6 +50,50 @@ _PlanKey = tuple[
 ]
 _plans: dict[_PlanKey, _Plan] = {}
 _scratch: dict[tuple[int, int], torch.Tensor] = {}  # by device index and stream handle
+# What torch.cuda.current_device() calls when CUDA is initialised, as it is once there are tensors.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+@dataclass(frozen=True)
+class DenseLaunch:
+    """A launch with all that shapes, dtype, device and options decide.
+
+    Where `reusable` it takes other tensors too: for those that do not fit the compiled function
+    raises ValueError or TypeError.
+    """
+
+    function: CompiledFunction | None  # None: there is nothing to attend to
+    device: torch.device
+    needs_scratch: bool
+    return_lse: bool
+    scalars: tuple[float | int, ...]  # the last arguments of the compiled function
+    reusable: bool
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        cu_seqlens_q: torch.Tensor | None,
+        cu_seqlens_k: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(out, LSE or None), made anew."""
+        if self.device.index != _current_device():
+            with torch.cuda.device(self.device):
+                return self(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
+        if not self.reusable:
+            q, k, v = tma_ready("q", q), tma_ready("k", k), tma_ready("v", v)
+        if sinks is not None and sinks.dtype is not torch.float32:
+            sinks = sinks.float()
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if self.return_lse else None
+        if self.function is None:
+            return _without_keys(out, lse, sinks)
+        scratch = scheduler_scratch(self.device.index) if self.needs_scratch else None
+        tensors = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, scratch)
+        self.function(*tensors, *self.scalars)
+        return out, lse
 
 
 def dense_attention(
@@ -77,60 +124,69 @@ def dense_attention(
     MissingRuntimeError, UnsafeCacheError or BuildError when the kernel of a new shape cannot be
     loaded or compiled.
     """
-    options = (causal, scale, window_left, window_right, softcap, sinks)
-    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
-    if q.device.index == torch.cuda.current_device():
-        return _launch(q, k, v, *options, *packing, return_lse)
-    with torch.cuda.device(q.device):
-        return _launch(q, k, v, *options, *packing, return_lse)
+    launch = dense_launch(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        has_sinks=sinks is not None,
+        batch=None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        max_seqlen_q=max_seqlen_q,
+        return_lse=return_lse,
+    )
+    return launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
 
 
-def _launch(
+def dense_launch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    *,
     causal: bool,
     scale: float,
     window_left: int,
     window_right: int,
     softcap: float,
-    sinks: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
+    has_sinks: bool,
+    batch: int | None,
     max_seqlen_q: int | None,
     return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    device = q.device
-    q, k, v = tma_ready("q", q), tma_ready("k", k), tma_ready("v", v)
-    if sinks is not None and sinks.dtype is not torch.float32:
-        sinks = sinks.float()
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=device) if return_lse else None
-    if out.numel() == 0 or k.numel() == 0:  # TMA cannot describe a tensor with no elements
-        return _without_keys(out, lse, sinks)
-    if cu_seqlens_q is None:
-        batch, longest_q, num_heads, head_dim = q.shape
-        longest_k = k.shape[1]
-    else:
-        total_q, num_heads, head_dim = q.shape
-        batch = cu_seqlens_q.shape[0] - 1
-        longest_q = total_q if max_seqlen_q is None else max_seqlen_q
-        # All that the host knows without waiting is a bound; rounded up, so that plans are reused.
-        longest_k = 1 << (k.shape[0] - 1).bit_length()
-    what: _PlanKey = (
-        (q.dtype, head_dim, batch, longest_q, longest_k, num_heads, k.shape[-2]),
-        (causal, window_left, window_right, softcap != 0.0, sinks is not None),
-        (cu_seqlens_q is not None, return_lse),
-        device,
-    )
-    plan = _plans.get(what) or _remember(what)
-    scratch = scheduler_scratch(device.index) if plan.needs_scratch else None
-    tensors = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, scratch)
+) -> DenseLaunch:
+    """The launch of `dense_attention` for such tensors; `batch` is the number of packed sequences,
+    None where they are not packed."""
+    ready = tma_ready("q", q), tma_ready("k", k), tma_ready("v", v)
+    plan, longest_q = None, 0
+    if q.numel() and k.numel():  # TMA cannot describe a tensor with no elements
+        num_heads, head_dim = q.shape[-2:]
+        if batch is None:
+            sequences, longest_q, longest_k = q.shape[0], q.shape[1], k.shape[1]
+        else:
+            sequences = batch
+            longest_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
+            # The host knows no more than a bound; rounded up, so that plans are reused.
+            longest_k = 1 << (k.shape[0] - 1).bit_length()
+        what: _PlanKey = (
+            (q.dtype, head_dim, sequences, longest_q, longest_k, num_heads, k.shape[-2]),
+            (causal, window_left, window_right, softcap != 0.0, has_sinks),
+            (batch is not None, return_lse),
+            q.device,
+        )
+        plan = _plans.get(what) or _remember(what)
     # A causal window is a window that ends at the query itself.
     right = 0 if causal else window_right
-    scalars = (scale, softcap, window_left, right, longest_q, plan.num_ctas)
-    plan.function(*tensors, *scalars)
-    return out, lse
+    return DenseLaunch(
+        function=plan.function if plan else None,
+        device=q.device,
+        needs_scratch=plan is not None and plan.needs_scratch,
+        return_lse=return_lse,
+        scalars=(scale, softcap, window_left, right, longest_q, plan.num_ctas if plan else 0),
+        # Not where strides need repair, nor where no compiled function looks at the arguments.
+        reusable=plan is not None and ready[0] is q and ready[1] is k and ready[2] is v,
+    )
 
 
 def tma_ready(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -169,7 +225,7 @@ def scheduler_scratch(device_index: int) -> torch.Tensor:
     graph may be replayed beside that stream and gets a buffer of its own, zeroed by the graph.
     """
     stream = torch._C._cuda_getCurrentRawStream(device_index)
-    if torch.cuda.is_current_stream_capturing():
+    if torch._C._cuda_isCurrentStreamCapturing():
         return torch.zeros(2, dtype=torch.int32, device=f"cuda:{device_index}")
     found = _scratch.get((device_index, stream))
     if found is None:

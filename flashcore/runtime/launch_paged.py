@@ -8,6 +8,8 @@ calls can be captured in a CUDA graph. Arguments are taken as already checked (f
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from flashcore.config.paged import (
@@ -25,6 +27,7 @@ from flashcore.runtime.load import CompiledFunction
 _ANY_WIDTH = 2**31 - 1
 
 _functions: dict[PagedConfig | CombineConfig, CompiledFunction] = {}
+_choose = lru_cache(maxsize=1024)(choose)  # a choice costs the host as much as a launch
 
 
 def paged_attention(
@@ -71,7 +74,7 @@ def paged_attention(
     total_q, heads, dim = q.shape
     page_tokens, kv_heads = k_pages.shape[1], k_pages.shape[2]
     dtype = DTYPE_NAMES[q.dtype]
-    config = choose(
+    config = _choose(
         dtype,
         dim,
         page_tokens,
@@ -88,16 +91,18 @@ def paged_attention(
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
         out = tma_ready("out", out)
-    lse = torch.empty(total_q, heads, dtype=torch.float32, device=q.device)
+    lse = q.new_empty((total_q, heads), dtype=torch.float32)
     if total_q == 0:
         return out, lse
-    if workspace is None:
-        # One partial token at least: an empty tensor has no address to hand over.
-        partial_out = lse.new_empty(max(num_partial_tokens, 1), heads, dim)
-        partial_lse = lse.new_empty(max(num_partial_tokens, 1), heads)
-        scratch = scheduler_scratch(q.device.index)
-    else:
+    if workspace is not None:
         partial_out, partial_lse, scratch = workspace
+    else:
+        scratch = scheduler_scratch(q.device.index)
+        if num_partial_tokens:
+            partial_out = lse.new_empty((num_partial_tokens, heads, dim))
+            partial_lse = lse.new_empty((num_partial_tokens, heads))
+        else:
+            partial_out, partial_lse = _no_partials(q.device, heads, dim)
     if sinks is not None:
         sinks = sinks.float()
     num_items = work.shape[0]
@@ -123,7 +128,7 @@ def paged_attention(
             softcap,
             window_left,
             window_right,
-            min(num_items, sm_count(q.device)),
+            min(num_items, config.ctas_per_sm * sm_count(q.device)),
         )
     if needs_merge:
         entries = merge_partials.numel()
@@ -145,6 +150,13 @@ def paged_attention(
             _ANY_WIDTH if tree_mask is None else tree_mask.shape[1],
         )
     return out, lse
+
+
+@lru_cache(maxsize=64)
+def _no_partials(device: torch.device, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One partial token that nobody touches: an empty tensor has no address to hand over."""
+    partial_out = torch.empty((1, heads, dim), dtype=torch.float32, device=device)
+    return partial_out, torch.empty((1, heads), dtype=torch.float32, device=device)
 
 
 def _function(config: PagedConfig | CombineConfig) -> CompiledFunction:

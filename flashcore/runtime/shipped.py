@@ -89,7 +89,12 @@ def _paged_configs() -> list[PagedConfig]:
     pick = paged.choose
     configs = [pick("bf16", dim, 64, 4, m) for dim in paged.HEAD_DIMS for m in (64, 128)]
     configs += [pick("fp16", dim, 64, 4, 64) for dim in paged.HEAD_DIMS]
-    configs += [pick("bf16", 128, page, 4, 64) for page in (1, 16, 128)]
+    configs += [pick("bf16", 128, page, 4, 64) for page in (16, 128)]
+    # Pages of 1 are SGLang's default, 8 another whose rows are gathered.
+    configs += [pick("bf16", dim, 1, 4, m) for dim in paged.HEAD_DIMS for m in (64, 128)]
+    configs += [pick("fp16", 128, 1, 4, 64), pick("bf16", 128, 8, 4, 64)]
+    configs += [pick("bf16", 128, 1, group, 64) for group in (1, 8)]
+    configs.append(pick("bf16", 128, 1, 4, 64, tree=True))
     configs += [pick("bf16", 128, 64, group, m) for group in (1, 8) for m in (64, 128)]
     configs += [pick("bf16", 128, 64, 4, m, tree=True) for m in (64, 128)]
     configs.append(pick("bf16", 64, 64, 8, 64, window=True, sinks=True))

@@ -13,7 +13,6 @@ import torch
 
 import flashcore
 from flashcore.config.dense import WARPGROUP_ROWS
-from flashcore.planner import split
 from flashcore.planner.counters import Stat
 from flashcore.planner.folding import Fold
 from flashcore.sglang.page_tables import PageTables
@@ -191,7 +190,8 @@ def workspace_for(model: Model, max_q: int) -> torch.Tensor:
     elements = WORKSPACE_BYTES // 4
     for shape in model.shapes:
         row = shape.num_q_heads * (shape.head_dim + 1)
-        splits = 2 * split.ITEMS_PER_WORKER * multiprocessors(model.device) * 128
+        # `planner.device_plan.fill_defaults`, for two CTAs of 64 rows an SM or one of 128.
+        splits = 5 * multiprocessors(model.device) * 128
         elements = max(elements, 12 * max_q * row + splits * (shape.head_dim + 1))
     return torch.empty(elements, dtype=torch.float32, device=model.device)
 

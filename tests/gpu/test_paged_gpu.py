@@ -63,16 +63,20 @@ def rules(batch: Batch, name: str) -> dict[str, Any]:
 
 
 def run(batch: Batch, dtype: torch.dtype, options: dict[str, Any], **plan_options: Any):
-    q, k, v = batch.tensors(dtype)
+    q, k, v = (x.cuda() for x in batch.tensors(dtype))
+    return launch_on(batch, q, k, v, options, **plan_options)
+
+
+def launch_on(batch: Batch, q: Any, k: Any, v: Any, options: dict[str, Any], **plan_options: Any):
     plan = batch.plan(**plan_options).to("cuda")
     options = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
     left, right = options.pop("window", (-1, -1))
     defaults = {"causal": True, "scale": batch.head_dim**-0.5, "softcap": 0.0}
     defaults |= {"sinks": None, "tree_mask": None, "window_left": left, "window_right": right}
     return paged_attention(
-        q.cuda(),
-        k.cuda(),
-        v.cuda(),
+        q,
+        k,
+        v,
         plan.cols,
         plan.work,
         plan.q_tokens,
@@ -110,10 +114,25 @@ def test_rules(rule: str, tile_m: int) -> None:
     check(batch, torch.bfloat16, rule, tile_m=tile_m, num_workers=13)
 
 
-# Every page size: one box a tile, several, and the smallest.
+# Every page size: one box a tile, several, and rows gathered one by one; decode, and with new
+# tokens enough for several M tiles.
+@pytest.mark.parametrize("longest_q", [1, 40])
 @pytest.mark.parametrize("page_tokens", [1, 2, 4, 8, 16, 32, 64, 128])
-def test_page_sizes(page_tokens: int) -> None:
-    check(batch_of(2, page_tokens, (8, 2), 128, 3, 6), torch.bfloat16, "causal", tile_m=64)
+def test_page_sizes(page_tokens: int, longest_q: int) -> None:
+    batch = batch_of(2, page_tokens, (8, 2), 128, longest_q, 6)
+    check(batch, torch.bfloat16, "causal", tile_m=64)
+
+
+# Every rule and head dim where rows are gathered, on both tile heights.
+@pytest.mark.parametrize("tile_m", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "rule", ["causal", "full", "window", "softcap_sinks", "tree", "everything"]
+)
+def test_gathered_rows(rule: str, head_dim: int, tile_m: int) -> None:
+    page_tokens, dtype = (1, torch.bfloat16) if tile_m == 64 else (4, torch.float16)
+    batch = batch_of(6, page_tokens, (8, 2), head_dim, 9, 7)
+    check(batch, dtype, rule, tile_m=tile_m, num_workers=13)
 
 
 # Head dims with both tile heights, odd head ratios, both dtypes.
@@ -130,8 +149,37 @@ def test_plans(options: dict[str, Any]) -> None:
     check(batch_of(4, 16, (32, 8), 128, 1, 24), torch.bfloat16, "causal", tile_m=64, **options)
 
 
-def test_same_bits_every_time() -> None:
-    batch = batch_of(5, 16, (8, 2), 128, 4, 12)
+# K and V of one allocation, K rows of all heads side by side, V in the order of the heads.
+@pytest.mark.parametrize("page_tokens", [1, 8, 16])
+def test_strides(page_tokens: int) -> None:
+    batch = batch_of(7, page_tokens, (8, 2), 128, 3, 6)
+    q, k, v = (x.cuda() for x in batch.tensors(torch.bfloat16))
+    expected = launch_on(batch, q, k, v, {}, tile_m=64)
+    pool = torch.full((batch.num_pages, 2, page_tokens, 3, 128), torch.nan).to(q)
+    pool[:, 0, :, :2] = k
+    by_head = torch.full((batch.num_pages, 2, page_tokens, 136), torch.nan).to(q)
+    by_head[..., :128] = v.transpose(1, 2)
+    got = launch_on(batch, q, pool[:, 0, :, :2], by_head[..., :128].transpose(1, 2), {}, tile_m=64)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("page_tokens", [1, 8])
+def test_pool_beyond_two_to_the_31_elements(page_tokens: int) -> None:
+    batch = batch_of(8, page_tokens, (8, 8), 256, 1, 3)
+    q, k, v = (x.cuda() for x in batch.tensors(torch.bfloat16))
+    expected = launch_on(batch, q, k, v, {}, tile_m=64)
+    first = 2**31 // k[0].numel()
+    far = [torch.empty(first + len(x), *x.shape[1:], dtype=x.dtype, device="cuda") for x in (k, v)]
+    for pool, x in zip(far, (k, v), strict=True):
+        pool[first:] = x
+    batch.layout.cols.add_(first)
+    got = launch_on(batch, q, *far, {}, tile_m=64)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("page_tokens", [1, 16])
+def test_same_bits_every_time(page_tokens: int) -> None:
+    batch = batch_of(5, page_tokens, (8, 2), 128, 4, 12)
     first = run(batch, torch.bfloat16, {}, tile_m=64, num_workers=132)
     for _ in range(100):
         again = run(batch, torch.bfloat16, {}, tile_m=64, num_workers=132)

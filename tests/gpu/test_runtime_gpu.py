@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import flashcore
+import flashcore.reference
 from flashcore.runtime import launch
 
 pytestmark = pytest.mark.skipif(
@@ -112,6 +114,68 @@ def test_does_not_synchronise() -> None:
         torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_remembered_calls_run_on_the_current_stream_and_in_graphs(causal: bool) -> None:
+    """The public function, whose second call skips the checks: as the launch itself, above."""
+    q, k, v = inputs()
+    expected = flashcore.attention(q, k, v, causal=causal)
+    late = torch.zeros_like(q)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(q)
+        out = flashcore.attention(late, k, v, causal=causal)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = flashcore.attention(q, k, v, causal=causal)
+    captured.fill_(float("nan"))
+    graph.replay()
+    beside = flashcore.attention(q, k, v, causal=causal)
+    torch.cuda.synchronize()
+    assert torch.equal(captured, beside)
+
+
+def test_remembered_calls_refuse_what_does_not_fit() -> None:
+    q, k, v = inputs()
+    expected = flashcore.attention(q, k, v)
+    wide = torch.zeros(2, 1000, 4, 72, device="cuda", dtype=torch.bfloat16)
+    bad = [
+        ({"v": v.cpu()}, "v must be on the device of q"),
+        ({"v": v.half()}, "v must have the dtype of q"),
+        ({"v": v[:, :999]}, "v must have the shape of k"),
+        ({"k": wide[..., 4:68]}, "k must start at an address divisible by 16"),
+        ({"q": q.clone().requires_grad_()}, "q requires a gradient"),
+    ]
+    for change, message in bad:
+        with pytest.raises((TypeError, ValueError), match=message):
+            flashcore.attention(**{"q": q, "k": k, "v": v, **change})
+    # A stride that the remembered launch was not made for is legal all the same.
+    wide[..., :64] = v
+    assert torch.equal(flashcore.attention(q, k, wide[..., :64]), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(700, 4133), (1500, 700)])
+def test_head_dim_64_against_the_reference(causal: bool, seqlen_q: int, seqlen_k: int) -> None:
+    """Full attention has tiles of its own for many keys; causal warpgroups pass over blocks."""
+    generator = torch.Generator("cuda").manual_seed(3)
+
+    def normal(length: int) -> torch.Tensor:
+        shape = (2, length, 4, 64)
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v = normal(seqlen_q), normal(seqlen_k), normal(seqlen_k)
+    out, lse = flashcore.attention(q, k, v, causal=causal, return_lse=True)
+    expected, expected_lse = flashcore.reference.attention_reference(q, k, v, causal=causal)
+    assert float((out.double() - expected).norm() / expected.norm()) < 5e-3
+    assert torch.allclose(lse.double(), expected_lse, rtol=0, atol=2e-4)
+    for _ in range(20):
+        assert torch.equal(flashcore.attention(q, k, v, causal=causal, return_lse=True)[0], out)
+
+
 def test_second_process_loads_without_the_dsl() -> None:
     q, k, v = inputs()
     attend(q, k, v)  # now in the cache
@@ -139,6 +203,10 @@ def test_host_cost_is_far_below_a_kernel() -> None:
     """Reported as a figure by `flashcore bench`; here only a bound that a busy machine keeps."""
     from flashcore.bench.timing import host_us_per_call
 
-    tensors = inputs(64)
-    host_us_per_call(lambda: attend(*tensors), 50)
-    assert min(host_us_per_call(lambda: attend(*tensors)) for _ in range(5)) < 50
+    q, k, v = inputs(64)
+
+    def call() -> torch.Tensor:
+        return flashcore.attention(q, k, v, causal=True)
+
+    host_us_per_call(call, 50)
+    assert min(host_us_per_call(call) for _ in range(5)) < 30

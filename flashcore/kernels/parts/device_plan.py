@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Int32, const_expr
 
+from flashcore.config.paged import PagedConfig
 from flashcore.planner.counters import Count
 
 
@@ -16,7 +18,11 @@ def plan_fits(mCounts: cute.Tensor, rows: Int32, tree_width: Int32) -> Boolean:
 
 
 @cute.jit
-def count_items(mCounts: cute.Tensor, mWork: cute.Tensor, rows: Int32, tree_width: Int32) -> Int32:
-    """Work items of the list, 0 where the plan does not fit."""
-    items = min(mCounts[int(Count.ITEMS)], mWork.shape[0])
-    return items if plan_fits(mCounts, rows, tree_width) else Int32(0)
+def count_items(config: cutlass.Constexpr[PagedConfig], m) -> Int32:
+    """Work items of a launch (m: kernels.paged.Operands), 0 where the plan does not fit."""
+    items = m.mWork.shape[0]
+    if const_expr(config.device_counts):
+        width = m.mTree.shape[1] if const_expr(config.tree) else Int32(2**31 - 1)
+        items = min(m.mCounts[int(Count.ITEMS)], items)
+        items = items if plan_fits(m.mCounts, m.mQ.shape[0], width) else Int32(0)
+    return items

@@ -91,6 +91,7 @@ def measure_item(
         full_high=min_high // c.tile_n,
         low=low,
         high=high,
+        entry=words[int(fields.ENTRY)],
     )
 
 

@@ -165,8 +165,9 @@ def load_queries(
         m_block, tile = next_tile(config, slots, slot_state, extent)
         slot_state.advance()
         low, high, _, _ = key_blocks(
-            config, m_block, tile.seqlen_q, tile.seqlen_k, window_left, window_right
-        )
+            config, m_block * config.tile_m, config.tile_m, tile.seqlen_q, tile.seqlen_k,
+            window_left, window_right,
+        )  # fmt: skip
         if m_block >= 0 and high > low:
             src, dst = query_tile(config, tma, gQ, sQ, m_block, tile)
             ring.producer_acquire(state)
@@ -197,8 +198,9 @@ def load_keys(
         m_block, tile = next_tile(config, slots, slot_state, extent)
         slot_state.advance()
         low, high, _, _ = key_blocks(
-            config, m_block, tile.seqlen_q, tile.seqlen_k, window_left, window_right
-        )
+            config, m_block * config.tile_m, config.tile_m, tile.seqlen_q, tile.seqlen_k,
+            window_left, window_right,
+        )  # fmt: skip
         if m_block >= 0 and high > low:
             kv_head = tile.head // (q_heads_per_kv // config.pack_gqa)
             src, dst = key_tiles(config, tma, gK, sK, kv_head, tile, extent.total_k)

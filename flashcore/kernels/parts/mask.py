@@ -25,13 +25,14 @@ class View(NamedTuple):
 @cute.jit
 def key_blocks(
     config: cutlass.Constexpr[DenseConfig],
-    m_block: Int32,
+    first_row: Int32,  # packed
+    rows: cutlass.Constexpr[int],
     seqlen_q: Int32,
     seqlen_k: Int32,
     window_left: Int32,
     window_right: Int32,
 ):
-    """Blocks of keys that a row tile visits, from the last to the first.
+    """Blocks of keys that some rows visit, from the last to the first.
 
     Returns (low, high, full_high, full_low): blocks low..high-1 hold a visible key. Of these,
     full_high..high-1 and low..full_low-1 need a mask and full_low..full_high-1 do not; the tail
@@ -42,8 +43,8 @@ def key_blocks(
     full_high, full_low = high, low
     if const_expr(config.causal or config.local):
         shift = seqlen_k - seqlen_q
-        first = m_block * config.tile_m // config.pack_gqa + shift
-        last = min((m_block + 1) * config.tile_m // config.pack_gqa - 1, seqlen_q - 1) + shift
+        first = first_row // config.pack_gqa + shift
+        last = min((first_row + rows - 1) // config.pack_gqa, seqlen_q - 1) + shift
         right = Int32(0)
         if const_expr(config.local):
             right = window_right

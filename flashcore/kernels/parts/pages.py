@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, const_expr
+from cutlass import Boolean, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from flashcore.config.paged import PagedConfig
 
 VECTOR = 8  # 16-bit elements of a 16-byte copy
+EVICT_FIRST = 0x12F0000000000000  # createpolicy.fractional.L2::evict_first of everything
 
 
 class Pages(NamedTuple):
@@ -55,13 +56,25 @@ def head_pages(
 
 
 @cute.jit
-def load_tile(
+def tile_pages(
     config: cutlass.Constexpr[PagedConfig],
-    pages: Pages,
     mCols: cute.Tensor,
     entry: Int32,  # first entry of the item's run
     last_entry: Int32,
     n: Int32,  # tile of the run
+) -> Int32:
+    """Page ids of a tile: this lane's is that of box `lane`, the run's last page past its end."""
+    c = config
+    box = n * const_expr(c.tile_n // c.box_n) + cute.arch.lane_idx()
+    return mCols[min(entry + box // const_expr(c.page_tokens // c.box_n), last_entry)]
+
+
+@cute.jit
+def load_tile(
+    config: cutlass.Constexpr[PagedConfig],
+    pages: Pages,
+    ids: Int32,  # of `tile_pages`
+    n: Int32,
     ring,
     state,
 ):
@@ -75,14 +88,14 @@ def load_tile(
     barrier = ring.producer_get_barrier(state)
     boxes = const_expr(c.tile_n // c.box_n)
     per_page = const_expr(c.page_tokens // c.box_n)
-    for j in cutlass.range(boxes, unroll=min(boxes, 2)):
-        box = n * boxes + j
-        page = mCols[min(entry + box // per_page, last_entry)]
+    policy = {"cache_policy": Int64(EVICT_FIRST)} if const_expr(c.evict_first) else {}
+    for j in cutlass.range(boxes, unroll=min(boxes, 4)):
         cute.copy(
             pages.tma,
-            pages.src[None, box % per_page, page],
+            pages.src[None, (n * boxes + j) % per_page, cute.arch.shuffle_sync(ids, j)],
             pages.dst[None, j, 0, state.index],
             tma_bar_ptr=barrier,
+            **policy,
         )
 
 

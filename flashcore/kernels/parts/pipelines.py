@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 import cutlass
@@ -47,6 +48,38 @@ def tma_ring(
     )
 
 
+@dataclass(frozen=True)
+class GatherRing(pipeline.PipelineCpAsync):
+    """A ring filled by cp.async: a stage is full once every producer thread's copies have landed.
+
+    cp.async writes through the generic proxy and WGMMA reads through the async one, so whoever has
+    waited for a stage fences before its products. The way back needs no fence: a stage is released
+    after its products have been waited for.
+    """
+
+    def consumer_wait(self, state, try_wait_token=None):
+        """Wait until the stage is full and its rows are visible to this thread's products."""
+        super().consumer_wait(state, try_wait_token)
+        cute.arch.fence_proxy("async.shared", space="cta")
+
+    def consumer_release(self, state):
+        """One arrival per warp, as of a TMA ring."""
+        with cute.arch.elect_one():
+            super().consumer_release(state)
+
+
+def gather_ring(barriers: cute.Pointer, stages: int, consumer_warps: int) -> GatherRing:
+    """A ring filled by the 128 threads of the producer warpgroup."""
+    ring = pipeline.PipelineCpAsync.create(
+        barrier_storage=barriers,
+        num_stages=stages,
+        producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 128),
+        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps),
+        defer_sync=True,
+    )
+    return GatherRing(ring.sync_object_full, ring.sync_object_empty, stages, None, None)
+
+
 def producer_state(stages: int):
     """The producer's position in a ring."""
     return pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
@@ -86,3 +119,15 @@ def pass_turn(warpgroup: Int32, warpgroups: cutlass.Constexpr[int]):
 def await_stage(ring, state):
     """Wait for a stage's load; the waiting loop stays off the path of a load that has landed."""
     ring.consumer_wait(state, ring.consumer_try_wait(state))
+
+
+@cute.jit
+def pass_over(ring, state, warpgroup: Int32, warpgroups: cutlass.Constexpr[int]):
+    """Free a stage unread, and let the turn that would have used it go by.
+
+    The stage is waited for: freed before it is full it would count for the load before it.
+    """
+    take_turn(warpgroup, warpgroups)
+    pass_turn(warpgroup, warpgroups)
+    await_stage(ring, state)
+    ring.consumer_release(state)

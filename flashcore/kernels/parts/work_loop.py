@@ -41,6 +41,7 @@ class Item(NamedTuple):
     full_high: Int32
     low: Int32
     high: Int32
+    entry: Int32  # first entry of the run
 
 
 @cute.jit
@@ -80,6 +81,13 @@ def publish_item(slot: Slot, phase: Int32, item: Item):
         for i in cutlass.range_constexpr(len(item)):
             slot.words[i] = item[i]
         cute.arch.mbarrier_arrive(slot.full)
+
+
+@cute.jit
+def publish_end(slot: Slot, phase: Int32):
+    """Tell everyone who awaits items that there are no more."""
+    nothing = Int32(0)
+    publish_item(slot, phase, Item(Int32(-1), *[nothing] * (len(Item._fields) - 1)))
 
 
 @cute.jit

@@ -1,0 +1,191 @@
+"""The paged benchmark: workloads x kernels, each kernel's output checked before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashcore.bench.graphs import (
+    Flusher,
+    Graph,
+    Pending,
+    capture,
+    empty_graph,
+    start_sample,
+    time_graphs,
+)
+from flashcore.bench.machine import read_clocks
+from flashcore.bench.paged_accuracy import Sample, relative_distance
+from flashcore.bench.paged_problems import PagedInputs, PagedProblem, make_inputs
+from flashcore.bench.paged_providers import OURS, PagedProvider, our_call, plan_of
+from flashcore.bench.timing import Timing
+
+Row = dict[str, Any]
+
+WRONG = 1e-2
+"""Relative error of a query token's output from which a kernel counts as wrong: four times what
+rounding P and the output to bf16 costs, less than a single page left out of 131072 tokens."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the benchmark needs of a GPU; tests bring another."""
+
+    device: str
+    capture: Callable[[Callable[[], torch.Tensor]], Graph]
+    start: Callable[[Graph], Pending]
+    clocks: Callable[[], dict[str, float]]
+
+
+def cuda_machine(*, write: bool) -> Machine:
+    """The current CUDA device; `write` as in `Flusher`."""
+    flush = Flusher("cuda", write=write)
+    return Machine("cuda", capture, lambda graph: start_sample(graph, flush), read_clocks)
+
+
+def run_paged(
+    problems: Sequence[PagedProblem],
+    providers: Sequence[PagedProvider],
+    machine: Machine,
+    *,
+    rounds: int,
+    on_problem: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """`rows` without bounds (see `add_bounds`), `skipped` and `clocks`."""
+    rows: list[Row] = []
+    skipped: dict[tuple[str, str], list[str]] = {}  # (kernel, reason) -> workloads
+    clocks = []
+    for problem in problems:
+        on_problem(problem.name)
+        rows += _run_problem(problem, providers, machine, rounds, skipped)
+        clocks.append({"after": problem.name, **machine.clocks()})
+        if machine.device == "cuda":
+            torch.cuda.empty_cache()  # the next pools are as large
+    notes = [f"{name} on {', '.join(on)}: {reason}" for (name, reason), on in skipped.items()]
+    return {"rows": rows, "skipped": notes, "clocks": clocks}
+
+
+def add_bounds(rows: list[Row], bytes_per_second: float) -> None:
+    """The bound is the time to stream each distinct KV byte once."""
+    for row in rows:
+        row["bound_ms"] = row["unique_kv_bytes"] / bytes_per_second * 1e3
+        row["ratio_to_bound"] = row["ms"] / row["bound_ms"]
+
+
+def empty_graph_ms(machine: Machine, rounds: int) -> float:
+    """What the timing says of a graph that does next to nothing."""
+    graph = empty_graph(machine.device)
+    return time_graphs({"": graph}, rounds=rounds, start=machine.start)[""].median_ms
+
+
+def _run_problem(
+    problem: PagedProblem,
+    providers: Sequence[PagedProvider],
+    machine: Machine,
+    rounds: int,
+    skipped: dict[tuple[str, str], list[str]],
+) -> list[Row]:
+    inputs = make_inputs(problem, machine.device)
+    sample = Sample(problem, inputs)
+    graphs: dict[str, Graph] = {}
+    facts: dict[str, Row] = {}
+    ours: torch.Tensor | None = None
+    for provider in providers:
+        try:
+            graph = machine.capture(provider.prepare(problem, inputs))
+            graph.replay()
+            facts[provider.name] = _check(graph.out, sample, ours)
+            if provider.name == OURS:
+                ours = graph.out.clone()
+                facts[OURS] |= _facts_of_ours(problem, inputs, machine, graph)
+        except Exception as error:  # a kernel that cannot run a problem leaves a note, not a gap
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+            skipped.setdefault((provider.name, reason), []).append(problem.name)
+            continue
+        graphs[provider.name] = graph
+    timings = time_graphs(graphs, rounds=rounds, start=machine.start)
+    return [
+        _row(problem, inputs, provider, timings[provider.name], facts[provider.name])
+        for provider in providers
+        if provider.name in timings
+    ]
+
+
+class WrongResultError(Exception):
+    """A kernel's output is not the attention of the problem."""
+
+
+def _check(out: torch.Tensor, sample: Sample, ours: torch.Tensor | None) -> Row:
+    error, largest = sample.errors(out)
+    if not largest <= WRONG:  # NaN too
+        raise WrongResultError(f"relative error {largest:.2g} against float64")
+    facts: Row = {"relative_error": error, "largest_relative_error": largest}
+    if ours is not None:  # every row, where the sample has a few
+        distance = float(relative_distance(out, ours).max())
+        if not distance <= 2 * WRONG:
+            raise WrongResultError(f"relative distance {distance:.2g} from flashcore's result")
+        facts["largest_distance_from_flashcore"] = distance
+    return facts
+
+
+def _facts_of_ours(
+    problem: PagedProblem, inputs: PagedInputs, machine: Machine, graph: Graph
+) -> Row:
+    """Same bits on repeats; how far the result moves when sharing is ignored; the plan."""
+    first = graph.out.clone()
+    same = True
+    for _ in range(3):
+        graph.replay()
+        same = same and torch.equal(graph.out, first)
+    ignored = our_call(inputs, plan_of(problem, inputs, share=False))()
+    plan = plan_of(problem, inputs)
+    stats = plan.stats()
+    moved = relative_distance(first, ignored)
+    return {
+        "same_bits_on_repeats": same,
+        "relative_distance_with_sharing_ignored": float(moved.square().mean().sqrt()),
+        "plan": {
+            "groups": stats.num_groups,
+            "shared_groups": stats.num_shared_groups,
+            "work_items": stats.num_work_items,
+            "partial_tokens": stats.num_partial_tokens,
+            "tokens_read": stats.tokens_once,
+            "tile_m": plan.tile_m,
+        },
+    }
+
+
+def _row(
+    problem: PagedProblem,
+    inputs: PagedInputs,
+    provider: PagedProvider,
+    timing: Timing,
+    facts: Row,
+) -> Row:
+    unique = inputs.batch.unique_tokens * problem.token_bytes
+    row: Row = {
+        "workload": problem.name,
+        "sequences": problem.sequences,
+        "tokens": problem.tokens,
+        "reuse": inputs.batch.reuse,
+        "q_heads": problem.q_heads,
+        "kv_heads": problem.kv_heads,
+        "head_dim": problem.head_dim,
+        "page_tokens": problem.page_tokens,
+        "q_len": problem.q_len,
+        "kernel": provider.name,
+        "version": provider.version,
+        "ms": timing.median_ms,
+        "ms_p10": timing.p10_ms,
+        "ms_p90": timing.p90_ms,
+        "rounds": timing.rounds,
+        "unique_kv_bytes": unique,
+        "unique_gb_per_s": unique / timing.median_ms / 1e6,
+        **facts,
+    }
+    if problem.q_len > 1:
+        row["tflops"] = problem.flops(inputs.batch.seq_lens) / timing.median_ms / 1e9
+    return row

@@ -1,0 +1,55 @@
+"""Time of the plan on the GPU, all its kernels, in a CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from flashcore.bench.graphs import Graph, capture, time_graphs
+from flashcore.bench.paged import Machine
+from flashcore.bench.paged_problems import PagedProblem, make_batch
+
+_UPDATES = 20  # in a graph, so that the launch of the first does not count
+
+
+def plan_times(machine: Machine, rounds: int) -> list[dict[str, Any]]:
+    """For 256 x 64 and 64 x 1024 pages of 128 tokens, half of each sequence common to all."""
+    graphs: dict[str, Graph] = {}
+    shapes = {"256x64": (256, 64), "64x1024": (64, 1024)}
+    for name, (sequences, pages) in shapes.items():
+        graphs[name] = capture(_updates(sequences, pages, machine.device))
+    timings = time_graphs(graphs, rounds=rounds, start=machine.start)
+    return [
+        {
+            "sequences": sequences,
+            "pages": pages,
+            "us": timings[name].median_ms * 1e3 / _UPDATES,
+        }
+        for name, (sequences, pages) in shapes.items()
+    ]
+
+
+def _updates(sequences: int, pages: int, device: str) -> Any:
+    from flashcore.planner.device import DevicePlanner
+    from flashcore.planner.device_plan import Capacities
+
+    problem = PagedProblem("", sequences, pages * 128, prefix_tokens=pages // 2 * 128)
+    batch = make_batch(problem)
+    planner = DevicePlanner(
+        Capacities(sequences, sequences * pages, sequences),
+        num_pages=batch.num_pages,
+        num_q_heads=problem.q_heads,
+        num_kv_heads=problem.kv_heads,
+        head_dim=problem.head_dim,
+        device=device,
+    )
+    table, lens = batch.page_table.to(device), batch.seq_lens.to(device)
+    q_lens = torch.ones(sequences, dtype=torch.int32, device=device)
+
+    def call() -> torch.Tensor:
+        for _ in range(_UPDATES):
+            plan = planner.update(table, lens, q_lens)
+        return plan.counts
+
+    return call

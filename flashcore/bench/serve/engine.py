@@ -1,0 +1,253 @@
+"""SGLang's engine: its arguments, its environment, and requests timed token by token."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashcore.bench.serve.shapes import ModelShape
+from flashcore.bench.serve.timeline import Timeline
+
+if TYPE_CHECKING:
+    import torch
+
+STREAM_INTERVAL = 8  # tokens from one arrival to the next
+ENVIRONMENT = {  # what a run without a network needs; the user's own values win
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "SGLANG_USE_SGL_FA3_KERNEL": "1",  # FA3 of sglang-kernel, not one fetched from a hub
+    "SGLANG_SANITIZE_NAN_LOGITS": "0",  # a NaN shall be seen
+}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How one engine is started. `decode_batches` are the batch sizes that get a CUDA graph."""
+
+    backend: str
+    shape: ModelShape
+    decode_batches: tuple[int, ...]
+    page_size: int = 64
+    mem_fraction: float = 0.88
+    max_total_tokens: int | None = None  # None: what fits
+    chunked_prefill: int = 8192
+    prefill_graph: bool = False
+    overlap: bool = True
+    random_weights: bool = False  # weights of unit gain instead of SGLang's dummy weights
+    logit_processor: bool = False
+    device: str = "cuda"
+    extra: tuple[tuple[str, Any], ...] = ()  # further ServerArgs
+
+
+def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
+    """Keyword arguments of `sglang.Engine`, by the names of the installed version.
+
+    Raises ValueError for an argument of `extra` that it does not know.
+    """
+    known = _server_fields()
+    batches = sorted({1, *options.decode_batches})
+    arguments: dict[str, Any] = {
+        "model_path": model_path,
+        "load_format": "auto" if options.random_weights else "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "device": options.device,
+        "attention_backend": options.backend,
+        "page_size": options.page_size,
+        "mem_fraction_static": options.mem_fraction,
+        "chunked_prefill_size": options.chunked_prefill,
+        "context_length": options.shape.context,
+        "max_running_requests": max(4, *batches),
+        "stream_interval": STREAM_INTERVAL,
+        "random_seed": 0,
+        "log_level": "info",
+        "watchdog_timeout": 600,
+        "disable_overlap_schedule": not options.overlap,
+        "enable_custom_logit_processor": options.logit_processor,
+    }
+    if options.max_total_tokens is not None:
+        arguments["max_total_tokens"] = options.max_total_tokens
+    if options.device == "cuda":
+        arguments[_first_known(known, "cuda_graph_bs_decode", "cuda_graph_bs")] = batches
+        name = _first_known(known, "cuda_graph_max_bs_decode", "cuda_graph_max_bs")
+        arguments[name] = max(batches)
+    else:
+        name = _first_known(known, "disable_decode_cuda_graph", "disable_cuda_graph")
+        arguments[name] = True
+    if not options.prefill_graph:
+        name = _first_known(known, "disable_prefill_cuda_graph", "disable_piecewise_cuda_graph")
+        arguments[name] = True
+    unknown = sorted({key for key, _ in options.extra} - known)
+    if unknown:
+        raise ValueError(f"--engine-args: SGLang has no argument {unknown[0]!r}")
+    return {**arguments, **dict(options.extra)}
+
+
+def _server_fields() -> set[str]:
+    from sglang.srt.server_args import ServerArgs
+
+    if dataclasses.is_dataclass(ServerArgs):
+        return {field.name for field in dataclasses.fields(ServerArgs)}
+    names = set(inspect.signature(ServerArgs).parameters)  # later versions: another kind of class
+    for base in ServerArgs.__mro__:
+        names |= set(getattr(base, "__annotations__", ()))
+    return names
+
+
+def _first_known(known: set[str], *names: str) -> str:
+    for name in names:
+        if name in known:
+            return name
+    raise ValueError(f"this version of SGLang has none of the arguments {', '.join(names)}")
+
+
+def write_model(shape: ModelShape, folder: Path, *, random_weights: bool, device: str) -> None:
+    """The model's config.json in `folder`, and with `random_weights` its weights."""
+    folder.joinpath("config.json").write_text(json.dumps(shape.config(), indent=1))
+    if random_weights:
+        from safetensors.torch import save_file
+
+        file = folder / "model.safetensors"
+        save_file(random_tensors(shape, device), file, metadata={"format": "pt"})
+
+
+def random_tensors(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:
+    """Weights in bfloat16 by their names in a checkpoint, the same every time; made on `device`.
+
+    They keep activations at unit scale and make attention prefer some tokens, so that an error in
+    attention shows in the logits. With SGLang's dummy weights, all below 1e-3, every logit is next
+    to zero and every token weighs the same.
+    """
+    import torch
+
+    generator = torch.Generator(device).manual_seed(1)
+
+    def normal(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
+        values = torch.randn(rows, columns, generator=generator, device=device)
+        return (values * (gain / math.sqrt(columns))).bfloat16().cpu()
+
+    def ones() -> torch.Tensor:
+        return torch.ones(shape.hidden, dtype=torch.bfloat16)
+
+    logits = 3.0  # deviation of a logit, the last activations being of unit scale
+    embedding = logits if shape.tied else math.sqrt(shape.hidden)
+    tensors = {"model.embed_tokens.weight": normal(shape.vocab, shape.hidden, embedding)}
+    if not shape.tied:
+        tensors["lm_head.weight"] = normal(shape.vocab, shape.hidden, logits)
+    tensors["model.norm.weight"] = ones()
+    q_rows, kv_rows = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    for number in range(shape.layers):
+        layer = f"model.layers.{number}."
+        tensors[layer + "input_layernorm.weight"] = ones()
+        tensors[layer + "post_attention_layernorm.weight"] = ones()
+        for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
+            gain = 1.0 if name == "v" else 1.6  # scores with a deviation of 2.5
+            tensors[f"{layer}self_attn.{name}_proj.weight"] = normal(rows, shape.hidden, gain)
+            if shape.qwen:
+                bias = torch.zeros(rows, dtype=torch.bfloat16)
+                tensors[f"{layer}self_attn.{name}_proj.bias"] = bias
+        tensors[layer + "self_attn.o_proj.weight"] = normal(shape.hidden, q_rows)
+        tensors[layer + "mlp.gate_proj.weight"] = normal(shape.intermediate, shape.hidden)
+        tensors[layer + "mlp.up_proj.weight"] = normal(shape.intermediate, shape.hidden)
+        tensors[layer + "mlp.down_proj.weight"] = normal(shape.hidden, shape.intermediate)
+    return tensors
+
+
+class Engine:
+    """A running SGLang engine. Only one in a process."""
+
+    def __init__(self, options: EngineOptions, folder: Path) -> None:
+        import sglang
+
+        write_model(
+            options.shape,
+            folder,
+            random_weights=options.random_weights,
+            device=options.device,
+        )
+        self.options = options
+        self.arguments = server_arguments(options, str(folder))
+        started = time.perf_counter()
+        self._engine = sglang.Engine(**self.arguments)
+        self.start_seconds = time.perf_counter() - started
+        info = self._engine.get_server_info()
+        self.capacity = int(info["max_total_num_tokens"])
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        loop: asyncio.AbstractEventLoop = self._engine.loop
+        return loop
+
+    def flush(self) -> None:
+        """Empty the prefix cache. Raises RuntimeError while requests are running."""
+        for _ in range(50):  # a finished request leaves the engine a moment after its last token
+            if self._engine.flush_cache().success:
+                return
+            time.sleep(0.1)
+        raise RuntimeError("the engine did not flush its cache: requests are still running")
+
+    def run(
+        self, prompts: Sequence[list[int]], output: int, *, temperature: float = 0.0
+    ) -> list[Timeline]:
+        """Send all prompts at once; wait for `output` tokens of each."""
+        sampling = {"max_new_tokens": output, "ignore_eos": True, "temperature": temperature}
+        timelines = self.loop.run_until_complete(self._run(prompts, sampling))
+        short = [timeline.tokens for timeline in timelines if timeline.tokens != output]
+        if short:
+            raise RuntimeError(f"a request answered {short[0]} tokens instead of {output}")
+        return timelines
+
+    async def _run(self, prompts: Sequence[list[int]], sampling: dict[str, Any]) -> list[Timeline]:
+        started = time.perf_counter()
+
+        async def one(prompt: list[int]) -> Timeline:
+            chunks = []
+            meta: dict[str, Any] = {}
+            async for answer in await self.stream(prompt, sampling):
+                meta = answer["meta_info"]
+                chunks.append((time.perf_counter() - started, meta["completion_tokens"]))
+            return Timeline(
+                tuple(chunks), meta.get("cached_tokens") or 0, meta.get("num_retractions") or 0
+            )
+
+        return await asyncio.gather(*(one(prompt) for prompt in prompts))
+
+    async def stream(
+        self, prompt: list[int], sampling: dict[str, Any], **options: Any
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Answers of one request as they come."""
+        answers: AsyncIterator[dict[str, Any]] = await self._engine.async_generate(
+            input_ids=prompt, sampling_params=sampling, stream=True, **options
+        )
+        return answers
+
+    def generate(self, **options: Any) -> list[dict[str, Any]]:
+        """`sglang.Engine.generate` on a list of prompts."""
+        answers: list[dict[str, Any]] = self._engine.generate(**options)
+        return answers
+
+    def abort(self, request: str) -> None:
+        """Stop a request by its id; an id that is not running is ignored."""
+        self._engine.tokenizer_manager.abort_request(rid=request)
+
+    def state(self) -> dict[str, Any]:
+        """What the scheduler says of itself."""
+        states = self._engine.get_server_info().get("internal_states") or [{}]
+        return dict(states[0])
+
+    def processes(self) -> list[int]:
+        """Process ids of the engine's workers."""
+        return [int(pid) for pid in self._engine.get_all_child_pids()]
+
+    def stop(self) -> None:
+        self._engine.shutdown()

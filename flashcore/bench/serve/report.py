@@ -1,0 +1,122 @@
+"""A serving result as a table and as a plot; both are made from its JSON object alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+OURS, BASELINE = "flashcore", "fa3"
+ORDER = (OURS, BASELINE, "flashinfer", "triton")
+_COLOURS = dict(zip(ORDER, ("#1b6ca8", "#c8553d", "#e0a030", "#5a9367"), strict=True))
+
+Row = dict[str, Any]
+
+
+def by_workload(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """Workload -> backend -> row, backends in their usual order, others after them."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row["workload"], {})[row["backend"]] = row
+    return {name: {b: backends[b] for b in _ordered(backends)} for name, backends in found.items()}
+
+
+def speed(row: Row) -> float:
+    """Tokens per second; where only prefill was timed, 1000 / milliseconds to the first token."""
+    if row["tokens_per_s"] is not None:
+        return float(row["tokens_per_s"])
+    return 1e3 / float(row["ttft_ms"])
+
+
+def summarise(rows: list[Row]) -> list[dict[str, Any]]:
+    """For each workload: every backend's speed over fa3's, and ours over every other's."""
+    summary = []
+    for name, backends in by_workload(rows).items():
+        entry: dict[str, Any] = {"workload": name, "spec": next(iter(backends.values()))["spec"]}
+        if BASELINE in backends:
+            base = speed(backends[BASELINE])
+            entry["speed_over_fa3"] = {b: speed(row) / base for b, row in backends.items()}
+        if OURS in backends:
+            ours = speed(backends[OURS])
+            entry["flashcore_over"] = {
+                b: ours / speed(row) for b, row in backends.items() if b != OURS
+            }
+        summary.append(entry)
+    return summary
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """A line a workload and backend: tokens/s, step, time to the first token, ratio to fa3."""
+    head = ("workload", "backend", "tokens/s", "step ms", "TTFT ms", "/ fa3", "GB/step", "reuse")
+    lines = [f"{head[0]:<44}{head[1]:<12}" + "".join(f"{word:>10}" for word in head[2:])]
+    over = {entry["workload"]: entry.get("speed_over_fa3", {}) for entry in result["summary"]}
+    for name, backends in by_workload(result["rows"]).items():
+        for backend, row in backends.items():
+            label = name if name == row["spec"] else f"{name} ({row['spec']})"
+            figures = (
+                (row["tokens_per_s"], ".0f"),
+                (row["step_ms"], ".2f"),
+                (row["ttft_ms"], ".1f"),
+                (over[name].get(backend), ".3f"),
+                (row["gb_per_step"], ".1f"),
+                (row["reuse"], ".2f"),
+            )
+            cells = "".join(
+                f"{'-':>10}" if value is None else f"{value:>10{form}}" for value, form in figures
+            )
+            lines.append(f"{label:<44}{backend:<12}{cells}")
+    lines += [f"not timed: {text}" for text in result["skipped"]]
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of each backend's speed over fa3's, or its own without one. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = by_workload(result["rows"])
+    backends = _ordered({row["backend"]: row for row in result["rows"]})
+    figure, axes = pyplot.subplots(figsize=(1.5 * len(found) + 3, 4.8), layout="constrained")
+    width = 0.84 / max(1, len(backends))
+    for place, backend in enumerate(backends):
+        shift = (place - (len(backends) - 1) / 2) * width
+        for number, rows in enumerate(found.values()):
+            if backend not in rows:
+                continue
+            base = rows.get(BASELINE, rows[backend])
+            height = speed(rows[backend]) / speed(base)
+            label = backend if number == _first_with(backend, found) else None
+            axes.bar(
+                number + shift, height, width, label=label, color=_COLOURS.get(backend, "#888")
+            )
+            axes.text(
+                number + shift, height, _figure(rows[backend]), ha="center", va="bottom", fontsize=6
+            )
+    labels = []
+    for name, rows in found.items():
+        spec = next(iter(rows.values()))["spec"].replace("/", "\n")
+        labels.append(spec if spec == name else f"{name}\n{spec}")
+    axes.set_xticks(range(len(found)), labels, fontsize=7)
+    axes.axhline(1, color="#888", linewidth=0.7)
+    axes.set_ylabel("speed over fa3 (tokens/s or ms to the first token above the bar)", fontsize=8)
+    axes.set_title(f"Serving with SGLang, {result['device']}, {result['date'][:10]}", fontsize=10)
+    axes.legend(ncols=max(1, len(backends)), fontsize=8, frameon=False, loc="upper left")
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _figure(row: Row) -> str:
+    if row["tokens_per_s"] is not None:
+        return f"{row['tokens_per_s']:.0f}"
+    return f"{row['ttft_ms']:.0f} ms"
+
+
+def _first_with(backend: str, found: dict[str, dict[str, Row]]) -> int:
+    return next(number for number, rows in enumerate(found.values()) if backend in rows)
+
+
+def _ordered(backends: dict[str, Any]) -> list[str]:
+    return [b for b in ORDER if b in backends] + [b for b in backends if b not in ORDER]

@@ -1,0 +1,279 @@
+"""The benchmark's own process: starts a worker for each backend, collects, makes the rows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from flashcore.bench.serve.engine import ENVIRONMENT, EngineOptions
+from flashcore.bench.serve.measure import Sample
+from flashcore.bench.serve.shapes import ModelShape, model_shape
+from flashcore.bench.serve.workloads import Workload
+
+Row = dict[str, Any]
+START_TIMEOUT_S = 540.0
+MEASURE_TIMEOUT_S = 900.0
+_TAIL_LINES = 25
+_COUNTERS = "flashcore decode: "
+
+
+class WorkerError(Exception):
+    """An engine did not start, died, or did not answer in time; the message has its last words."""
+
+
+class Worker:
+    """A process with an engine in it, and the conversation with it."""
+
+    def __init__(self, options: EngineOptions, log: IO[bytes]) -> None:
+        self.backend = options.backend
+        self._log = log
+        self._read_to = Path(str(log.name)).stat().st_size
+        receive, send = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "flashcore.bench.serve.worker", str(send)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=(send,),
+            start_new_session=True,  # a group of its own, so that its children can be ended too
+            env={**ENVIRONMENT, **os.environ},
+        )
+        os.close(send)
+        self._answers: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, args=(receive,), daemon=True).start()
+        try:
+            self.ready = self.ask(asdict(options), START_TIMEOUT_S)
+        except BaseException:
+            self.stop(patience=5)
+            raise
+
+    def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """The answer to a command; WorkerError if the process ends or stays silent."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # then the answer is that it ended
+            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            self._process.stdin.flush()
+        try:
+            line = self._answers.get(timeout=timeout)
+        except queue.Empty:
+            raise WorkerError(self._failure(f"gave no answer in {timeout:.0f} s")) from None
+        if line is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=10)  # its last words come after it closed the answers
+            raise WorkerError(self._failure("ended"))
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def counters(self) -> str | None:
+        """What flashcore logged last of its decode plans since the last call (docs/sglang.md)."""
+        told, self._read_to = counters_since(Path(str(self._log.name)), self._read_to)
+        return told
+
+    def stop(self, patience: float = 90.0) -> None:
+        """End the engine and every process that it started; by force after `patience` seconds."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=patience)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # the group started above
+        self._process.wait()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop(patience=90 if kind is None else 5)
+
+    def _read(self, receive: int) -> None:
+        with os.fdopen(receive) as lines:
+            for line in lines:
+                self._answers.put(line)
+        self._answers.put(None)
+
+    def _failure(self, what: str) -> str:
+        self._log.flush()
+        text = Path(str(self._log.name)).read_text(errors="replace").splitlines()
+        last = "\n".join(f"    {line}" for line in text[-_TAIL_LINES:])
+        return f"the engine with backend {self.backend} {what}; its last lines:\n{last}"
+
+
+def run_serve(
+    workloads: Sequence[Workload],
+    options: Sequence[EngineOptions],
+    *,
+    repeats: int,
+    rounds: int,
+    together: bool,
+    log_dir: Path | None = None,
+    start: Callable[[EngineOptions, IO[bytes]], Worker] = Worker,
+    after: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """`rows`, `skipped` and `engines` of the benchmark's JSON object.
+
+    `options` has one entry a backend, all of one shape; a workload with a model of its own is run
+    with that one. `together`: all engines are started first and take turns at each workload;
+    otherwise each is started, does all workloads and ends. All that `rounds` times. `after` is told
+    what was done.
+    """
+    samples: dict[tuple[str, str], list[Sample]] = {}
+    skipped: dict[str, str] = {}
+    engines: list[dict[str, Any]] = []
+    shapes: dict[str, ModelShape] = {}
+
+    def take(worker: Worker, workload: Workload) -> None:
+        command = {"do": "measure", "workload": asdict(workload), "repeats": repeats}
+        answer = worker.ask(command, MEASURE_TIMEOUT_S)
+        if "skipped" in answer:
+            skipped[f"{worker.backend} on {workload.name}"] = answer["skipped"]
+        else:
+            answer["samples"][-1]["counters"] = worker.counters()
+            samples.setdefault((workload.name, worker.backend), []).extend(answer["samples"])
+        after(f"{workload.name}, {worker.backend}: {_brief(answer)}")
+
+    def engine(one: EngineOptions, stack: contextlib.ExitStack) -> Worker:
+        log = stack.enter_context(log_file(log_dir, one))
+        worker = stack.enter_context(start(one, log))
+        engines.append({"backend": one.backend, **worker.ready})
+        after(f"{one.shape.name}, {one.backend}: engine started in {worker.ready['start_s']:.0f} s")
+        return worker
+
+    for shape, group in _by_model(workloads, options[0].shape):
+        shapes.update({workload.name: shape for workload in group})
+        fitted = [_fitted(one, shape, group, together) for one in options]
+        for _ in range(rounds):
+            if together:
+                with contextlib.ExitStack() as stack:
+                    workers = [engine(one, stack) for one in fitted]
+                    for turn, workload in enumerate(group):
+                        first = turn % len(workers)
+                        for worker in (*workers[first:], *workers[:first]):
+                            take(worker, workload)
+                continue
+            for one in fitted:
+                try:
+                    with contextlib.ExitStack() as stack:
+                        worker = engine(one, stack)
+                        for workload in group:
+                            take(worker, workload)
+                except WorkerError as error:  # the others shall have their turn
+                    skipped[f"{one.backend} on {shape.name}"] = str(error)
+                    after(str(error))
+    page = options[0].page_size
+    rows = [
+        make_row(workload, backend, shapes[workload.name], page, samples[workload.name, backend])
+        for workload in workloads
+        for backend in dict.fromkeys(one.backend for one in options)
+        if (workload.name, backend) in samples
+    ]
+    notes = [f"{what}: {why}" for what, why in skipped.items()]
+    return {"rows": rows, "skipped": notes, "engines": engines}
+
+
+def counters_since(log: Path, offset: int) -> tuple[str | None, int]:
+    """flashcore's last line on decode after that many bytes of a log, and the log's length."""
+    with log.open("rb") as file:
+        file.seek(offset)
+        text = file.read().decode(errors="replace")
+        length = file.tell()
+    found = [line.split(_COUNTERS, 1)[1] for line in text.splitlines() if _COUNTERS in line]
+    return (found[-1] if found else None), length
+
+
+def make_row(
+    workload: Workload, backend: str, shape: ModelShape, page: int, samples: Sequence[Sample]
+) -> Row:
+    """One line of the result: medians over the samples, and the samples themselves."""
+
+    def values(name: str) -> list[float]:
+        return [sample[name] for sample in samples if sample.get(name) is not None]
+
+    def median(name: str) -> float | None:
+        found = values(name)
+        return statistics.median(found) if found else None
+
+    step_ms = median("step_ms")
+    half = workload.output / 2  # the batch as it is in the middle of decoding
+    unique = workload.tokens_unique(half, page)
+    traffic = shape.weight_bytes_per_step + unique * shape.kv_bytes_per_token
+    return {
+        "workload": workload.name,
+        "spec": workload.spec,
+        "model": shape.name,
+        "backend": backend,
+        "page_size": page,
+        "tokens_per_s": None if step_ms is None else 1e3 * workload.batch / step_ms,
+        "step_ms": step_ms,
+        "step_ms_all": values("step_ms"),
+        "step_ms_by_difference": median("step_ms_by_difference"),
+        "ttft_ms": median("ttft_ms"),
+        "ttft_ms_all": values("ttft_ms"),
+        "ttft_max_ms": median("ttft_max_ms"),
+        "wall_s": median("wall_s"),
+        "cached_tokens": min(values("cached_tokens") or values("ttft_cached_tokens"), default=None),
+        "retractions": sum(values("retractions")),
+        "gb_per_step": None if step_ms is None else traffic / 1e9,
+        "reuse": workload.tokens_per_sequence(half) / unique,
+        "counters": next((s["counters"] for s in reversed(samples) if s.get("counters")), None),
+    }
+
+
+def _by_model(
+    workloads: Sequence[Workload], default: ModelShape
+) -> Iterator[tuple[ModelShape, list[Workload]]]:
+    for name in dict.fromkeys(workload.model for workload in workloads):
+        group = [workload for workload in workloads if workload.model == name]
+        yield (default if name is None else model_shape(name)), group
+
+
+def _fitted(
+    options: EngineOptions, shape: ModelShape, workloads: Sequence[Workload], together: bool
+) -> EngineOptions:
+    """The options for these workloads: a graph for each batch size, and no more cache than needed
+    where engines share the memory."""
+    batches = tuple(sorted({w.batch for w in workloads}))
+    page = options.page_size
+    room = max(w.capacity(page) for w in workloads) * 21 // 20 // page * page + page
+    return replace(
+        options,
+        shape=shape,
+        decode_batches=batches,
+        max_total_tokens=room if together else options.max_total_tokens,
+    )
+
+
+def log_file(folder: Path | None, options: EngineOptions) -> IO[bytes]:
+    """Where an engine's own output goes: kept in `folder`, or gone with the run."""
+    if folder is None:
+        return tempfile.NamedTemporaryFile(prefix="flashcore-serve-", suffix=".log")
+    return (folder / f"serve-{options.shape.name}-{options.backend}.log").open("ab")
+
+
+def _brief(answer: dict[str, Any]) -> str:
+    if "skipped" in answer:
+        return f"not timed: {answer['skipped']}"
+    parts = []
+    for name, unit in (("step_ms", "ms a step"), ("ttft_ms", "ms to the first token")):
+        found = [sample[name] for sample in answer["samples"] if name in sample]
+        if found:
+            parts.append(f"{', '.join(f'{value:.2f}' for value in found)} {unit}")
+    return "; ".join(parts)

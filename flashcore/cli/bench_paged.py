@@ -1,0 +1,202 @@
+"""`flashcore bench paged`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from flashcore.cli.bench import deliver, head, positive, read_result, refuse
+
+if TYPE_CHECKING:
+    from flashcore.bench.paged_problems import PagedProblem
+    from flashcore.bench.paged_providers import PagedProvider
+
+_BYTES_OF = ("8x131072-70", "8x65536-70-mha", "16x32768-50")
+_RANDOM_ROUNDS = 25  # at least: batches of 20 us are compared to a few percent
+_NEEDED = {
+    *("device", "driver", "commit", "date", "rows", "summary", "skipped"),
+    *("read_bandwidth", "empty_graph_ms", "method"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `flashcore bench paged` that are its own."""
+    parser.description = (
+        "Time one layer's attention over paged KV caches with shared prefixes: flashcore and each "
+        "installed peer (FlashAttention-3 of sglang-kernel, FlashAttention-4, FlashInfer's "
+        "tensor-core decode and its cascade given the true levels), in turns, each in a CUDA "
+        "graph, the L2 flushed before every replay. Prints milliseconds, and times the bound: "
+        "distinct KV bytes over the rate at which this GPU streams, measured in the same run."
+    )
+    parser.add_argument(
+        "--workload", default="", metavar="A,B", help="workloads whose name has one of these"
+    )
+    parser.add_argument(
+        "--kernels",
+        metavar="A,B",
+        help="only these of flashcore, fa3, fa4, flashinfer, flashinfer_fa3, cascade_fa2, "
+        "cascade_fa3",
+    )
+    parser.add_argument(
+        "--flush",
+        choices=["read", "write"],
+        default="read",
+        help="the L2 before each replay: read 256 MiB, or write them, so that the kernel also pays "
+        "for putting the written lines into DRAM (default: read)",
+    )
+    parser.add_argument(
+        "--random",
+        type=positive,
+        metavar="N",
+        help="also time N random batches with sharing found and with sharing ignored",
+    )
+    parser.add_argument("--plan", action="store_true", help="also time the plan on the GPU")
+    parser.add_argument(
+        "--dram",
+        nargs="?",
+        const=",".join(_BYTES_OF),
+        metavar="A,B",
+        help="also count the DRAM bytes read with ncu, on these workloads (default: the longest "
+        "three)",
+    )
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="time nothing: run each kernel once inside a profiler range and print which",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry the command out: 0 done, 1 nothing was timed, 2 it cannot run here."""
+    from flashcore.bench.paged_problems import paged_problems
+    from flashcore.bench.paged_report import format_table, plot
+
+    if args.from_json is not None:
+        try:
+            result = read_result(args.from_json, _NEEDED)
+        except ValueError as error:
+            return refuse(str(error))
+        return deliver(args, result, format_table, plot)
+
+    import torch
+
+    wanted = args.workload.split(",")
+    problems = [p for p in paged_problems() if any(text in p.name for text in wanted)]
+    if not problems:
+        names = ", ".join(p.name for p in paged_problems())
+        return refuse(f"no workload has {args.workload!r} in its name; there are {names}")
+    if not torch.cuda.is_available():
+        return refuse("torch sees no CUDA device to time on")
+    from flashcore.bench.paged_providers import paged_providers
+
+    providers, missing = paged_providers()
+    if args.kernels:
+        chosen = args.kernels.split(",")
+        known = {*missing, *(p.name for p in providers)}
+        unknown = [name for name in chosen if name not in known]
+        if unknown:
+            return refuse(f"unknown kernel {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        providers = [provider for provider in providers if provider.name in chosen]
+        missing = {name: why for name, why in missing.items() if name in chosen}
+    if not providers:
+        return refuse(f"no kernel can be used: {missing}")
+    with torch.inference_mode():
+        if args.once:
+            from flashcore.bench.dram import run_once
+
+            print(json.dumps(run_once(problems, providers)))
+            return 0
+        result = _measure(args, problems, providers, missing)
+    return deliver(args, result, format_table, plot)
+
+
+def _measure(
+    args: argparse.Namespace,
+    problems: list[PagedProblem],
+    providers: list[PagedProvider],
+    missing: dict[str, str],
+) -> dict[str, Any]:
+    import torch
+
+    from flashcore.bench.bandwidth import TORCH_SUM, read_bandwidth
+    from flashcore.bench.machine import read_clocks
+    from flashcore.bench.paged import add_bounds, cuda_machine, empty_graph_ms, run_paged
+    from flashcore.bench.paged_report import summarise
+
+    idle = read_clocks()
+    machine = cuda_machine(write=args.flush == "write")
+    _say("streaming read")
+    before = read_bandwidth(machine.device)
+    torch.cuda.empty_cache()
+    measured = run_paged(
+        problems,
+        providers,
+        machine,
+        rounds=args.rounds,
+        on_problem=lambda name: _say(f"timing {name}"),
+    )
+    after = read_bandwidth(machine.device)
+    torch.cuda.empty_cache()
+    rates = {name: max(rate, after[name]) for name, rate in before.items()}
+    method = max(rates, key=lambda name: rates[name])
+    rows, skipped = measured["rows"], measured["skipped"]
+    add_bounds(rows, rates[method])
+    extra = _extras(args, machine, skipped)
+    if args.dram:
+        _add_dram(args.dram, rows, skipped)
+    return {
+        **head(args.commit),
+        "clocks": {"before": idle, "during": measured["clocks"]},
+        "method": (
+            "each a CUDA graph of one layer's attention, replayed once between two events, L2 "
+            f"flushed before by a {args.flush} of 256 MiB, in turns, medians; nothing subtracted"
+        ),
+        "read_bandwidth": {
+            "bytes_per_second": rates[method],
+            "method": method,
+            "torch_sum_bytes_per_second": rates[TORCH_SUM],
+            "all_methods": {"before": before, "after": after},
+        },
+        "empty_graph_ms": empty_graph_ms(machine, args.rounds),
+        "skipped": [f"{name}: {why}" for name, why in missing.items()] + skipped,
+        "rows": rows,
+        "summary": summarise(rows),
+        **extra,
+    }
+
+
+def _extras(args: argparse.Namespace, machine: Any, skipped: list[str]) -> dict[str, Any]:
+    from flashcore.bench.plan_time import plan_times
+    from flashcore.bench.random_sharing import run_random
+
+    extra: dict[str, Any] = {}
+    if args.plan:
+        _say("timing the plan")
+        extra["plan"] = plan_times(machine, args.rounds)
+    if args.random:
+        _say(f"timing {args.random} random batches")
+        extra["random"] = run_random(args.random, machine, rounds=max(_RANDOM_ROUNDS, args.rounds))
+    return extra
+
+
+def _add_dram(workloads: str, rows: list[dict[str, Any]], skipped: list[str]) -> None:
+    from flashcore.bench.dram import CountError, count_bytes
+
+    _say("counting DRAM bytes")
+    names = [name for name in workloads.split(",") if any(r["workload"] == name for r in rows)]
+    kernels = list(dict.fromkeys(r["kernel"] for r in rows if r["workload"] in names))
+    try:
+        counted = count_bytes(names, kernels) if names else {}
+    except CountError as error:
+        skipped.append(f"DRAM bytes: {error}")
+        return
+    for row in rows:
+        found = counted.get((row["workload"], row["kernel"]))
+        if found is not None:
+            row["dram_read_bytes"] = found
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,56 @@
+"""Stand-ins for the workers of the serving benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from flashcore.bench.serve.engine import EngineOptions
+from flashcore.bench.serve.shapes import SHAPES
+from flashcore.bench.serve.suite import WorkerError, run_serve
+from flashcore.bench.serve.workloads import Workload, parse_workload
+
+OPTIONS = EngineOptions("fa3", SHAPES["tiny"], (), page_size=4)
+
+
+STEP_MS = {"flashcore": 10.0, "fa3": 25.0}
+
+
+class FakeWorker:
+    """A worker with a fixed speed; a backend named `broken` dies at its first workload."""
+
+    def __init__(self, options: EngineOptions, calls: list[str]) -> None:
+        self.backend, self.options, self.calls = options.backend, options, calls
+        self.ready = {"start_s": 1.0, "capacity": 1}
+        calls.append(f"start {options.shape.name} {self.backend} {options.decode_batches}")
+
+    def __enter__(self) -> FakeWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.calls.append(f"stop {self.backend}")
+
+    def counters(self) -> str | None:
+        return "reuse: 2.00" if self.backend == "flashcore" else None
+
+    def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
+        workload = Workload(**command["workload"])
+        self.calls.append(f"{self.backend} {workload.name}")
+        if self.backend == "broken":
+            raise WorkerError("the engine with backend broken ended")
+        if workload.batch == 7:
+            return {"skipped": "needs room"}
+        step = STEP_MS[self.backend]
+        sample = {"ttft_ms": step} if workload.prefill_only else {"step_ms": step, "ttft_ms": 1.0}
+        return {"samples": [dict(sample) for _ in range(command["repeats"])]}
+
+
+def fake_run(texts: list[str], backends: list[str], **how: Any) -> tuple[dict[str, Any], list[str]]:
+    calls: list[str] = []
+    result = run_serve(
+        [parse_workload(text) for text in texts],
+        [replace(OPTIONS, backend=backend) for backend in backends],
+        **{"repeats": 2, "rounds": 1, "together": False, **how},
+        start=lambda options, log: FakeWorker(options, calls),  # type: ignore[arg-type,return-value]
+    )
+    return result, calls

@@ -1,0 +1,297 @@
+"""The serving benchmark's report, command line, comparison of logits, and soak."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flashcore.bench.serve import soak as soak_module
+from flashcore.bench.serve.logits import compare, comparison_prompts, format_comparison
+from flashcore.bench.serve.report import format_table, plot, summarise
+from flashcore.cli import bench_serve
+from tests.serve_fakes import fake_run
+
+VOCAB = 1000
+
+
+# Report and command line
+
+
+def result_of(texts: list[str], backends: list[str]) -> dict[str, Any]:
+    measured, _ = fake_run(texts, backends)
+    about = {"device": "a GPU", "driver": "1", "commit": "abc", "date": "2026-01-01T00:00:00"}
+    return {**about, **measured, "summary": summarise(measured["rows"])}
+
+
+def test_table_and_plot(tmp_path: Path) -> None:
+    result = result_of(["4x16+8:40", "4x16+8:1", "7x1+1:9"], ["flashcore", "fa3"])
+    table = format_table(result).splitlines()
+    assert table[1].split() == [
+        "4x16+8:40",
+        *["flashcore", "400", "10.00", "1.0", "2.500", "0.0", "1.38"],
+    ]
+    assert table[3].split()[:5] == ["4x16+8:1", "flashcore", "-", "-", "10.0"]
+    assert table[-1] == "not timed: fa3 on 7x1+1:9: needs room"
+    pytest.importorskip("matplotlib")
+    plot(result, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_of_the_readme() -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "report.py"
+    spec = importlib.util.spec_from_file_location("report", path)
+    assert spec is not None
+    assert spec.loader is not None
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    result = result_of(["4x16+8:40", "llama-3.2-1b/4x16+8:1"], ["flashcore", "fa3"])
+    named = ("sglang", "torch", "flashinfer-python", "sglang-kernel")
+    about = {"versions": dict.fromkeys(named, "1"), "command": "flashcore bench serve"}
+    lines = report.serve_table({**result, **about}).splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert lines[2] == (
+        "| 4x16+8:40 | tiny | 400 tokens/s, 10.0 ms | 160 tokens/s, 25.0 ms |  |  | 2.50 |"
+    )
+    assert lines[3] == (
+        "| 4x16+8:1 | llama-3.2-1b | first token 10 ms | first token 25 ms |  |  | 2.50 |"
+    )
+    assert lines[-1].endswith("`flashcore bench serve`")
+
+
+def test_table_without_the_baseline() -> None:
+    result = result_of(["4x16+8:40"], ["flashcore"])
+    assert format_table(result).splitlines()[1].split()[5] == "-"
+    assert "speed_over_fa3" not in result["summary"][0]
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench_serve.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--json", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),
+        (("--log-dir", "/nowhere/at"), "there is no such folder"),
+        (("--backends", "fa3,,x"), "an empty name"),
+        ((), "SGLang is not installed"),
+    ],
+)
+def test_refusals(
+    words: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert bench_serve.run(parse(*words)) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--workloads", "shared-16k,shared-16k"), "names one of them twice"),
+        (("--workloads", "64y3"), "unknown workload '64y3'"),
+        (("--model-shape", "gpt"), "--model-shape gpt: neither a config.json nor one of llama"),
+        (("--model-shape", "tiny"), "workload shared-16k: 17024 tokens a sequence, the limit of"),
+        (("--workloads", "gpt/1x1+1:9"), "--model-shape gpt"),
+        (("--layers", "33"), "--layers must be 1 to 32 for llama-3.1-8b, got 33"),
+    ],
+)
+def test_values_that_make_no_sense(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench_serve.run(parse(*words))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--mem-fraction", "1.5"),
+        ("--repeats", "0"),
+        ("--engine-args", "[1]"),
+        ("--engine-args", "{"),
+        ("--soak", "1", "--logits"),
+    ],
+)
+def test_bad_options_exit_with_usage(words: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(*words)
+    assert stopped.value.code == 2
+
+
+def test_no_gpu_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench_serve.run(parse()) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_results_are_redrawn_and_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    first = result_of(["4x16+8:40", "5x16+8:40"], ["flashcore", "fa3"])
+    second = result_of(["5x16+8:40", "llama-3.2-1b/6x16+8:40"], ["fa3"])
+    for name, result in (("a", first), ("b", second)):
+        (tmp_path / name).write_text(json.dumps(result))
+    words = ["--from-json", str(tmp_path / "a"), str(tmp_path / "b")]
+    words += ["--json", str(tmp_path / "c"), "--plot", str(tmp_path / "c.png")]
+    assert bench_serve.run(parse(*words)) == 0
+    joined = json.loads((tmp_path / "c").read_text())
+    assert [(row["workload"], row["backend"]) for row in joined["rows"]] == [
+        ("4x16+8:40", "flashcore"),
+        ("4x16+8:40", "fa3"),
+        ("5x16+8:40", "fa3"),
+        ("llama-3.2-1b/6x16+8:40", "fa3"),
+    ]
+    assert len(joined["engines"]) == 4
+    assert "4x16+8:40" in capsys.readouterr().out
+    other = {**second, "device": "another GPU"}
+    (tmp_path / "b").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="results of different devices"):
+        bench_serve.run(parse(*words))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{}", "it has no commit, date, device"), ("[1", "Expecting")]
+)
+def test_result_that_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    assert bench_serve.run(parse("--from-json", str(path))) == 2
+    assert message in capsys.readouterr().err
+
+
+# Logits and soak
+
+
+def test_logits_within_and_beyond_the_spread_of_the_peers() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(3, 4, 50))
+    noisy = {
+        name: truth + scale * rng.normal(size=truth.shape)
+        for name, scale in (("fa3", 0.010), ("triton", 0.010), ("flashcore", 0.005))
+    }
+    result = compare(noisy)
+    assert result["passed"]
+    assert set(result["pairs"]) == {"fa3 - triton", "fa3 - flashcore", "triton - flashcore"}
+    assert result["median"]["spread_of_peers"] == pytest.approx(0.014, rel=0.1)
+    worse = {**noisy, "flashcore": truth + 0.05 * rng.normal(size=truth.shape)}
+    assert not compare(worse)["passed"]
+    one_bad_row = noisy["flashcore"].copy()
+    one_bad_row[1, 2] = rng.normal(size=50)
+    assert not compare({**noisy, "flashcore": one_bad_row})["passed"]
+    assert "FAILED" in format_comparison(compare({**noisy, "flashcore": one_bad_row}))
+
+
+def test_logits_that_are_not_finite_fail_even_alone() -> None:
+    values = np.ones((1, 2, 3))
+    assert compare({"fa3": values})["passed"]
+    values[0, 1, 2] = math.nan
+    assert not compare({"fa3": values})["passed"]
+
+
+def test_prompts_of_the_comparison_share_and_do_not_share() -> None:
+    prompts = comparison_prompts(32000)
+    assert prompts == comparison_prompts(32000)
+    assert len({tuple(prompt[:1024]) for prompt in prompts if len(prompt) == 1124}) == 1
+    assert len({len(prompt) for prompt in prompts}) == 5
+    assert min(len(prompt) for prompt in prompts) == 1
+
+
+def test_traffic_stays_within_the_limit_and_repeats_for_a_seed() -> None:
+    longest = 4094
+    runs = []
+    for _ in range(2):
+        traffic = soak_module.Traffic(VOCAB, longest, seed=5)
+        drawn = []
+        for number in range(300):
+            if number % 7 == 0:
+                traffic.renew_prefix()
+            kind, prompts, output = traffic.draw()
+            assert all(len(p) >= 1 and len(p) + output <= longest for p in prompts)
+            assert all(10 <= token < VOCAB for p in prompts for token in p)
+            traffic.answered(prompts[0], [11] * output)
+            drawn.append((kind, prompts, output))
+        runs.append(drawn)
+        _, ((prompt), *_), output = traffic.longest()
+        assert len(prompt) + output == longest
+    assert runs[0] == runs[1]
+    assert {kind for kind, _, _ in runs[0]} == {"shared", "samples", "unrelated", "turn"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"reason": "abort"}, "it ended with 'abort'"),
+        ({"tokens": [1]}, "1 tokens instead of 2"),
+        ({"logprobs": [-1.0, math.nan]}, "not finite"),
+        ({"logprobs": [-1.0]}, "missing"),
+        ({"tokens": [1, 99]}, "outside the vocabulary"),
+    ],
+)
+def test_faults_of_an_answer(changes: dict[str, Any], message: str | None) -> None:
+    answer = {"reason": "length", "logprobs": [-1.0, -2.0], "tokens": [1, 2], **changes}
+    found = soak_module.fault(**answer, output=2, vocab=50)
+    assert (found is None) if message is None else (found is not None and message in found)
+
+
+def test_drift_ends_with_the_first_token_that_differs() -> None:
+    expected = [(-1.0, 5), (-2.0, 6), (-3.0, 7)]
+    assert soak_module.canary_drift(expected, expected) == 0
+    found = [(-1.1, 5), (-2.2, 9), (-9.0, 8)]
+    assert soak_module.canary_drift(expected, found) == pytest.approx(0.2)
+    assert soak_module.canary_drift(expected, [(math.nan, 5), *expected[1:]]) == math.inf
+
+
+def soaked(**changes: Any) -> dict[str, Any]:
+    steady = [(5.0 * n, 900.0 if n > 3 else 500.0, 60000.0) for n in range(16)]
+    result = {
+        "errors": [],
+        "requests": {"shared": 5, "aborted": 1},
+        "tokens": 9,
+        "canary_drift": 0.1,
+        "memory": steady,
+    }
+    return soak_module.judged({**result, **changes})
+
+
+def test_soak_passes_when_nothing_grows_after_the_start() -> None:
+    result = soaked()
+    assert (result["passed"], result["host_growth_mib"], result["device_growth_mib"]) == (
+        True,
+        0,
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"errors": ["boom"]}, "boom"),
+        ({"canary_drift": 0.6}, "drifted by 0.600"),
+        ({"canary_drift": math.nan}, "drifted"),
+        ({"memory": [(n, 100.0 * n, 1.0) for n in range(16)]}, "host memory grew by 800 MiB"),
+        ({"memory": [(n, 1.0, 20.0 * n) for n in range(16)]}, "GPU memory grew by 160 MiB"),
+        ({"requests": {"shared": 5}}, "none aborted"),
+        ({"tokens": 0}, "no request was answered"),
+    ],
+)
+def test_soak_fails(changes: dict[str, Any], message: str) -> None:
+    result = soaked(**changes)
+    assert not result["passed"]
+    assert message in " ".join(result["failures"])

@@ -1,0 +1,44 @@
+"""Compile what `flashcore bench paged` launches, for a machine that has no compiler:
+
+    python tools/bench_kernels.py FOLDER
+
+Run the benchmark there with FLASHCORE_CACHE_DIR=FOLDER.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from flashcore.bench.paged_problems import paged_problems
+from flashcore.config import planner
+from flashcore.config.paged import choose, choose_combine
+from flashcore.runtime.cache import KernelCache
+from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
+from flashcore.runtime.launch_planner import PLANNER
+from flashcore.runtime.prebuild import prebuild
+
+
+def kernels() -> list[Kernel]:
+    """Both tile heights for every workload, both merges, the planner."""
+    found = [Kernel(PLANNER, planner.choose(256))]
+    for partials in (1, 1000):
+        found.append(Kernel(COMBINE, choose_combine("bf16", 128, False, partials, 1)))
+    for p in paged_problems():
+        group = p.q_heads // p.kv_heads
+        for tile_m in (64, 128):
+            config = choose("bf16", p.head_dim, p.page_tokens, group, tile_m)
+            found.append(Kernel(PAGED, config))
+    return list(dict.fromkeys(found))
+
+
+def main() -> int:
+    cache = KernelCache.open(Path(sys.argv[1]))
+    built = prebuild(kernels(), cache.folder, cache.target, jobs=2)
+    for result in built:
+        print(result.error or "ok", result.kernel.describe())
+    return int(any(result.error for result in built))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
