@@ -53,4 +53,4 @@ $(VENV)/.dev-ready: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(SGLANG_DIR) build dist *.egg-info

@@ -53,6 +53,29 @@ def test_compile_fills_the_cache_once(
     assert said[3].startswith("0 compiled, 1 already there, 0 failed")
 
 
+def test_compile_for_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only that model's kernels: both tiles, both merges, the planners, and the tree mask's."""
+    words = ("--cache-dir", str(tmp_path), "--list", "--serve", "32/8x128", "--page-size", "16")
+    assert compile_cmd.run(parse(compile_cmd, *words, "--features", "tree")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    paged = [line for line in lines if line.startswith("missing paged")]
+    assert len(paged) == 3
+    assert all("page_tokens=16 group_size=4" in line for line in paged)
+    assert sum("tree" in line for line in paged) == 1
+    assert sum(line.startswith("missing combine") for line in lines) == 2
+    assert sum(line.startswith("missing planner") for line in lines) == 2
+    assert compile_cmd.run(parse(compile_cmd, "--list", "--serve", "32/8x96")) == 2
+    assert "head_dim 96 is not one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [("--serve", "32x128"), ("--serve", "32/7x128"), ("--features", "wings")]
+)
+def test_compile_rejects_a_shape_that_is_none(words: tuple[str, str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(compile_cmd, *words)
+
+
 @needs_dsl
 @pytest.mark.parametrize("gate", [False, True])
 def test_compile_reports_a_kernel_that_fails(

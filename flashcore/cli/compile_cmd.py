@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashcore.cli.progress import ProgressBar
+from flashcore.config.dense import DTYPES
 
 if TYPE_CHECKING:
     from flashcore.runtime.cache import KernelCache
     from flashcore.runtime.kernel import Kernel
+
+FEATURES = ("windowed", "softcap", "sinks", "tree")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also read the machine code of each kernel and fail where it spills or serialises",
     )
     parser.add_argument(
+        "--serve",
+        metavar="Q/KVxDIM",
+        type=_layers,
+        help="instead of all: what SGLang's backend needs for layers of this shape as one GPU sees "
+        "them, such as 32/8x128",
+    )
+    parser.add_argument("--page-size", type=int, default=64, help="with --serve (default: 64)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="with --serve")
+    parser.add_argument(
+        "--features",
+        metavar="NAMES",
+        type=_features,
+        default=(),
+        help=f"with --serve: of the layers, separated by commas, from {', '.join(FEATURES)}; tree "
+        "is speculative decoding with trees",
+    )
+    parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="another cache folder than the default"
     )
 
@@ -45,17 +66,24 @@ def run(args: argparse.Namespace) -> int:
     from flashcore.runtime.shipped import shipped_kernels
     from flashcore.runtime.target import MissingRuntimeError
 
-    kernels = shipped_kernels()
     try:
+        kernels = shipped_kernels() if args.serve is None else _served_kernels(args)
         cache = KernelCache.open(args.cache_dir)
         if args.list:
             return _list(cache, kernels)
         if args.gate:
             return _gate(cache, kernels, args.jobs)
         return _compile(cache, kernels, args.jobs)
-    except (MissingRuntimeError, UnsafeCacheError) as error:
+    except (MissingRuntimeError, UnsafeCacheError, ValueError) as error:
         print(f"flashcore compile: {error}", file=sys.stderr)
         return 2
+
+
+def _served_kernels(args: argparse.Namespace) -> list[Kernel]:
+    from flashcore.sglang.kernels import kernels_for
+
+    options = dict.fromkeys(args.features, True)
+    return kernels_for(*args.serve, dtype=args.dtype, page_tokens=args.page_size, **options)
 
 
 def _list(cache: KernelCache, kernels: list[Kernel]) -> int:
@@ -107,6 +135,25 @@ def _gate(cache: KernelCache, kernels: list[Kernel], jobs: int | None) -> int:
         rows = check_kernels(kernels, cache.folder, cache.target, jobs or default_jobs(), advance)
     print(format_table(rows))
     return 1 if any(row.violations for row in rows) else 0
+
+
+def _layers(text: str) -> tuple[int, int, int]:
+    """32/8x128: query heads, KV heads, head_dim."""
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must look like 32/8x128, got {text}")
+    q_heads, kv_heads, head_dim = (int(number) for number in found.groups())
+    if q_heads % kv_heads:
+        raise argparse.ArgumentTypeError(f"{q_heads} is not a multiple of {kv_heads}")
+    return q_heads, kv_heads, head_dim
+
+
+def _features(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name)
+    for name in names:
+        if name not in FEATURES:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(FEATURES)}")
+    return names
 
 
 def _jobs(text: str) -> int:
