@@ -26,10 +26,13 @@ demo: $(READY)
 test: $(DEV_READY) lint types
 	$(PY) -m pytest tests --ignore=tests/gpu
 	$(if $(CI),$(MAKE) test-dsl-old test-sglang)
-	$(if $(HAS_GPU),$(PY) -m pytest tests/gpu)
+	$(if $(HAS_GPU),$(MAKE) test-gpu)
+
+# Most of the time goes into kernels that are compiled at first use, hence several processes.
+GPU_TEST_PROCESSES ?= 8
 
 test-gpu: $(DEV_READY)
-	$(PY) -m pytest tests/gpu
+	$(PY) -m pytest tests/gpu -n $(GPU_TEST_PROCESSES)
 
 lint: $(DEV_READY)
 	$(PY) -m ruff check .
