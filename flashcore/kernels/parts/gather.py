@@ -85,7 +85,7 @@ def copy_tile(
     ring.producer_acquire(state)
     sVectors = cute.logical_divide(sKV[None, None, state.index], (None, VECTOR))
     vector = lane % LANES_PER_ROW
-    for i in cutlass.range(c.tile_n // 4 // ROWS_PER_COPY, unroll=2):
+    for i in cutlass.range(c.tile_n // 4 // ROWS_PER_COPY, unroll=c.gather_unroll):
         row = i * ROWS_PER_COPY + lane // LANES_PER_ROW
         row_address = cute.arch.shuffle_sync(address, row) + Int64(16 * vector)
         for j in cutlass.range_constexpr(c.head_dim // (VECTOR * LANES_PER_ROW)):
