@@ -16,7 +16,7 @@ from flashcore.config.pager import BITMAPS, PagerConfig, illegal_reason
 from flashcore.device import Path
 from flashcore.pager import device as pager_device
 from flashcore.pager.counters import Fault, PagerCount
-from flashcore.pager.device import DevicePager
+from flashcore.pager.device import DevicePager, unit_stride
 from flashcore.planner import device as planner_device
 from flashcore.runtime import launch_pager, launch_planner
 from flashcore.runtime.cache import KernelCache
@@ -309,3 +309,11 @@ def test_compiled_functions_take_what_the_launch_passes(
     }
     with pytest.raises(RuntimeError, match="InsufficientDriver"):
         calls[form]()
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_vectors_get_a_stride_of_one(length: int) -> None:
+    """torch leaves vectors of 0 and 1 elements any stride, and a launch refuses all but 1."""
+    strided = torch.arange(10, dtype=torch.int32)[::7][:length] if length < 2 else torch.arange(3)
+    assert unit_stride(strided).stride() == (1,)
+    assert unit_stride(strided).tolist() == strided.tolist()

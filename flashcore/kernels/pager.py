@@ -74,7 +74,11 @@ class Pager:
     @cute.jit
     def __call__(
         self,
-        batch: Batch,
+        # The fields of `Batch`; not as one: DSL 4.6 finds the device by tensors outside of tuples.
+        mPages: cute.Tensor,
+        mBegins: cute.Tensor | None,
+        mEnds: cute.Tensor,
+        mResident: cute.Tensor | None,
         layout: Layout,
         scratch: Scratch,
         page_tokens: Int32,
@@ -82,6 +86,7 @@ class Pager:
         num_sms: Int32,
         stream,
     ):
+        batch = Batch(mPages, mBegins, mEnds, mResident)
         entries = layout.mCols.shape[0]
         scans = cute.ceil_div(entries, SCAN_THREADS)
         scans = scans if scans < num_sms else num_sms

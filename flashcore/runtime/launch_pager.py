@@ -30,4 +30,4 @@ def make_layout(
     found = _functions.get(config)
     if found is None:
         found = _functions[config] = shared_cache().function(Kernel(PAGER, config))
-    found(batch, layout, scratch, page_tokens, num_pages, sm_count(layout[0].device))
+    found(*batch, layout, scratch, page_tokens, num_pages, sm_count(layout[0].device))
