@@ -13,9 +13,9 @@ from flashcore.runtime.compile import COMPILE_OPTIONS
 def compile_pager(config: PagerConfig, options: str = "") -> Any:
     """Compile the pager for `config`; the result exports with `export_to_c`.
 
-    Call arguments, in order: the fields of `kernels.pager.Batch`, those of `Layout` and of `Scratch`
-    as two tuples, page_tokens, num_pages, and the number of multiprocessors. The stream is the caller's
-    current one.
+    Call arguments, in order: the fields of `kernels.pager.Batch`, those of `Layout` and of
+    `Scratch` as two tuples, page_tokens, num_pages, and the number of multiprocessors. The stream
+    is the caller's current one.
     """
     reason = illegal_reason(config)
     if reason is not None:
