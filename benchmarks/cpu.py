@@ -33,7 +33,7 @@ from flashcore.cli.info import collect
 
 HERE = Path(__file__).parent
 ROUNDS = 101
-PROCESSES = 5  # memory lies differently in each, which moves the times of both by up to a third
+PROCESSES = 15  # memory lies differently in each, which moves the times of both by up to a half
 
 
 def decode(shared: float) -> dict[str, Any]:
