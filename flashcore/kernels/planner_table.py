@@ -18,7 +18,7 @@ from flashcore.kernels.planner_block import Shared, block_any, block_scan, block
 from flashcore.kernels.planner_groups import queries_of
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.planner.counters import Count, Fault, Stat
-from flashcore.planner.split import COST_UNIT, LONGEST_FIRST
+from flashcore.planner.split import COST_UNIT, LONGEST_FIRST, token_cost
 from flashcore.planner.work import DIRECT, Group
 
 
@@ -35,7 +35,7 @@ def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared)
     total = Int64(0)
     for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
         blocks = row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)])
-        total = total + Int64(plan.mGroups[h, int(Group.NUM_TOKENS)]) * Int64(11 + 5 * blocks)
+        total = total + Int64(plan.mGroups[h, int(Group.NUM_TOKENS)]) * Int64(token_cost(blocks))
     total = block_sum(total, shared.wide) * Int64(problem.kv_heads)
     workers, long, unlike = Int64(problem.num_workers), Int32(0), Int32(0)
     first = run_cost(plan, problem, Int32(0))
@@ -66,7 +66,8 @@ def run_cost(plan: Plan, problem: Problem, h: Int32):
     cost = Int64(0)
     blocks = Int64(row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)]))
     if blocks > 0:
-        cost = Int64(plan.mGroups[h, int(Group.NUM_TOKENS)]) * (11 + 5 * blocks) // blocks
+        tokens = Int64(plan.mGroups[h, int(Group.NUM_TOKENS)])
+        cost = tokens * token_cost(blocks) // blocks
     return cost
 
 
@@ -80,7 +81,7 @@ def cut_groups(plan: Plan, problem: Problem, num_groups: Int32, share: Int64):
         per_split = pages
         if share > 0:
             blocks = Int64(row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)]))
-            tokens = share * blocks // (11 + 5 * blocks)
+            tokens = share * blocks // token_cost(blocks)
             length = (tokens // Int64(problem.split_unit) + 1) * unit
             splits = (4 * pages + 3 * length - 1) // (4 * length)
             splits = splits if splits > 1 else Int64(1)

@@ -267,7 +267,7 @@ def _split_pages(
     if runs.tokens.numel() == 0:
         return runs.entries
     cost = split.run_cost(runs.tokens, blocks)
-    total = int((runs.tokens * (11 + 5 * blocks)).sum()) * num_kv_heads
+    total = int((runs.tokens * split.token_cost(blocks)).sum()) * num_kv_heads
     share = split.split_share(total, int(cost.max()), int(cost.min()), num_workers)
     if share == 0:
         return runs.entries

@@ -30,13 +30,17 @@ LONGEST_FIRST = 2
 one are fed from L2, and run best beside items that wait for DRAM."""
 
 
-def run_cost(tokens: Int, blocks: Int) -> Int:
-    """Cost of one work item over a whole run, in 1 / COST_UNIT tokens.
+def token_cost(blocks: Int) -> Int:
+    """Cost of a token to all row blocks of its run together, in 1 / COST_UNIT tokens.
 
-    Row blocks of one run share its DRAM traffic, 1 / blocks each; a token from L2 costs 5 / 16 of
-    one from DRAM.
+    One block reads it from DRAM, 16 / 16; each of the others from L2, 5 / 16.
     """
-    return tokens * (11 + 5 * blocks) // blocks
+    return 11 + 5 * blocks
+
+
+def run_cost(tokens: Int, blocks: Int) -> Int:
+    """Cost of one work item over a whole run: the blocks share what a token costs."""
+    return tokens * token_cost(blocks) // blocks
 
 
 def split_share(total_cost: int, costliest: int, cheapest: int, num_workers: int) -> int:
@@ -62,7 +66,7 @@ def split_pages(pages: Int, blocks: Int, share: int, page_tokens: int) -> Int:
     All splits of a run but the last are as long. A quarter of a share more is no split more.
     """
     unit = -(-TILE_TOKENS // page_tokens)  # pages
-    tokens = share * blocks // (11 + 5 * blocks)
+    tokens = share * blocks // token_cost(blocks)
     length = (tokens // (unit * page_tokens) + 1) * unit
     splits = (4 * pages + 3 * length - 1) // (4 * length)
     splits = splits + (splits < 1) * 1
