@@ -6,10 +6,18 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
+
+
+class _HasName(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=_HasName)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +108,24 @@ def deliver(
         except ImportError:
             return refuse("--plot needs matplotlib: pip install 'flashcore-attention[bench]'")
     return 0 if result["rows"] else 1
+
+
+def choose(
+    names: str, found: Sequence[Named], missing: dict[str, str]
+) -> tuple[list[Named], dict[str, str]]:
+    """Of the providers found and missing, those that `names` lists by commas.
+
+    Raises KeyError with the first name that is neither.
+    """
+    wanted = names.split(",")
+    known = {*missing, *(provider.name for provider in found)}
+    for name in wanted:
+        if name not in known:
+            raise KeyError(name)
+    return (
+        [provider for provider in found if provider.name in wanted],
+        {name: why for name, why in missing.items() if name in wanted},
+    )
 
 
 def refuse(message: str) -> int:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from flashcore.cli.bench import deliver, head, positive, read_result, refuse
+from flashcore.cli.bench import choose, deliver, head, positive, read_result, refuse
 
 if TYPE_CHECKING:
     from flashcore.bench.problems import DenseProblem
@@ -67,12 +67,10 @@ def _time(args: argparse.Namespace) -> int:
         return refuse("torch sees no CUDA device to time on")
     providers, missing = dense_providers()
     if args.providers:
-        wanted = args.providers.split(",")
-        unknown = [n for n in wanted if n not in missing and n not in {p.name for p in providers}]
-        if unknown:
-            return refuse(f"unknown provider {unknown[0]!r}")
-        providers = [provider for provider in providers if provider.name in wanted]
-        missing = {name: why for name, why in missing.items() if name in wanted}
+        try:
+            providers, missing = choose(args.providers, providers, missing)
+        except KeyError as unknown:
+            return refuse(f"unknown provider {unknown}")
     if not providers:
         return refuse(f"no provider can be used: {missing}")
     return deliver(args, _measure(args, problems, providers, missing), format_table, plot)

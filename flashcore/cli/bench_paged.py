@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from flashcore.cli.bench import deliver, head, positive, read_result, refuse
+from flashcore.cli.bench import choose, deliver, head, positive, read_result, refuse
 
 if TYPE_CHECKING:
     from flashcore.bench.paged_problems import PagedProblem
@@ -93,13 +93,11 @@ def run(args: argparse.Namespace) -> int:
 
     providers, missing = paged_providers()
     if args.kernels:
-        chosen = args.kernels.split(",")
-        known = {*missing, *(p.name for p in providers)}
-        unknown = [name for name in chosen if name not in known]
-        if unknown:
-            return refuse(f"unknown kernel {unknown[0]!r}; there are {', '.join(sorted(known))}")
-        providers = [provider for provider in providers if provider.name in chosen]
-        missing = {name: why for name, why in missing.items() if name in chosen}
+        known = sorted({*missing, *(p.name for p in providers)})
+        try:
+            providers, missing = choose(args.kernels, providers, missing)
+        except KeyError as unknown:
+            return refuse(f"unknown kernel {unknown}; there are {', '.join(known)}")
     if not providers:
         return refuse(f"no kernel can be used: {missing}")
     with torch.inference_mode():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashcore.bench.serve.shapes import DEFAULT_SHAPE, SHAPES
-from flashcore.cli.bench import positive, refuse
+from flashcore.cli.bench import positive, read_result, refuse
 
 if TYPE_CHECKING:
     from flashcore.bench.serve.engine import EngineOptions
@@ -267,13 +267,9 @@ def _redraw(args: argparse.Namespace) -> int:
     results = []
     for path in args.from_json:
         try:
-            result = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            return refuse(f"--from-json {path}: {error}")
-        absent = _HEAD - set(result if isinstance(result, dict) else ())
-        if absent:
-            return refuse(f"--from-json {path}: it has no {', '.join(sorted(absent))}")
-        results.append(result)
+            results.append(read_result(path, _HEAD))
+        except ValueError as error:
+            return refuse(str(error))
     return _deliver(args, _joined(results))
 
 
