@@ -268,20 +268,6 @@ class FlashcoreBackend(AttentionBackend):
 
     # Layers
 
-    def forward_decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        *,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """One token of each sequence: q [batch, heads * head_dim] to the same shape."""
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, sinks)
-
     def forward_extend(
         self,
         q: torch.Tensor,
@@ -294,29 +280,17 @@ class FlashcoreBackend(AttentionBackend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Any number of new tokens: q [tokens, heads * head_dim] to the same shape."""
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, sinks)
-
-    def _attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        layer: Any,
-        fb: Any,
-        save_kv_cache: bool,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(
                 layer,
-                KVWriteLoc(fb.out_cache_loc, self._swa_loc),
+                KVWriteLoc(forward_batch.out_cache_loc, self._swa_loc),
                 k,
                 v,
                 layer.k_scale,
                 layer.v_scale,
             )
         rows = (q.shape[0], layer.tp_q_head_num, layer.head_dim)
-        out = getattr(fb, "_attn_output", None)
+        out = getattr(forward_batch, "_attn_output", None)
         if out is None or out.shape[0] != rows[0]:
             out = torch.empty(rows[0], rows[1] * rows[2], dtype=q.dtype, device=q.device)
         k_pool, v_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
@@ -335,6 +309,8 @@ class FlashcoreBackend(AttentionBackend):
             tree_mask=tree,
         )
         return out.view(rows[0], -1)
+
+    forward_decode = forward_extend  # one new token each
 
     def _view_of(self, layer: Any, windowed: bool) -> View:
         view = self.windowed if windowed else self.full
