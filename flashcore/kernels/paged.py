@@ -143,7 +143,7 @@ class PagedAttention:
             block=[c.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=c.ctas_per_sm,
-            preferred_smem_carveout=100,
+            preferred_smem_carveout=100,  # left open, the DSL would ask a device for it
         )  # fmt: skip
 
     @cute.kernel
