@@ -100,11 +100,13 @@ def assert_same_layout(pager: DevicePager, expected: flashcore.Layout) -> None:
 HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 
 
-def planner_of(m: TokenMap, workers: int, device: str = "cpu") -> flashcore.DevicePlanner:
+def planner_of(
+    m: TokenMap, workers: int, device: str = "cpu", max_partials: int = 20_000
+) -> flashcore.DevicePlanner:
     """A planner of short splits for a map."""
     with short_splits():
         return flashcore.DevicePlanner(
-            flashcore.Capacities(9, 2700, 64, 20_000, 20_000),
+            flashcore.Capacities(9, 2700, 64, 20_000, max_partials),
             num_pages=m.num_pages,
             page_tokens=m.page_tokens,
             num_workers=workers,
@@ -113,7 +115,9 @@ def planner_of(m: TokenMap, workers: int, device: str = "cpu") -> flashcore.Devi
         )
 
 
-def host_plan(m: TokenMap, q_lens: torch.Tensor, workers: int) -> flashcore.Plan:
+def host_plan(
+    m: TokenMap, q_lens: torch.Tensor, workers: int, share: bool = True
+) -> flashcore.Plan:
     """What it must make."""
     layout = flashcore.build_layout(
         m.pages, m.starts, m.ends, page_tokens=m.page_tokens, num_pages=m.num_pages
@@ -125,5 +129,6 @@ def host_plan(m: TokenMap, q_lens: torch.Tensor, workers: int) -> flashcore.Plan
             page_tokens=m.page_tokens,
             num_workers=workers,
             tile_m=64,
+            share=share,
             **HEADS,
         )

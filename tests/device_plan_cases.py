@@ -51,11 +51,14 @@ def assert_same_plan(found: Plan, expected: Plan) -> None:
             assert a == b, field.name
 
 
-def assert_same_stats(planner: DevicePlanner, expected: Plan) -> None:
+def assert_same_stats(
+    planner: DevicePlanner, expected: Plan, unshared: bool = False
+) -> None:
     """What the planner counted on the device, against `Plan.stats`."""
     stats = expected.stats()
     found = dict(zip(list(Stat)[:-1], planner.stats().tolist(), strict=True))
     assert found.pop(Stat.FAULTS) == planner.plan.faults()
+    assert found.pop(Stat.UNSHARED) == unshared
     assert found == {stat: getattr(stats, stat.name.lower()) for stat in found}
 
 
@@ -106,3 +109,18 @@ def plan_without(
         "merge_offsets": torch.tensor(offsets, dtype=torch.int32),
         "merge_partials": torch.tensor(partials, dtype=torch.int32),
     }
+
+
+def plan_that_fits(batch: Batch, c: Capacities, **options: Any) -> tuple[Plan | None, bool]:
+    """The plan that a device planner of these capacities (all given) must make, and whether it has
+    given up sharing. None: no plan fits."""
+    for unshared, changes in enumerate(({}, {"share": False}, {"share": False, "num_workers": 0})):
+        plan = batch._plan(**options | changes)
+        gathered, items = plan.q_tokens.numel(), plan.work.shape[0]
+        if (
+            gathered <= c.max_gathered
+            and items <= c.max_items
+            and plan.num_partial_tokens <= c.max_partials
+        ):
+            return plan, unshared > 0
+    return None, True

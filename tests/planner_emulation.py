@@ -340,33 +340,59 @@ class Emulation:
 
     def finish(self) -> None:
         p, counts = self.p, self.p["counts"]
-        self.cut()
+        for attempt in range(3):
+            if attempt == 1:
+                self.unshare()
+            fits = self.cut(split=attempt < 2)
+            if fits:
+                break
+        p["stats"][Stat.UNSHARED] = attempt > 0
         self.place_members()
-        gathered, partials, items = self.place_groups()
+        self.place_groups()
         self.place_classes()
-        bad = [b for b in range(self.batch) if self.rows[[0, 1], b].any()]
-        good = [b for b in range(self.batch) if b not in bad and self.queries_of(b)]
+        good = [b for b in range(self.batch) if self.active(b)]
         tokens = sum(int(p["kv_lens"][b]) for b in good)
-        elements = sum(self.queries_of(b) for b in bad) + self.place_splits()
-        room = len(p["merge_partials"])
-        failed = gathered > len(p["q_tokens"]) or items > len(p["work"])
-        failed = failed or elements > room or partials > room - len(p["q_index"])
-        self.place_lists(failed)
+        self.place_splits()
+        self.place_lists(not fits)
+        assert counts[Count.MERGE] <= len(p["merge_partials"])
         counts[Count.TOTAL_Q] = p["q_offsets"][self.batch]
-        counts[Count.GROUPS], counts[Count.MEMBERS] = self.groups, self.kept
-        counts[Count.GATHERED] = 0 if failed else gathered
-        counts[Count.ITEMS] = 0 if failed else items
-        counts[Count.PARTIALS] = 0 if failed else partials
-        kept, found = 0 if failed else 1, int(counts[Count.FOUND])
+        kept, found = int(fits), int(counts[Count.FOUND])
         p["stats"][Stat.TOKENS_UNIQUE] *= kept
         p["stats"][Stat.TOKENS_ONCE] = kept * p["groups"][: self.groups, Group.NUM_TOKENS].sum()
         p["stats"][Stat.TOKENS_PER_SEQUENCE] = kept * tokens
         p["stats"][Stat.NUM_GROUPS] = kept * self.groups
         p["stats"][Stat.NUM_FOLDED] = kept * (found - self.groups)
+        p["stats"][Stat.UNSHARED] *= kept
         p["stats"][Stat.FAULTS] = counts[Count.FAULTS]
 
-    def cut(self) -> None:
-        table, segs = self.p["groups"], self.segs
+    def unshare(self) -> None:
+        p, segs = self.p, self.segs
+        stretches = 0
+        for e in range(int(p["counts"][Count.NNZ])):
+            row = self.entries[E.ROW, e]
+            if self.active(row) and (
+                e == p["row_offsets"][row] or p["token_counts"][e - 1] != self.page_tokens
+            ):
+                segs[[S.ENTRY, S.ROW], stretches] = e, row
+                stretches += 1
+        for s in self.any_order(stretches):
+            entry, row = segs[[S.ENTRY, S.ROW], s]
+            end, last = p["row_offsets"][row + 1], 1
+            if s + 1 < stretches and segs[S.ROW, s + 1] == row:
+                end, last = segs[S.ENTRY, s + 1], 0
+            tokens = (end - 1 - entry) * self.page_tokens + p["token_counts"][end - 1]
+            start = self.entries[E.START, entry]
+            segs[[S.KEPT_ROW, S.KEPT_GROUP, S.KEPT_START], s] = row, s, start
+            self.found[G.MERGED, s] = 0
+            columns = [Group.ENTRY, Group.NUM_ENTRIES, Group.NUM_TOKENS, Group.NUM_Q]
+            p["groups"][s, columns] = entry, end - entry, tokens, self.queries_of(row)
+            p["member_offsets"][s] = 1
+            p["decisions"][s] = tokens, 1, 1 - last, Reason.PRIVATE
+        p["counts"][[Count.SEGMENTS, Count.FOUND]] = stretches
+        self.groups = self.kept = stretches
+
+    def cut(self, split: bool) -> bool:
+        table, segs, counts = self.p["groups"], self.segs, self.p["counts"]
         work = [
             (int(row[Group.NUM_TOKENS]), self.blocks(row[Group.NUM_Q]))
             for row in table[: self.groups]
@@ -382,6 +408,7 @@ class Emulation:
             if len({tokens * (11 + 5 * blocks) // blocks for tokens, blocks in work}) == 1:
                 share = -(-total // self.workers)
             share = max(share, 16 * self.least)
+        share *= split
         unit = self.unit // self.page_tokens
         for row, (_, blocks) in zip(table[: self.groups], work, strict=True):
             pages = per_split = int(row[Group.NUM_ENTRIES])
@@ -396,6 +423,21 @@ class Emulation:
             around = [j for j in (k - 1, k + 1) if 0 <= j < self.kept]
             if any(segs[S.KEPT_ROW, j] == segs[S.KEPT_ROW, k] for j in around):
                 self.found[G.MERGED, segs[S.KEPT_GROUP, k]] = 1
+        gathered = partials = items = 0
+        for h, (row, (_, blocks)) in enumerate(zip(table[: self.groups], work, strict=True)):
+            queries, splits = int(row[Group.NUM_Q]), int(row[Group.NUM_SPLITS])
+            gathered += queries
+            partials += 0 if self.is_direct(h) else splits * queries
+            items += splits * blocks * self.kv_heads
+        fits = gathered <= len(self.p["q_tokens"]) and items <= len(self.p["work"])
+        fits = fits and partials <= self.c.max_partials
+        lists = [Count.GATHERED, Count.PARTIALS, Count.ITEMS]
+        counts[lists] = (gathered, partials, items) if fits else 0
+        counts[[Count.GROUPS, Count.MEMBERS, Count.FITS]] = self.groups, self.kept, fits
+        return fits
+
+    def is_direct(self, h: int) -> bool:
+        return self.p["groups"][h, Group.NUM_SPLITS] == 1 and self.found[G.MERGED, h] == 0
 
     def place_members(self) -> None:
         p, segs = self.p, self.segs
@@ -407,14 +449,14 @@ class Emulation:
             p["member_rows"][i], p["member_starts"][i] = row, segs[S.KEPT_START, k]
             before += self.queries_of(row)
 
-    def place_groups(self) -> tuple[int, int, int]:
+    def place_groups(self) -> None:
         p, table = self.p, self.p["groups"]
-        members = gathered = partials = items = 0
+        members = gathered = partials = 0
         self.classes = []
         for h in range(self.groups):
             row = table[h]
             queries, splits = int(row[Group.NUM_Q]), int(row[Group.NUM_SPLITS])
-            direct = splits == 1 and self.found[G.MERGED, h] == 0
+            direct = self.is_direct(h)
             full = int(row[Group.SPLIT_ENTRIES]) * self.page_tokens
             last = int(row[Group.NUM_TOKENS]) - (splits - 1) * full
             per_split = self.blocks(queries) * self.kv_heads
@@ -429,19 +471,17 @@ class Emulation:
             members += size
             gathered += queries
             partials += 0 if direct else splits * queries
-            items += splits * per_split
         p["member_offsets"][self.groups] = members
-        return gathered, partials, items
 
     def place_classes(self) -> None:
         self.classes.sort(key=lambda c: -c[0])  # stable
         begins = np.cumsum([0] + [c[2] for c in self.classes])
         self.class_begin = begins[:-1]
 
-    def place_splits(self) -> int:
+    def place_splits(self) -> None:
         segs, rows = self.segs, self.rows
         rows[[Rows.FIRST_SEGMENT, Rows.END_SEGMENT]] = 0
-        self.splits = elements = 0
+        self.splits = 0
         for k in range(self.kept):
             row = segs[S.KEPT_ROW, k]
             splits = int(self.p["groups"][segs[S.KEPT_GROUP, k], Group.NUM_SPLITS])
@@ -451,8 +491,6 @@ class Emulation:
                 rows[Rows.END_SEGMENT, row] = k + 1
             segs[S.SPLITS_BEFORE, k] = self.splits
             self.splits += splits
-            elements += splits * self.queries_of(row)
-        return elements
 
     def place_lists(self, failed: bool) -> None:
         p, rows = self.p, self.rows

@@ -154,6 +154,24 @@ def test_plan_of_a_token_map(seed: int, workers: int, idle: bool) -> None:
     assert_same_stats(planner, expected)
 
 
+@settings(max_examples=200, deadline=None)
+@given(seeds, st.sampled_from([0, 40]))
+def test_plan_of_a_token_map_without_room_to_share(seed: int, workers: int) -> None:
+    """Partial pages end the runs of a plan that gives up sharing too."""
+    m = token_map(seed)
+    q_lens = torch.ones(len(m.starts), dtype=torch.int32)
+    shared, alone = (host_plan(m, q_lens, workers, share=share) for share in (True, False))
+    room = max(1, alone.num_partial_tokens)
+    pager = pager_for(m.num_pages, m.page_tokens, "cpu")
+    planner = planner_of(m, workers, max_partials=room)
+    PagerEmulation(pager, seed).update(m.pages, m.starts, m.ends, None)
+    Emulation(planner, seed).update_from_layout(pager.layout, q_lens)
+    unshared = shared.num_partial_tokens > room
+    expected = alone if unshared else shared
+    assert_same_plan(planner.trimmed(len(q_lens)), expected)
+    assert_same_stats(planner, expected, unshared)
+
+
 def test_plan_leaves_out_what_was_not_laid_out() -> None:
     m = token_map(6)
     assert len(m.starts) > 3

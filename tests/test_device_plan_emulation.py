@@ -20,6 +20,7 @@ from tests.device_plan_cases import (
     assert_same_plan,
     assert_same_stats,
     inputs,
+    plan_that_fits,
     plan_without,
     planner_for,
     short_splits,
@@ -132,8 +133,48 @@ def test_capacities_and_lengths(batch: Batch, max_entries: int, max_q: int, data
     assert members == active
 
 
-@pytest.mark.parametrize("short", ["max_gathered", "max_partials", "max_items"])
-def test_lists_that_do_not_fit_leave_no_plan(short: str):
+@settings(max_examples=300, deadline=None)
+@given(
+    batches_of_rows,
+    st.sampled_from(["max_gathered", "max_partials", "max_items"]),
+    st.integers(1, 40),
+    st.sampled_from([0, 40]),
+    st.data(),
+)
+def test_lists_that_do_not_fit_give_up_sharing(
+    batch: Batch, short: str, room: int, workers: int, data: st.DataObject
+):
+    """Then splits; only what does not fit even so is a fault."""
+    lists = {"max_gathered": 2000, "max_partials": 4000, "max_items": 20_000} | {short: room}
+    capacities = Capacities(16, 400, 64, **lists)
+    options = {"num_workers": workers, "tile_m": 4, "fold": data.draw(st.booleans())}
+    with short_splits():
+        planner = emulate(batch, capacities, **options)
+        expected, unshared = plan_that_fits(batch, capacities, **options)
+    if expected is None:
+        assert short != "max_partials"
+        assert planner.plan.faults() == Fault.PLAN
+        return
+    assert_same_plan(planner.trimmed(len(batch.kv_lens)), expected)
+    assert_same_stats(planner, expected, unshared)
+    assert planner.plan.faults() == Fault(0)
+
+
+def test_the_next_update_shares_again():
+    """Giving up sharing leaves nothing behind."""
+    table = torch.tensor([[0, 1, 2], [0, 1, 3], [0, 4, 5]], dtype=torch.int32)
+    tree = Batch(table, [6, 6, 6], [1, 1, 1], 2, 8, 2, 2, 8)
+    alone = replace(tree, page_table=torch.arange(9).reshape(3, 3).int(), num_pages=9)
+    planner = planner_for(replace(tree, num_pages=9), Capacities(4, 16, 8, 100, 6), "cpu", fold=False)
+    for batch, unshared in ((tree, True), (alone, False), (tree, True)):
+        Emulation(planner).update(*inputs(batch, "cpu"))
+        expected = batch._plan(share=not unshared, fold=False, tile_m=64)
+        assert_same_plan(planner.trimmed(3), expected)
+        assert_same_stats(planner, expected, unshared)
+
+
+@pytest.mark.parametrize("short", ["max_gathered", "max_items"])
+def test_lists_that_fit_in_no_way_leave_no_plan(short: str):
     batch = Batch(torch.arange(8).reshape(2, 4).int(), [8, 8], [3, 2], 2, 8, 2, 2, 8)
     with short_splits():
         capacities = {"max_gathered": 100, "max_partials": 100, "max_items": 100} | {short: 3}
@@ -141,7 +182,7 @@ def test_lists_that_do_not_fit_leave_no_plan(short: str):
     assert planner.plan.faults() == Fault.PLAN
     counts = planner.plan.counts
     assert counts[[Count.ITEMS, Count.GATHERED, Count.PARTIALS]].tolist() == [0, 0, 0]
-    assert planner.stats().tolist() == [0, 0, 0, 0, 0, Fault.PLAN]
+    assert planner.stats().tolist() == [0, 0, 0, 0, 0, 0, Fault.PLAN]
     found = planner.trimmed(2)
     assert found.merge_partials.tolist() == [INVALID] * 5
     assert planner.plan.merge_offsets.tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 5]

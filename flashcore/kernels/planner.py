@@ -19,12 +19,12 @@ from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, WARPS, Planner
 from flashcore.kernels.planner_adopt import adopt_layout
 from flashcore.kernels.planner_block import shared_memory
 from flashcore.kernels.planner_emit import emit_gathered, emit_merge, emit_tokens, emit_work
-from flashcore.kernels.planner_groups import find_groups
+from flashcore.kernels.planner_groups import find_groups, unshare
 from flashcore.kernels.planner_layout import build_layout
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch, Source
 from flashcore.kernels.planner_sharing import claim_pages, mark_breaks, number_segments
 from flashcore.kernels.planner_table import cut, place_items, place_members, place_results
-from flashcore.planner.counters import Count
+from flashcore.planner.counters import Count, Stat
 
 try:
     from cutlass.memory import SmemAllocator
@@ -122,7 +122,18 @@ class Planner:
         shared = shared_memory(SmemAllocator())
         num_segments, num_found = plan.mCounts[int(Count.SEGMENTS)], plan.mCounts[int(Count.FOUND)]
         num_groups, num_kept = find_groups(plan, scratch, problem, num_segments, num_found, shared)
-        cut(plan, scratch, problem, num_groups, num_kept, shared)
+        # Where the lists do not fit: as if nothing were shared, and then without splits.
+        attempt, fits = Int32(0), Int32(0)
+        while attempt < 3 and fits == 0:
+            if attempt == 1:
+                num_groups = unshare(plan, scratch, problem, shared)
+                num_kept = num_groups
+            split = Int32(1) if attempt < 2 else Int32(0)
+            fits = cut(plan, scratch, problem, num_groups, num_kept, split, shared)
+            attempt = attempt + 1
+        tid, _, _ = cute.arch.thread_idx()
+        if tid == 0:
+            plan.mStats[int(Stat.UNSHARED)] = Int64(1) if attempt > 1 else Int64(0)
 
     @cute.kernel
     def places(self, mQLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):

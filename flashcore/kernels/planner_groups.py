@@ -14,7 +14,9 @@ from flashcore.config.planner import Entries as E
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
 from flashcore.kernels.planner_block import Shared, block_any, block_scan
+from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
+from flashcore.planner.counters import Count
 from flashcore.planner.work import Group
 
 
@@ -250,3 +252,58 @@ def find_groups(
     num_groups = number_groups(scratch, num_found, shared)
     num_kept = keep_segments(plan, scratch, num_segments, shared)
     return num_groups, num_kept
+
+
+@cute.jit
+def unshare(plan: Plan, scratch: Scratch, problem: Problem, shared: Shared):
+    """Replace all groups by those of a plan that ignores sharing: each stretch of a sequence whose
+    pages, but for the last, are full. Returns how many; each is a segment too."""
+    num_groups = number_stretches(plan, scratch, problem, shared)
+    tid, _, _ = cute.arch.thread_idx()
+    segments = scratch.mSegments
+    for s in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
+        entry, row = segments[S.ENTRY, s], segments[S.ROW, s]
+        end, last = segment_end(plan, scratch, s, num_groups)
+        tokens = (end - 1 - entry) * problem.page_tokens + plan.mTokenCounts[end - 1]
+        segments[S.KEPT_ROW, s] = row
+        segments[S.KEPT_GROUP, s] = s
+        segments[S.KEPT_START, s] = scratch.mEntries[E.START, entry]
+        scratch.mFound[G.MERGED, s] = Int32(0)
+        plan.mGroups[s, int(Group.ENTRY)] = entry
+        plan.mGroups[s, int(Group.NUM_ENTRIES)] = end - entry
+        plan.mGroups[s, int(Group.NUM_TOKENS)] = tokens
+        plan.mGroups[s, int(Group.NUM_Q)] = queries_of(plan, row)
+        plan.mMemberOffsets[s] = Int32(1)
+        plan.mDecisions[s, 0] = tokens
+        plan.mDecisions[s, 1] = Int32(1)
+        plan.mDecisions[s, 2] = 1 - last
+        plan.mDecisions[s, 3] = Int32(Reason.PRIVATE)
+    if tid == 0:
+        plan.mCounts[int(Count.SEGMENTS)] = num_groups
+        plan.mCounts[int(Count.FOUND)] = num_groups
+    cute.arch.sync_threads()
+    return num_groups
+
+
+@cute.jit
+def number_stretches(plan: Plan, scratch: Scratch, problem: Problem, shared: Shared):
+    """First entry and row of each stretch, in the order of entries; how many there are."""
+    tid, _, _ = cute.arch.thread_idx()
+    nnz, before = plan.mCounts[int(Count.NNZ)], Int32(0)
+    for base in cutlass.range(0, nnz, SCAN_THREADS, unroll=1):
+        e = base + tid
+        begins, row = Int32(0), Int32(0)
+        if e < nnz:
+            row = scratch.mEntries[E.ROW, e]
+            if is_active(plan, scratch, row):
+                begins = Int32(1)
+                if e > plan.mRowOffsets[row]:
+                    if plan.mTokenCounts[e - 1] == problem.page_tokens:
+                        begins = Int32(0)
+        number, found = block_scan(begins, shared.sums)
+        if begins == 1:
+            scratch.mSegments[S.ENTRY, before + number] = e
+            scratch.mSegments[S.ROW, before + number] = row
+        before = before + found
+    cute.arch.sync_threads()
+    return before

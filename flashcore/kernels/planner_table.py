@@ -16,6 +16,7 @@ from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
 from flashcore.kernels.planner_block import Shared, block_any, block_scan, block_sum, radix_sort
 from flashcore.kernels.planner_groups import queries_of
+from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.planner.counters import Count, Fault, Stat
 from flashcore.planner.split import COST_UNIT, LONGEST_FIRST, token_cost
@@ -72,15 +73,21 @@ def run_cost(plan: Plan, problem: Problem, h: Int32):
 
 
 @cute.jit
-def cut_groups(plan: Plan, problem: Problem, num_groups: Int32, share: Int64):
-    """`split.split_pages` of each group; the whole run where `share` is 0."""
+def cut_groups(
+    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, share: Int64, shared: Shared
+):  # fmt: skip
+    """`split.split_pages` of each group; the whole run where `share` is 0.
+
+    Returns gathered tokens, partial tokens and work items, in 64 bits: they may be too many.
+    """
     tid, _, _ = cute.arch.thread_idx()
     unit = Int64(problem.split_unit // problem.page_tokens)
+    gathered, partials, items = Int64(0), Int64(0), Int64(0)
     for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
-        pages = Int64(plan.mGroups[h, int(Group.NUM_ENTRIES)])
+        pages, queries = Int64(plan.mGroups[h, int(Group.NUM_ENTRIES)]), plan.mGroups[h, int(Group.NUM_Q)]
+        blocks = Int64(row_blocks(problem, queries))
         per_split = pages
         if share > 0:
-            blocks = Int64(row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)]))
             tokens = share * blocks // token_cost(blocks)
             length = (tokens // Int64(problem.split_unit) + 1) * unit
             splits = (4 * pages + 3 * length - 1) // (4 * length)
@@ -90,6 +97,12 @@ def cut_groups(plan: Plan, problem: Problem, num_groups: Int32, share: Int64):
         plan.mGroups[h, int(Group.SPLIT_ENTRIES)] = per_split.to(Int32)
         splits = (pages + per_split - 1) // per_split
         plan.mGroups[h, int(Group.NUM_SPLITS)] = splits.to(Int32)
+        gathered = gathered + Int64(queries)
+        if is_direct(plan, scratch, h) == 0:
+            partials = partials + splits * Int64(queries)
+        items = items + splits * blocks * Int64(problem.kv_heads)
+    gathered, partials = block_sum(gathered, shared.wide), block_sum(partials, shared.wide)
+    return gathered, partials, block_sum(items, shared.wide)
 
 
 @cute.jit
@@ -120,23 +133,13 @@ def is_direct(plan: Plan, scratch: Scratch, h: Int32):
 
 
 @cute.jit
-def count_results(
-    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, shared: Shared
-):
-    """Gathered tokens, partial tokens, work items and KV tokens, in 64 bits: they may be too
-    many."""
+def tokens_read(plan: Plan, num_groups: Int32, shared: Shared):
+    """KV tokens of all groups, in 64 bits."""
     tid, _, _ = cute.arch.thread_idx()
-    gathered, partials, items, tokens = Int64(0), Int64(0), Int64(0), Int64(0)
+    tokens = Int64(0)
     for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
-        queries = plan.mGroups[h, int(Group.NUM_Q)]
-        splits = Int64(plan.mGroups[h, int(Group.NUM_SPLITS)])
-        gathered = gathered + Int64(queries)
-        if is_direct(plan, scratch, h) == 0:
-            partials = partials + splits * Int64(queries)
-        items = items + splits * Int64(row_blocks(problem, queries)) * Int64(problem.kv_heads)
         tokens = tokens + Int64(plan.mGroups[h, int(Group.NUM_TOKENS)])
-    gathered, partials = block_sum(gathered, shared.wide), block_sum(partials, shared.wide)
-    return gathered, partials, block_sum(items, shared.wide), block_sum(tokens, shared.wide)
+    return block_sum(tokens, shared.wide)
 
 
 @cute.jit
@@ -282,20 +285,16 @@ def place_members(plan: Plan, scratch: Scratch, num_kept: Int32, num_groups: Int
 
 @cute.jit
 def place_splits(plan: Plan, scratch: Scratch, num_kept: Int32, shared: Shared):
-    """Splits before each segment, and the stretch of segments of each row.
-
-    Returns the elements of all merge lists, in 64 bits.
-    """
+    """Splits before each segment, and the stretch of segments of each row; how many splits."""
     tid, _, _ = cute.arch.thread_idx()
     segments, rows = scratch.mSegments, scratch.mRows
-    splits_before, elements = Int32(0), Int64(0)
+    splits_before = Int32(0)
     for base in cutlass.range(0, num_kept, SCAN_THREADS, unroll=1):
         k = base + tid
         splits, row = Int32(0), Int32(0)
         if k < num_kept:
             row = segments[S.KEPT_ROW, k]
             splits = plan.mGroups[segments[S.KEPT_GROUP, k], int(Group.NUM_SPLITS)]
-            elements = elements + Int64(splits) * Int64(queries_of(plan, row))
             before, after = Int32(-1), Int32(-1)
             if k > 0:
                 before = segments[S.KEPT_ROW, k - 1]
@@ -309,8 +308,8 @@ def place_splits(plan: Plan, scratch: Scratch, num_kept: Int32, shared: Shared):
         if k < num_kept:
             segments[S.SPLITS_BEFORE, k] = splits_before + begin
         splits_before = splits_before + all_splits
-    elements = block_sum(elements, shared.wide)
-    return splits_before, elements
+    cute.arch.sync_threads()
+    return splits_before
 
 
 @cute.jit
@@ -372,34 +371,47 @@ def close_row(plan: Plan, scratch: Scratch, b: Int32, queries: Int32, failed: In
 
 
 @cute.jit
-def bad_queries(plan: Plan, scratch: Scratch, batch: Int32, shared: Shared):
-    """Query tokens of sequences with a fault, and KV tokens of those without that have queries;
-    also no row has segments yet."""
+def clear_rows(plan: Plan, scratch: Scratch, batch: Int32, shared: Shared):
+    """No sequence has segments yet. Returns KV tokens of those that take part, in 64 bits."""
     tid, _, _ = cute.arch.thread_idx()
     rows = scratch.mRows
-    total, tokens = Int64(0), Int64(0)
+    tokens = Int64(0)
     for b in cutlass.range(tid, batch, SCAN_THREADS, unroll=1):
         rows[Rows.FIRST_SEGMENT, b] = Int32(0)
         rows[Rows.END_SEGMENT, b] = Int32(0)
-        queries = queries_of(plan, b)
-        if rows[Rows.FAULTS, b] + rows[Rows.PAGE_FAULT, b] != 0:
-            total = total + Int64(queries)
-        elif queries > 0:
+        if is_active(plan, scratch, b):
             tokens = tokens + Int64(plan.mKvLens[b])
-    return block_sum(total, shared.wide), block_sum(tokens, shared.wide)
+    return block_sum(tokens, shared.wide)
 
 
 @cute.jit
-def cut(plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, num_kept: Int32,
-        shared: Shared):  # fmt: skip
-    """What all three of the others need: splits, and which groups' results are merged."""
+def cut(
+    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, num_kept: Int32,
+    split: Int32, shared: Shared,
+):  # fmt: skip
+    """What all three of the others need: splits (`split` 0: none), which groups' results are
+    merged, and how much there is of each list. Returns 1 where all of it fits, else 0."""
     tid, _, _ = cute.arch.thread_idx()
     share = split_share(plan, problem, num_groups, shared)
-    cut_groups(plan, problem, num_groups, share)
+    share = share if split == 1 else Int64(0)
     find_company(scratch, num_kept)
+    cute.arch.sync_threads()
+    gathered, partials, items = cut_groups(plan, scratch, problem, num_groups, share, shared)
+    fits = Int32(1)
+    if gathered > Int64(plan.mQTokens.shape[0]) or items > Int64(plan.mWork.shape[0]):
+        fits = Int32(0)
+    # Merge lists have at most one element besides for each query token, and room for it.
+    if partials > Int64(plan.mMerge.shape[0]) - Int64(plan.mQIndex.shape[0]):
+        fits = Int32(0)
     if tid == 0:
+        there = Int64(fits)
         plan.mCounts[int(Count.GROUPS)] = num_groups
         plan.mCounts[int(Count.MEMBERS)] = num_kept
+        plan.mCounts[int(Count.GATHERED)] = (gathered * there).to(Int32)
+        plan.mCounts[int(Count.PARTIALS)] = (partials * there).to(Int32)
+        plan.mCounts[int(Count.ITEMS)] = (items * there).to(Int32)
+        plan.mCounts[int(Count.FITS)] = fits
+    return fits
 
 
 @cute.jit
@@ -420,25 +432,15 @@ def place_results(
 ):  # fmt: skip
     """Merge lists, and all counts; nothing of the lists where one does not fit."""
     tid, _, _ = cute.arch.thread_idx()
-    gathered, partials, items, once = count_results(plan, scratch, problem, num_groups, shared)
-    elements, per_sequence = bad_queries(plan, scratch, batch, shared)
-    num_splits, listed = place_splits(plan, scratch, num_kept, shared)
-    elements = elements + listed
-    failed = Int32(0)
-    if gathered > Int64(plan.mQTokens.shape[0]) or items > Int64(plan.mWork.shape[0]):
-        failed = Int32(1)
-    # The merge lists hold max_q elements more than there may be partial tokens.
-    room = Int64(plan.mMerge.shape[0])
-    if elements > room or partials > room - Int64(plan.mQIndex.shape[0]):
-        failed = Int32(1)
-    merge = place_lists(plan, scratch, batch, num_kept, num_splits, failed, shared)
+    per_sequence = clear_rows(plan, scratch, batch, shared)
+    num_splits = place_splits(plan, scratch, num_kept, shared)
+    once = tokens_read(plan, num_groups, shared)
+    fits = plan.mCounts[int(Count.FITS)]
+    merge = place_lists(plan, scratch, batch, num_kept, num_splits, 1 - fits, shared)
     if tid == 0:
-        kept = Int64(1 - failed)
+        kept = Int64(fits)
         counts = plan.mCounts
         counts[int(Count.TOTAL_Q)] = plan.mQOffsets[batch]
-        counts[int(Count.GATHERED)] = (gathered * kept).to(Int32)
-        counts[int(Count.ITEMS)] = (items * kept).to(Int32)
-        counts[int(Count.PARTIALS)] = (partials * kept).to(Int32)
         counts[int(Count.MERGE)] = merge
         counts[int(Count.MAX_Q_LEN)] = shared.bins[0]
         counts[int(Count.FAULTS)] = shared.bins[1]
@@ -449,4 +451,5 @@ def place_results(
         stats[int(Stat.TOKENS_PER_SEQUENCE)] = per_sequence * kept
         stats[int(Stat.NUM_GROUPS)] = Int64(num_groups) * kept
         stats[int(Stat.NUM_FOLDED)] = Int64(counts[int(Count.FOUND)] - num_groups) * kept
+        stats[int(Stat.UNSHARED)] = stats[int(Stat.UNSHARED)] * kept
         stats[int(Stat.FAULTS)] = Int64(shared.bins[1])

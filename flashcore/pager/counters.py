@@ -28,4 +28,4 @@ class Fault(IntFlag):
     PAGE = 4  # a page id out of range
     ENTRIES = 8  # more pages than max_entries, counting from the first sequence
     QUERIES = 16  # more query tokens than max_q, counting from the first sequence
-    PLAN = 32  # gathered tokens, work items or partial tokens exceed their capacity
+    PLAN = 32  # gathered tokens or work items exceed their capacity, even with nothing shared

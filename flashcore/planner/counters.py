@@ -31,6 +31,7 @@ class Count(IntEnum):
     SEGMENTS = 11  # before folding; scratch of the planner
     CLASSES = 12  # buffer that holds the sorted classes of work items; scratch of the planner
     STAMP = 13  # updates finished
+    FITS = 14  # 0: the lists do not fit, with or without sharing; scratch of the planner
     SIZE = 16
 
 
@@ -43,5 +44,6 @@ class Stat(IntEnum):
     TOKENS_PER_SEQUENCE = 2  # read if every sequence with queries reads its own copy
     NUM_GROUPS = 3
     NUM_FOLDED = 4  # groups that were shared as found and were given back
-    FAULTS = 5  # `Fault` of any sequence
-    SIZE = 6
+    UNSHARED = 5  # 1: planned as if nothing were shared, since there was no room otherwise
+    FAULTS = 6  # `Fault` of any sequence
+    SIZE = 7

@@ -135,7 +135,9 @@ class DevicePlanner:
         same object each time.
 
         A sequence that cannot be planned is left out and named in `plan.bad`; the results of its
-        query tokens are NaN.
+        query tokens are NaN. Where gathered tokens, partial tokens or work items do not fit, the
+        batch is planned as `flashcore.plan(share=False)` does it, if need be with num_workers=0,
+        and `Stat.UNSHARED` is 1.
         """
         self._check(page_table, seq_lens, q_lens)
         if page_table.numel() == 0:  # torch gives empty tensors any strides

@@ -59,6 +59,8 @@ def line(mode: str, stats: list[int]) -> str:
     )
     if once < each:
         return text
+    if stats[Stat.UNSHARED]:
+        return f"{text}, nothing shared: no room for the partial results of so many groups"
     if unique == each:
         return f"{text}, nothing shared: no two sequences have a page in common"
     return f"{text}, nothing shared: common pages are too few to pay for partial results"

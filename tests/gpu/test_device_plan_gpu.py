@@ -18,6 +18,7 @@ from tests.device_plan_cases import (
     assert_same_plan,
     assert_same_stats,
     inputs,
+    plan_that_fits,
     plan_without,
     planner_for,
     short_splits,
@@ -182,3 +183,27 @@ def test_capacities() -> None:
     too_small.update(*inputs(batch, "cuda"))
     assert too_small.plan.faults() == Fault.PLAN
     assert int(too_small.plan.counts[Count.ITEMS]) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 40])
+def test_lists_that_do_not_fit_give_up_sharing(workers: int) -> None:
+    """In a captured graph, and the next update shares again."""
+    options = {"num_workers": workers, "tile_m": 64, "fold": False}
+    outcomes = set()
+    with short_splits():
+        for room in (1, 60, 300):
+            capacities = Capacities(ROWS, ROWS * COLUMNS, 256, 12_000, room, 20_000)
+            odd = [padded(random_batch(seed), ROWS) for seed in range(1, 40, 2)]
+            planner = planner_for(odd[0], capacities, "cuda", **options)
+            buffers = inputs(odd[0], "cuda")
+            replay = captured(planner, *buffers)
+            for batch in odd:
+                for buffer, value in zip(buffers, inputs(batch, "cpu"), strict=True):
+                    buffer.copy_(value)
+                replay()
+                expected, unshared = plan_that_fits(batch, capacities, **options)
+                assert expected is not None
+                assert_same_plan(planner.trimmed(ROWS).to("cpu"), expected)
+                assert_same_stats(planner, expected, unshared)
+                outcomes.add(unshared)
+    assert outcomes == {False, True}

@@ -156,7 +156,9 @@ def test_counter_lines() -> None:
     assert "no two sequences" in counters.line("decode", stats)
     stats[Stat.TOKENS_UNIQUE] = 60
     assert "too few" in counters.line("decode", stats)
-    stats[Stat.TOKENS_ONCE] = 35
+    stats[Stat.UNSHARED] = 1
+    assert "no room for the partial results" in counters.line("decode", stats)
+    stats[Stat.TOKENS_ONCE], stats[Stat.UNSHARED] = 35, 0
     assert "reuse: 2.00" in counters.line("decode", stats)
     stats[Stat.FAULTS] = 4 | 32
     assert "page, plan" in counters.faults_line("decode", stats)
