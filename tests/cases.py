@@ -6,16 +6,29 @@ page that nobody uses, absurd ids in unused slots of the page table.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
 import flashcore
-from flashcore.planner import split
+from flashcore.planner import folding, split
 
 ABSURD_PAGE = 2_147_480_000
+
+
+@contextmanager
+def small_scale() -> Iterator[None]:
+    """Plans in which small batches have splits, and shared groups that are kept."""
+    with (
+        mock.patch.multiple(split, MIN_SPLIT_TOKENS=2, TILE_TOKENS=1),
+        mock.patch.multiple(folding, PARTIAL_COST=folding.L2_COST, LEAST_GAIN=0),
+    ):
+        yield
 
 
 @dataclass
@@ -65,13 +78,9 @@ class Batch:
         )
 
     def plan(self, **options: object) -> flashcore.Plan:
-        """A plan; with workers its splits are short, so that these small batches have some."""
-        least = split.MIN_SPLIT_TOKENS, split.TILE_TOKENS
-        try:
-            split.MIN_SPLIT_TOKENS, split.TILE_TOKENS = 2, 1
+        """A plan as in `small_scale`."""
+        with small_scale():
             return self._plan(**options)
-        finally:
-            split.MIN_SPLIT_TOKENS, split.TILE_TOKENS = least
 
     def _plan(self, **options: object) -> flashcore.Plan:
         return flashcore.plan(

@@ -9,8 +9,7 @@ import torch
 
 import flashcore
 from flashcore.pager.device import DevicePager
-from tests.cases import ABSURD_PAGE
-from tests.device_plan_cases import short_splits
+from tests.cases import ABSURD_PAGE, small_scale
 
 
 @dataclass
@@ -103,8 +102,8 @@ HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 def planner_of(
     m: TokenMap, workers: int, device: str = "cpu", max_partials: int = 20_000
 ) -> flashcore.DevicePlanner:
-    """A planner of short splits for a map."""
-    with short_splits():
+    """A planner for a map."""
+    with small_scale():
         return flashcore.DevicePlanner(
             flashcore.Capacities(9, 2700, 64, 20_000, max_partials),
             num_pages=m.num_pages,
@@ -122,7 +121,7 @@ def host_plan(
     layout = flashcore.build_layout(
         m.pages, m.starts, m.ends, page_tokens=m.page_tokens, num_pages=m.num_pages
     )
-    with short_splits():
+    with small_scale():
         return flashcore.plan(
             layout,
             q_lens=q_lens,

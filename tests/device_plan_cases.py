@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from typing import Any
-from unittest import mock
 
 import torch
 
-from flashcore.planner import split
 from flashcore.planner.counters import INVALID, Stat
 from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities
 from flashcore.planner.types import Plan
 from flashcore.planner.work import Group, Work
 from tests.cases import Batch
-
-
-def short_splits() -> Any:
-    """Splits short enough for small batches to have some."""
-    return mock.patch.multiple(split, MIN_SPLIT_TOKENS=2, TILE_TOKENS=1)
 
 
 def planner_for(batch: Batch, capacities: Capacities, device: str, **options: Any) -> DevicePlanner:
@@ -51,9 +44,7 @@ def assert_same_plan(found: Plan, expected: Plan) -> None:
             assert a == b, field.name
 
 
-def assert_same_stats(
-    planner: DevicePlanner, expected: Plan, unshared: bool = False
-) -> None:
+def assert_same_stats(planner: DevicePlanner, expected: Plan, unshared: bool = False) -> None:
     """What the planner counted on the device, against `Plan.stats`."""
     stats = expected.stats()
     found = dict(zip(list(Stat)[:-1], planner.stats().tolist(), strict=True))

@@ -47,8 +47,8 @@ class Emulation:
         self.rows = rows
         (
             self.page_tokens, self.num_pages, self.kv_heads, self.group_size, self.tile_m,
-            self.kv_token, self.partial_token, self.fold, self.workers, self.least, self.long,
-            self.unit,
+            self.kv_token, self.partial_token, self.least_gain, self.fold, self.workers,
+            self.least, self.long, self.unit,
         ) = planner._problem  # fmt: skip
         self.rng = np.random.default_rng(seed)
 
@@ -222,15 +222,19 @@ class Emulation:
             found[G.PARENT, g] = low if low == found[G.HIGH, g] else -1
             if found[G.PARENT, g] >= 0:
                 found[G.CHILDREN, found[G.PARENT, g]] += 1
+                found[G.CHILD_BLOCKS, found[G.PARENT, g]] += self.blocks(found[G.QUERIES, g])
         for s in self.any_order(max(n - 1, 0)):
             if self.segs[S.ROW, s] == self.segs[S.ROW, s + 1]:
                 g = self.segs[S.GROUP, s]
                 if found[G.PARENT, self.segs[S.GROUP, s + 1]] != g:
                     found[G.STRAYS, g] = 1
-        for g in self.any_order(num_found):
-            self.judge(g)
-        if self.fold:
-            self.fold_groups(num_found)
+        self.kv_cost = self.kv_token
+        while True:
+            for g in self.any_order(num_found):
+                self.judge(g)
+            if not self.fold or not 0 < self.fold_groups(num_found) <= self.least_gain:
+                break
+            self.kv_cost = 0
         self.keep(num_found, n)
 
     def collect(self, s: int, n: int) -> None:
@@ -255,31 +259,33 @@ class Emulation:
             tokens = (end - 1 - entry) * self.page_tokens + p["token_counts"][end - 1]
             found[G.TOKENS, g] = tokens
 
-    def pays(self, children: int, tokens: int, queries: int) -> bool:
-        return (int(children) - 1) * int(tokens) * self.kv_token <= int(
-            queries
-        ) * self.partial_token
+    def gain(self, g: int, tokens: int) -> int:
+        found, queries = self.found, int(self.found[G.QUERIES, g])
+        blocks = int(found[G.CHILD_BLOCKS, g]) - self.blocks(queries)
+        return blocks * self.kv_cost * int(tokens) - queries * self.partial_token
 
     def judge(self, g: int) -> None:
         found = self.found
         members, tokens, children = found[[G.MEMBERS, G.TOKENS, G.CHILDREN], g]
         state, reason = State.KEPT, Reason.PRIVATE
-        if members > 1:
-            reason = Reason.KEPT if self.fold else Reason.KEPT_ALL
-            if self.fold and self.pays(children, tokens, found[G.QUERIES, g]):
-                state = State.UNDECIDED
-                if found[G.STRAYS, g]:
-                    state, reason = State.KEPT, Reason.KEPT_BRANCHING
-                if found[G.ENDS, g]:
-                    state, reason = State.KEPT, Reason.KEPT_LAST
-                if tokens != found[G.ENTRIES, g] * self.page_tokens:
-                    state, reason = State.KEPT, Reason.KEPT_PARTIAL_PAGE
+        if members > 1 and not self.fold:
+            reason = Reason.KEPT_ALL
+        elif members > 1:
+            small = self.gain(g, tokens) <= 0
+            state, reason = State.UNDECIDED if small else State.WORTH, Reason.KEPT
+            for hinders, name in (
+                (found[G.STRAYS, g], Reason.KEPT_BRANCHING),
+                (found[G.ENDS, g], Reason.KEPT_LAST),
+                (tokens != found[G.ENTRIES, g] * self.page_tokens, Reason.KEPT_PARTIAL_PAGE),
+            ):
+                if hinders:
+                    state, reason = State.KEPT, name if small else reason
         found[G.STATE, g] = state
         self.p["decisions"][g] = tokens, members, children, reason
 
-    def fold_groups(self, num_found: int, threads: int = 4) -> None:
+    def fold_groups(self, num_found: int, threads: int = 4) -> int:
         """In tiles, as the kernel does it; small ones, so that there are several."""
-        found = self.found
+        found, gains = self.found, 0
         for base in range(0, num_found, threads):
             waiting = set(range(base, min(base + threads, num_found)))
             while waiting:
@@ -290,22 +296,26 @@ class Emulation:
                     seen[g] = parent, above
                 for g, (parent, above) in seen.items():
                     if above != State.UNDECIDED:
-                        self.decide(g, parent, above)
+                        gains += self.decide(g, parent, above)
                         waiting.remove(g)
+        return gains
 
-    def decide(self, g: int, parent: int, above: int) -> None:
+    def decide(self, g: int, parent: int, above: int) -> int:
         found = self.found
         extra = 0
         if above == State.FOLDED:
             extra = found[G.TOKENS, parent] + found[G.EXTRA_TOKENS, parent]
             found[G.EXTRA_TOKENS, g] = extra
             found[G.EXTRA_ENTRIES, g] = found[G.ENTRIES, parent] + found[G.EXTRA_ENTRIES, parent]
+        if found[G.STATE, g] == State.KEPT:
+            return 0
+        saves = self.gain(g, found[G.TOKENS, g] + extra)
         if found[G.STATE, g] == State.UNDECIDED:
-            tokens = found[G.TOKENS, g] + extra
-            found[G.STATE, g] = State.KEPT
-            if self.pays(found[G.CHILDREN, g], tokens, found[G.QUERIES, g]):
-                found[G.STATE, g] = State.FOLDED
+            found[G.STATE, g] = State.WORTH if saves > 0 else State.FOLDED
+            if saves <= 0:
                 self.p["decisions"][g, 3] = Reason.FOLDED
+                return 0
+        return saves
 
     def keep(self, num_found: int, n: int) -> None:
         p, segs, found = self.p, self.segs, self.found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashcore.config.planner import Reason as KernelReason
+from flashcore.planner import folding
 from flashcore.planner.counters import INVALID, Count, Fault
 from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities
 from flashcore.planner.folding import Reason
-from tests.cases import Batch, batches
+from tests.cases import Batch, batches, small_scale
 from tests.device_plan_cases import (
     assert_same_plan,
     assert_same_stats,
@@ -23,7 +25,6 @@ from tests.device_plan_cases import (
     plan_that_fits,
     plan_without,
     planner_for,
-    short_splits,
 )
 from tests.planner_emulation import Emulation
 
@@ -51,7 +52,7 @@ def test_kernels_name_the_reasons_of_folding():
 )
 def test_same_plan(batch: Batch, fold: bool, workers: int, tile_m: int):
     options = {"fold": fold, "num_workers": workers, "tile_m": tile_m}
-    with short_splits():
+    with small_scale():
         planner = emulate(batch, **options)
         expected = batch._plan(**options)
     assert_same_plan(planner.trimmed(len(batch.kv_lens)), expected)
@@ -63,11 +64,21 @@ def test_same_plan(batch: Batch, fold: bool, workers: int, tile_m: int):
     assert not planner.plan.bad.any()
 
 
-@settings(max_examples=200, deadline=None)
-@given(batches_of_rows, st.sampled_from([1, 2, 8]))
-def test_same_folds(batch: Batch, itemsize: int):
-    planner = emulate(batch, itemsize=itemsize)
-    assert_same_plan(planner.trimmed(len(batch.kv_lens)), batch._plan(itemsize=itemsize, tile_m=64))
+@settings(max_examples=400, deadline=None)
+@given(
+    batches_of_rows,
+    st.sampled_from([1, 2, 8]),
+    st.sampled_from([1, 4, 64]),
+    st.sampled_from([0, 1, folding.L2_COST, folding.PARTIAL_COST]),
+    st.sampled_from([0, 10**4, 10**6]),
+)
+def test_same_folds(batch: Batch, itemsize: int, tile_m: int, partial_cost: int, least: int):
+    """What is cheaper is kept in small batches too, or all given back where it saves too little."""
+    options = {"itemsize": itemsize, "tile_m": tile_m, "num_workers": 2}
+    with mock.patch.multiple(folding, PARTIAL_COST=partial_cost, LEAST_GAIN=least):
+        planner = emulate(batch, **options)
+        expected = batch._plan(**options)
+    assert_same_plan(planner.trimmed(len(batch.kv_lens)), expected)
 
 
 @settings(max_examples=200, deadline=None)
@@ -79,7 +90,7 @@ def test_pages_out_of_range_concern_their_sequence_alone(batch: Batch, data: st.
     for b in bad:
         column = data.draw(st.integers(0, -(-batch.kv_lens[b] // batch.page_tokens) - 1))
         damaged[b, column] = data.draw(st.sampled_from([-1, batch.num_pages, 2**31 - 1, -(2**31)]))
-    with short_splits():
+    with small_scale():
         planner = planner_for(batch, ROOMY, "cpu", num_workers=40)
         table, *lens = inputs(batch, "cpu")
         Emulation(planner).update(damaged, *lens)
@@ -89,11 +100,11 @@ def test_pages_out_of_range_concern_their_sequence_alone(batch: Batch, data: st.
         assert getattr(found, name).tolist() == value.tolist(), name
     assert planner.plan.faults() == (Fault.PAGE if bad else Fault(0))
     left = replace(batch, kv_lens=[0 if b in bad else n for b, n in enumerate(batch.kv_lens)])
-    with short_splits():
+    with small_scale():
         assert_same_stats(planner, left._plan(num_workers=40, tile_m=64))
     assert [b for b, fault in enumerate(planner.plan.bad.tolist()) if fault] == bad
     # The next update is not affected.
-    with short_splits():
+    with small_scale():
         Emulation(planner).update(table, *lens)
         assert_same_plan(
             planner.trimmed(len(batch.kv_lens)), batch._plan(num_workers=40, tile_m=64)
@@ -148,7 +159,7 @@ def test_lists_that_do_not_fit_give_up_sharing(
     lists = {"max_gathered": 2000, "max_partials": 4000, "max_items": 20_000} | {short: room}
     capacities = Capacities(16, 400, 64, **lists)
     options = {"num_workers": workers, "tile_m": 4, "fold": data.draw(st.booleans())}
-    with short_splits():
+    with small_scale():
         planner = emulate(batch, capacities, **options)
         expected, unshared = plan_that_fits(batch, capacities, **options)
     if expected is None:
@@ -165,7 +176,9 @@ def test_the_next_update_shares_again():
     table = torch.tensor([[0, 1, 2], [0, 1, 3], [0, 4, 5]], dtype=torch.int32)
     tree = Batch(table, [6, 6, 6], [1, 1, 1], 2, 8, 2, 2, 8)
     alone = replace(tree, page_table=torch.arange(9).reshape(3, 3).int(), num_pages=9)
-    planner = planner_for(replace(tree, num_pages=9), Capacities(4, 16, 8, 100, 6), "cpu", fold=False)
+    planner = planner_for(
+        replace(tree, num_pages=9), Capacities(4, 16, 8, 100, 6), "cpu", fold=False
+    )
     for batch, unshared in ((tree, True), (alone, False), (tree, True)):
         Emulation(planner).update(*inputs(batch, "cpu"))
         expected = batch._plan(share=not unshared, fold=False, tile_m=64)
@@ -176,7 +189,7 @@ def test_the_next_update_shares_again():
 @pytest.mark.parametrize("short", ["max_gathered", "max_items"])
 def test_lists_that_fit_in_no_way_leave_no_plan(short: str):
     batch = Batch(torch.arange(8).reshape(2, 4).int(), [8, 8], [3, 2], 2, 8, 2, 2, 8)
-    with short_splits():
+    with small_scale():
         capacities = {"max_gathered": 100, "max_partials": 100, "max_items": 100} | {short: 3}
         planner = emulate(batch, Capacities(4, 16, 8, **capacities), num_workers=40)
     assert planner.plan.faults() == Fault.PLAN

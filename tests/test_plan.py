@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashcore
+from flashcore.planner import folding
 from flashcore.planner import split as splitting
 from flashcore.planner.folding import Costs, Reason
 from flashcore.planner.work import DIRECT, Group, Work
@@ -73,7 +75,7 @@ def test_members_partition_every_sequence(batch: Batch, fold: bool, share: bool,
             position += sum(n for _, n in run)
 
 
-def folding_by_recursion(batch: Batch, costs: Costs) -> list[tuple[int, ...]]:
+def folding_by_recursion(batch: Batch, costs: Costs, tile_m: int) -> list[tuple[int, ...]]:
     """Expected sets of (row, pages before the run) of the groups kept, from the tree of groups."""
     rows = active_rows(batch)
     runs = oracle.groups(rows, batch.page_tokens)
@@ -93,36 +95,65 @@ def folding_by_recursion(batch: Batch, costs: Costs) -> list[tuple[int, ...]]:
     def only_parent(run: oracle.Run) -> oracle.Run | None:
         return next(iter(before[run])) if len(before[run]) == 1 else None
 
-    def absorbed(run: oracle.Run) -> int:
+    def absorbed(run: oracle.Run, kv_token: int) -> int:
         parent = only_parent(run)
-        if parent is None or not folded(parent):
+        if parent is None or not folded(parent, kv_token):
             return 0
-        return sum(n for _, n in parent.pages) + absorbed(parent)
+        return sum(n for _, n in parent.pages) + absorbed(parent, kv_token)
 
-    def folded(run: oracle.Run) -> bool:
-        followers = after[run]
-        exact = (
+    def exact(run: oracle.Run) -> bool:
+        return (
             len(run.members) > 1
             and run.pages[-1][1] == batch.page_tokens
-            and all(f is not None and only_parent(f) == run for f in followers)
+            and all(f is not None and only_parent(f) == run for f in after[run])
         )
-        if not exact:
-            return False
-        tokens = sum(n for _, n in run.pages)
-        queries = sum(batch.q_lens[r] for r, _ in run.members)
-        again = (len(set(followers)) - 1) * (tokens + absorbed(run)) * costs.kv_token
-        # A fold that does not pay without the ancestors' pages is never considered with them.
-        return again <= queries * costs.partial_token
 
-    kept = [run for run in runs if not folded(run)]
-    return [(sum(n for _, n in run.pages) + absorbed(run), len(run.members)) for run in kept]
+    def queries(run: oracle.Run) -> int:
+        return sum(batch.q_lens[r] for r, _ in run.members)
+
+    def blocks(run: oracle.Run) -> int:
+        return -(-queries(run) * batch.num_q_heads // batch.num_kv_heads // tile_m)
+
+    def gain(run: oracle.Run, kv_token: int) -> int:
+        again = sum(blocks(f) for f in set(after[run])) - blocks(run)
+        tokens = sum(n for _, n in run.pages) + absorbed(run, kv_token)
+        return again * tokens * kv_token - queries(run) * costs.partial_token
+
+    def folded(run: oracle.Run, kv_token: int) -> bool:
+        return exact(run) and gain(run, kv_token) <= 0
+
+    cost = costs.kv_token
+    gains = sum(gain(run, cost) for run in runs if exact(run) and not folded(run, cost))
+    if 0 < gains <= costs.least_gain:
+        cost = 0
+    kept = [run for run in runs if not folded(run, cost)]
+    return [(sum(n for _, n in run.pages) + absorbed(run, cost), len(run.members)) for run in kept]
 
 
-@settings(max_examples=400, deadline=None)
-@given(batches(max_batch=8), st.sampled_from([1, 2, 8]))
-def test_folding_against_recursion(batch: Batch, itemsize: int):
-    plan = batch.plan(itemsize=itemsize)
-    costs = Costs.of(batch.num_q_heads, batch.num_kv_heads, batch.head_dim, itemsize)
+@settings(max_examples=600, deadline=None)
+@given(
+    batches(max_batch=8),
+    st.sampled_from([1, 2, 8]),
+    st.sampled_from([1, 4, 64]),
+    st.sampled_from([0, 1, folding.L2_COST, folding.PARTIAL_COST]),
+    st.sampled_from([0, 10**4, 10**6]),
+)
+def test_folding_against_recursion(
+    batch: Batch, itemsize: int, tile_m: int, partial_cost: int, least: int
+):
+    with mock.patch.multiple(folding, PARTIAL_COST=partial_cost, LEAST_GAIN=least):
+        plan = flashcore.plan(
+            batch.layout,
+            q_lens=batch.q_lens,
+            num_q_heads=batch.num_q_heads,
+            num_kv_heads=batch.num_kv_heads,
+            head_dim=batch.head_dim,
+            page_tokens=batch.page_tokens,
+            itemsize=itemsize,
+            tile_m=tile_m,
+            num_workers=2,
+        )
+        costs = Costs.of(batch.num_q_heads, batch.num_kv_heads, batch.head_dim, itemsize)
     found = list(
         zip(
             plan.groups[:, Group.NUM_TOKENS].tolist(),
@@ -130,7 +161,7 @@ def test_folding_against_recursion(batch: Batch, itemsize: int):
             strict=True,
         )
     )
-    assert found == folding_by_recursion(batch, costs)
+    assert found == folding_by_recursion(batch, costs, tile_m)
 
 
 @settings(max_examples=300, deadline=None)
@@ -326,7 +357,7 @@ def test_every_reason_occurs(reason):
     """Each outcome of folding has a batch that brings it about."""
     table, lens, options = {
         Reason.PRIVATE: ([[0, 1]], [32], {}),
-        Reason.KEPT: ([[0, 1], [0, 2]], [32, 32], {"num_q_heads": 1, "num_kv_heads": 1}),
+        Reason.KEPT: ([[*range(32), 32], [*range(32), 33]], [528, 528], {}),
         Reason.FOLDED: ([[0, 1], [0, 2]], [32, 32], {"q_lens": [16, 16]}),
         Reason.KEPT_LAST: ([[0, 1], [0, 2]], [32, 16], {"q_lens": [16, 16]}),
         Reason.KEPT_PARTIAL_PAGE: ([[0, 1], [0, 1]], [20, 20], {"q_lens": [16, 16]}),

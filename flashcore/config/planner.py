@@ -108,8 +108,12 @@ class Groups:
     EXTRA_TOKENS = 12
     NUMBER = 13  # among the groups that stay, -1 for a folded one
     MERGED = 14  # a member's row has other segments
-    LINES = 15
-    ZEROED = (MEMBERS, QUERIES, CHILDREN, ENDS, STRAYS, EXTRA_ENTRIES, EXTRA_TOKENS, MERGED)
+    CHILD_BLOCKS = 15  # row blocks of all children
+    LINES = 16
+    ZEROED = (
+        *(MEMBERS, QUERIES, CHILDREN, CHILD_BLOCKS, ENDS, STRAYS),
+        *(EXTRA_ENTRIES, EXTRA_TOKENS, MERGED),
+    )
 
 
 class State:
@@ -118,6 +122,7 @@ class State:
     KEPT = 0
     FOLDED = 1
     UNDECIDED = 2
+    WORTH = 3  # kept, though it could be folded
 
 
 class Reason:

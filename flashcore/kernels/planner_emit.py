@@ -12,9 +12,8 @@ from cutlass import Int32, const_expr
 from flashcore.config.planner import ENTRY_THREADS, Rows, Sort
 from flashcore.config.planner import Segments as S
 from flashcore.kernels.planner_block import last_at_most
-from flashcore.kernels.planner_groups import queries_of
+from flashcore.kernels.planner_groups import queries_of, row_blocks
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
-from flashcore.kernels.planner_table import row_blocks
 from flashcore.planner.counters import INVALID, Count
 from flashcore.planner.work import DIRECT, FIELDS, Group, Work
 

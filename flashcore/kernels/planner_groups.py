@@ -13,7 +13,7 @@ from flashcore.config.planner import SCAN_THREADS, Reason, State
 from flashcore.config.planner import Entries as E
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
-from flashcore.kernels.planner_block import Shared, block_any, block_scan
+from flashcore.kernels.planner_block import Shared, block_any, block_scan, block_sum
 from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.planner.counters import Count
@@ -24,6 +24,12 @@ from flashcore.planner.work import Group
 def queries_of(plan: Plan, row: Int32):
     """Query tokens of a sequence."""
     return plan.mQOffsets[row + 1] - plan.mQOffsets[row]
+
+
+@cute.jit
+def row_blocks(problem: Problem, queries: Int32):
+    """Work items that the packed query rows of a group need."""
+    return (queries * problem.group_size + problem.tile_m - 1) // problem.tile_m
 
 
 @cute.jit
@@ -77,8 +83,8 @@ def add_to(matrix: cute.Tensor, line: cutlass.Constexpr[int], index: Int32, valu
 
 
 @cute.jit
-def find_parents(scratch: Scratch, num_found: Int32):
-    """The group just before a group in all of its members, or -1."""
+def find_parents(scratch: Scratch, problem: Problem, num_found: Int32):
+    """The group just before a group in all of its members, or -1; what it has of children."""
     tid, _, _ = cute.arch.thread_idx()
     found = scratch.mFound
     for g in cutlass.range(tid, num_found, SCAN_THREADS, unroll=1):
@@ -87,6 +93,8 @@ def find_parents(scratch: Scratch, num_found: Int32):
         found[G.PARENT, g] = parent
         if parent >= 0:
             add_to(found, G.CHILDREN, parent, Int32(1))
+            blocks = row_blocks(problem, found[G.QUERIES, g])
+            add_to(found, G.CHILD_BLOCKS, parent, blocks)
 
 
 @cute.jit
@@ -102,8 +110,8 @@ def find_strays(scratch: Scratch, num_segments: Int32):
 
 
 @cute.jit
-def judge_groups(plan: Plan, scratch: Scratch, problem: Problem, num_found: Int32):
-    """Reasons before any fold; groups that may be folded stay undecided."""
+def judge_groups(plan: Plan, scratch: Scratch, problem: Problem, kv_cost: Int32, num_found: Int32):
+    """Reasons before any fold; small groups that may be folded stay undecided."""
     tid, _, _ = cute.arch.thread_idx()
     found = scratch.mFound
     for g in cutlass.range(tid, num_found, SCAN_THREADS, unroll=1):
@@ -112,15 +120,19 @@ def judge_groups(plan: Plan, scratch: Scratch, problem: Problem, num_found: Int3
         if members > 1:
             reason = Int32(Reason.KEPT_ALL)
             if problem.fold != 0:
-                reason = Int32(Reason.KEPT)
-                if pays(problem, children, tokens, found[G.QUERIES, g]):
+                state, reason = Int32(State.WORTH), Int32(Reason.KEPT)
+                small = gain(scratch, problem, kv_cost, g, tokens) <= 0
+                if small:
                     state = Int32(State.UNDECIDED)
-                    if found[G.STRAYS, g] != 0:
-                        state, reason = Int32(State.KEPT), Int32(Reason.KEPT_BRANCHING)
-                    if found[G.ENDS, g] != 0:
-                        state, reason = Int32(State.KEPT), Int32(Reason.KEPT_LAST)
-                    if tokens != found[G.ENTRIES, g] * problem.page_tokens:
-                        state, reason = Int32(State.KEPT), Int32(Reason.KEPT_PARTIAL_PAGE)
+                if found[G.STRAYS, g] != 0:
+                    state = Int32(State.KEPT)
+                    reason = Int32(Reason.KEPT_BRANCHING) if small else reason
+                if found[G.ENDS, g] != 0:
+                    state = Int32(State.KEPT)
+                    reason = Int32(Reason.KEPT_LAST) if small else reason
+                if tokens != found[G.ENTRIES, g] * problem.page_tokens:
+                    state = Int32(State.KEPT)
+                    reason = Int32(Reason.KEPT_PARTIAL_PAGE) if small else reason
         found[G.STATE, g] = state
         plan.mDecisions[g, 0] = tokens
         plan.mDecisions[g, 1] = members
@@ -129,18 +141,27 @@ def judge_groups(plan: Plan, scratch: Scratch, problem: Problem, num_found: Int3
 
 
 @cute.jit
-def pays(problem: Problem, children: Int32, tokens: Int32, queries: Int32):
-    """Whether reading a run once per child costs no more than its partial results."""
-    again = Int64(children - 1) * Int64(tokens) * Int64(problem.kv_token_bytes)
-    return again <= Int64(queries) * Int64(problem.partial_token_bytes)
+def gain(scratch: Scratch, problem: Problem, kv_cost: Int32, g: Int32, tokens: Int32):
+    """What a group saves of reading `tokens` again, less what its partial results cost."""
+    found = scratch.mFound
+    queries = found[G.QUERIES, g]
+    blocks = found[G.CHILD_BLOCKS, g] - row_blocks(problem, queries)
+    again = Int64(blocks) * Int64(kv_cost) * Int64(tokens)
+    return again - Int64(queries) * Int64(problem.partial_token_cost)
 
 
 @cute.jit
-def fold_groups(plan: Plan, scratch: Scratch, problem: Problem, num_found: Int32, shared: Shared):
+def fold_groups(
+    plan: Plan, scratch: Scratch, problem: Problem, kv_cost: Int32, num_found: Int32,
+    shared: Shared,
+):  # fmt: skip
     """Decide from the root down. A parent has a smaller number than its children, so groups are
-    taken by SCAN_THREADS in their order, each as soon as its parent is decided."""
+    taken by SCAN_THREADS in their order, each as soon as its parent is decided.
+
+    Returns what the groups that could be folded and are not save together."""
     tid, _, _ = cute.arch.thread_idx()
     found = scratch.mFound
+    gains = Int64(0)
     for base in cutlass.range(0, num_found, SCAN_THREADS, unroll=1):
         g = base + tid
         waits = Int32(1) if g < num_found else Int32(0)
@@ -154,27 +175,35 @@ def fold_groups(plan: Plan, scratch: Scratch, problem: Problem, num_found: Int32
             # What was decided before this barrier is complete; nobody writes before it.
             cute.arch.sync_threads()
             if waits == 1 and above != State.UNDECIDED:
-                decide(plan, scratch, problem, g, parent, above)
+                gains = gains + decide(plan, scratch, problem, kv_cost, g, parent, above)
                 waits = Int32(0)
             waiting = block_any(waits, shared.sums)
+    return block_sum(gains, shared.wide)
 
 
 @cute.jit
-def decide(plan: Plan, scratch: Scratch, problem: Problem, g: Int32, parent: Int32, above: Int32):
-    """Take over what a folded parent leaves; then fold or keep a group that may be folded."""
+def decide(
+    plan: Plan, scratch: Scratch, problem: Problem, kv_cost: Int32, g: Int32, parent: Int32,
+    above: Int32,
+):  # fmt: skip
+    """Take over what a folded parent leaves; then fold or keep a group that may be folded. Returns
+    what it saves if it is kept, else 0."""
     found = scratch.mFound
     extra = Int32(0)
     if above == State.FOLDED:
         extra = found[G.TOKENS, parent] + found[G.EXTRA_TOKENS, parent]
         found[G.EXTRA_TOKENS, g] = extra
         found[G.EXTRA_ENTRIES, g] = found[G.ENTRIES, parent] + found[G.EXTRA_ENTRIES, parent]
-    if found[G.STATE, g] == State.UNDECIDED:
-        tokens = found[G.TOKENS, g] + extra
-        state = Int32(State.KEPT)
-        if pays(problem, found[G.CHILDREN, g], tokens, found[G.QUERIES, g]):
-            state = Int32(State.FOLDED)
-            plan.mDecisions[g, 3] = Int32(Reason.FOLDED)
-        found[G.STATE, g] = state
+    saves, state = Int64(0), found[G.STATE, g]
+    if state != State.KEPT:
+        saves = gain(scratch, problem, kv_cost, g, found[G.TOKENS, g] + extra)
+        if state == State.UNDECIDED:
+            state = Int32(State.WORTH)
+            if saves <= 0:
+                saves, state = Int64(0), Int32(State.FOLDED)
+                plan.mDecisions[g, 3] = Int32(Reason.FOLDED)
+            found[G.STATE, g] = state
+    return saves
 
 
 @cute.jit
@@ -241,14 +270,20 @@ def find_groups(
     """All of this step; how many groups and segments stay."""
     collect_groups(plan, scratch, problem, num_segments)
     cute.arch.sync_threads()
-    find_parents(scratch, num_found)
+    find_parents(scratch, problem, num_found)
     cute.arch.sync_threads()
     find_strays(scratch, num_segments)
     cute.arch.sync_threads()
-    judge_groups(plan, scratch, problem, num_found)
-    cute.arch.sync_threads()
-    if problem.fold != 0:
-        fold_groups(plan, scratch, problem, num_found, shared)
+    # Once more, with reading again for nothing, where all groups together save too little.
+    kv_cost, undecided = problem.kv_token_cost, Int32(1)
+    while undecided != 0:
+        undecided = Int32(0)
+        judge_groups(plan, scratch, problem, kv_cost, num_found)
+        cute.arch.sync_threads()
+        if problem.fold != 0:
+            gains = fold_groups(plan, scratch, problem, kv_cost, num_found, shared)
+            if gains > 0 and gains <= Int64(problem.least_gain):
+                kv_cost, undecided = Int32(0), Int32(1)
     num_groups = number_groups(scratch, num_found, shared)
     num_kept = keep_segments(plan, scratch, num_segments, shared)
     return num_groups, num_kept

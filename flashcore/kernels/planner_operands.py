@@ -16,8 +16,9 @@ class Problem(NamedTuple):
     kv_heads: Int32
     group_size: Int32  # query heads of one KV head
     tile_m: Int32
-    kv_token_bytes: Int32  # `folding.Costs`
-    partial_token_bytes: Int32
+    kv_token_cost: Int32  # `folding.Costs`
+    partial_token_cost: Int32
+    least_gain: Int32
     fold: Int32  # 0: groups stay as found
     num_workers: Int32  # 0 or 1: no split
     min_split_tokens: Int32  # `planner.split`

@@ -15,18 +15,12 @@ from flashcore.config.planner import SCAN_THREADS, Rows, Sort
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
 from flashcore.kernels.planner_block import Shared, block_any, block_scan, block_sum, radix_sort
-from flashcore.kernels.planner_groups import queries_of
+from flashcore.kernels.planner_groups import queries_of, row_blocks
 from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.planner.counters import Count, Fault, Stat
 from flashcore.planner.split import COST_UNIT, LONGEST_FIRST, token_cost
 from flashcore.planner.work import DIRECT, Group
-
-
-@cute.jit
-def row_blocks(problem: Problem, queries: Int32):
-    """Work items that the packed query rows of a group need."""
-    return (queries * problem.group_size + problem.tile_m - 1) // problem.tile_m
 
 
 @cute.jit
@@ -84,7 +78,10 @@ def cut_groups(
     unit = Int64(problem.split_unit // problem.page_tokens)
     gathered, partials, items = Int64(0), Int64(0), Int64(0)
     for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
-        pages, queries = Int64(plan.mGroups[h, int(Group.NUM_ENTRIES)]), plan.mGroups[h, int(Group.NUM_Q)]
+        pages, queries = (
+            Int64(plan.mGroups[h, int(Group.NUM_ENTRIES)]),
+            plan.mGroups[h, int(Group.NUM_Q)],
+        )
         blocks = Int64(row_blocks(problem, queries))
         per_split = pages
         if share > 0:

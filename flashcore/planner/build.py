@@ -11,7 +11,14 @@ from flashcore import validate
 from flashcore.device import resident_ctas
 from flashcore.pager.csr import Layout
 from flashcore.planner import split
-from flashcore.planner.folding import Costs, Fold, Folding, Reason, fold_groups
+from flashcore.planner.folding import (
+    FOLD_ROWS,
+    Costs,
+    Fold,
+    Folding,
+    Reason,
+    fold_groups,
+)
 from flashcore.planner.sharing import Segments, find_segments
 from flashcore.planner.types import Plan
 from flashcore.planner.work import DIRECT, FIELDS, Group, Work
@@ -44,9 +51,8 @@ def plan(
         num_workers: work items that run at the same time (CTAs); KV runs are split to fill them.
             0: no split. None: as many as a CUDA device runs, elsewhere 0.
         share: False reads every sequence's pages for itself (for comparison; same results).
-        fold: False keeps every group however small; "always" keeps none that can be given back to
-            its sequences, which is right for prefill: a sequence whose own queries fill the tiles
-            gains nothing from company.
+        fold: True gives groups back to their sequences where sharing would not pay. False keeps
+            every group however small; "always" keeps none that can be given back.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
@@ -65,14 +71,16 @@ def plan(
         pages = torch.arange(pages.numel(), dtype=pages.dtype, device=pages.device)
     found = find_segments(pages, counts, layout.row_offsets, lengths > 0, page_tokens)
     runs = _runs(found, tokens_before, lengths)
+    parallel = layout.cols.is_cuda if num_workers is None else num_workers > 0
     folding = fold_groups(
         found,
         runs.entries,
         runs.tokens,
         runs.members,
         runs.queries,
+        _row_blocks(runs.queries * group_size, tile_m or FOLD_ROWS),
         runs.tokens == runs.entries * page_tokens,
-        Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize, fold),
+        Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize, fold, parallel=parallel),
         enabled=bool(fold),
     )
     segments = _fold(found, folding)
@@ -80,7 +88,7 @@ def plan(
     kept = _runs(segments, tokens_before, lengths)
     tile_m = tile_m or _tile_rows(kept.tokens, kept.queries * group_size)
     num_workers = _workers(num_workers, layout, head_dim, tile_m)
-    blocks = (kept.queries * group_size + tile_m - 1) // tile_m
+    blocks = _row_blocks(kept.queries * group_size, tile_m)
     per_split = _split_pages(kept, blocks, num_kv_heads, num_workers, page_tokens)
     groups, num_partials = _group_table(segments, kept, gathered, per_split)
     merge_offsets, merge_partials = _merge_lists(
@@ -254,6 +262,11 @@ def _gather_queries(
     )
 
 
+def _row_blocks(rows: torch.Tensor, tile_m: int) -> torch.Tensor:
+    """M tiles that so many packed rows need."""
+    return (rows + tile_m - 1) // tile_m
+
+
 def _tile_rows(tokens: torch.Tensor, rows: torch.Tensor) -> int:
     """64, or 128 where that pads at most 5 % more: it halves the reads of shared K and V."""
     narrow, wide = ((tokens * ((rows + m - 1) // m) * m).sum() for m in (64, 128))
@@ -334,7 +347,7 @@ def _work_list(
 ) -> torch.Tensor:
     """Every (group, split, KV head, row block), longest first, neighbours together."""
     rows = groups[:, Group.NUM_Q] * group_size
-    blocks = (rows + tile_m - 1) // tile_m
+    blocks = _row_blocks(rows, tile_m)
     which, index = _index_within(groups[:, Group.NUM_SPLITS] * num_kv_heads * blocks)
     group, blocks, rows = groups[which], blocks[which], rows[which]
     block = index % blocks

@@ -102,7 +102,7 @@ class DevicePlanner:
             **workspace_tensors(c.max_partials, num_q_heads, head_dim, workspace, device),
         )
         self._scratch = _allocate_scratch(c, num_pages, device)
-        costs = Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize, fold)
+        costs = Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize, fold, parallel=workers > 0)
         unit = page_tokens * -(-split.TILE_TOKENS // page_tokens)
         self._problem = (
             *(page_tokens, num_pages, num_kv_heads, group_size, tile_m),

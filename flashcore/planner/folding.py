@@ -1,15 +1,19 @@
 """Folding: a group too small to pay for its partial results is given back to the runs that follow
 it.
 
-A group of its own costs each of its query tokens one more partial result, written and read once:
-2 * (4 * head_dim + 4) bytes per query head. Folded, its pages are read at the head of every
-following run ("child") instead: one read each, so (children - 1) more than now. The cheaper one is
-taken.
+Kept, a group costs each of its query tokens one more partial result. Folded, its pages are read at
+the head of every following run ("child") instead: by the row blocks of all children, where now its
+own row blocks read them. The children run at about the same time, so what they read again comes
+from L2. The cheaper one is taken. And where all that the groups of a batch save together is less
+than what merging takes at the least, all are given back.
 
 A group can be folded only where that is exact: every member goes on, the run that follows in each
 member has this group before it in all of its own members, and the last page is full (a page that is
 not may only end a run). In a prefix tree these are the inner nodes. Decisions go from the root
 down, since a folded parent's pages lengthen what its children would have to repeat.
+
+The costs were measured on an H100 (docs/kernels.md, Folding): 310 decode batches with one shared
+prefix, each with it kept and folded.
 """
 
 from __future__ import annotations
@@ -19,14 +23,28 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from flashcore.planner import split
 from flashcore.planner.sharing import Segments
+
+L2_COST = split.token_cost(2) - split.token_cost(1)
+"""Of reading a byte of KV again, in 1 / split.COST_UNIT of reading it from DRAM."""
+
+PARTIAL_COST = 5 * split.COST_UNIT
+"""Of writing and reading a byte of partial results, in the same unit: neither hides behind the
+reads of KV, and the merge waits for the last of them."""
+
+LEAST_GAIN = split.COST_UNIT * (7 << 19)
+"""Sharing that saves less than 3.5 MiB of DRAM reads, 1.2 us, loses it to the merge."""
+
+FOLD_ROWS = 128
+"""Query rows of a block where the plan has not been told its tiles."""
 
 
 class Reason(IntEnum):
     """Why a group stands as it is; column REASON of Plan.decisions."""
 
     PRIVATE = 0  # one member: nothing to share
-    KEPT = 1  # shared, and cheaper than reading it once per child
+    KEPT = 1  # shared, and cheaper than reading it again for each child
     FOLDED = 2  # shared, but its partial results would cost more than reading it again
     KEPT_LAST = 3  # shared and small, but some member ends with it
     KEPT_PARTIAL_PAGE = 4  # shared and small, but its last page is not full
@@ -35,21 +53,30 @@ class Reason(IntEnum):
 
 
 Fold = bool | Literal["always"]
-"""True: what is cheaper in bytes. False: nothing. "always": every group whose fold is exact."""
+"""True: what is cheaper. False: nothing. "always": every group whose fold is exact."""
 
 
 class Costs(NamedTuple):
-    """Bytes that decide on folding."""
+    """What decides on folding, in 1 / split.COST_UNIT bytes read from DRAM."""
 
-    kv_token: int  # K and V of one token, all KV heads; 0 makes every exact fold cheaper
+    kv_token: int  # K and V of a token, all KV heads, read again; 0: every exact fold is cheaper
     partial_token: int  # one more partial result of one query token, all query heads, both ways
+    least_gain: int  # of all groups together
 
     @staticmethod
     def of(
-        num_q_heads: int, num_kv_heads: int, head_dim: int, itemsize: int, fold: Fold = True
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        itemsize: int,
+        fold: Fold = True,
+        *,
+        parallel: bool = True,
     ) -> Costs:
-        kv_token = 0 if fold == "always" else 2 * num_kv_heads * head_dim * itemsize
-        return Costs(kv_token, 2 * num_q_heads * (4 * head_dim + 4))
+        """parallel: for a GPU, where merging takes a time of its own."""
+        kv_token = 0 if fold == "always" else L2_COST * 2 * num_kv_heads * head_dim * itemsize
+        partial_token = PARTIAL_COST * 2 * num_q_heads * (4 * head_dim + 4)
+        return Costs(kv_token, partial_token, LEAST_GAIN if parallel else 0)
 
 
 class Folding(NamedTuple):
@@ -71,31 +98,43 @@ def fold_groups(
     tokens: torch.Tensor,
     members: torch.Tensor,
     query_tokens: torch.Tensor,
+    blocks: torch.Tensor,
     ends_full: torch.Tensor,
     costs: Costs,
     *,
     enabled: bool,
 ) -> Folding:
-    """Decide for each group; per group: pages, tokens, members, query tokens, last page full."""
+    """Decide for each group; per group: pages, tokens, members, query tokens, row blocks of these,
+    last page full."""
     num_groups = segments.owner.numel()
     parent = _parents(segments, num_groups)
-    children = torch.bincount(parent[parent >= 0], minlength=num_groups)
+    has_parent = parent >= 0
+    children = torch.bincount(parent[has_parent], minlength=num_groups)
     ends, strays = _successors(segments, parent, num_groups)
     zero = torch.zeros_like(tokens)
+    # What reading a token again costs, for all blocks that would do it.
+    again = zero.index_add(0, parent[has_parent], blocks[has_parent]) - blocks
+    again *= costs.kv_token
     saved = query_tokens * costs.partial_token
 
     reason = torch.where(members > 1, Reason.KEPT if enabled else Reason.KEPT_ALL, Reason.PRIVATE)
     if not enabled:
         return Folding(reason, children, zero, zero.clone())
     # The least a fold can cost, before the pages that folded ancestors would add.
-    small = (members > 1) & ((children - 1) * tokens * costs.kv_token <= saved)
+    small = (members > 1) & (again * tokens <= saved)
     reason[small & strays] = Reason.KEPT_BRANCHING
     reason[small & ends] = Reason.KEPT_LAST
     reason[small & ~ends_full] = Reason.KEPT_PARTIAL_PAGE
-    candidate = small & ~strays & ~ends & ends_full
+    exact = (members > 1) & ~strays & ~ends & ends_full
     folded, extra_entries, extra_tokens = _decide(
-        candidate, parent, children, entries, tokens, saved, costs.kv_token
+        exact & small, parent, again, entries, tokens, saved
     )
+    gains = again * (tokens + extra_tokens) - saved
+    if 0 < int(gains[exact & ~folded].sum()) <= costs.least_gain:
+        costs = costs._replace(kv_token=0)
+        return fold_groups(
+            segments, entries, tokens, members, query_tokens, blocks, ends_full, costs, enabled=True
+        )
     reason[folded] = Reason.FOLDED
     return Folding(reason, children, extra_entries, extra_tokens)
 
@@ -130,11 +169,10 @@ def _successors(
 def _decide(
     candidate: torch.Tensor,
     parent: torch.Tensor,
-    children: torch.Tensor,
+    again: torch.Tensor,
     entries: torch.Tensor,
     tokens: torch.Tensor,
     saved: torch.Tensor,
-    kv_token_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Walk candidates from the roots down, level by level; pages of folded parents sink."""
     folded = torch.zeros_like(candidate)
@@ -146,8 +184,7 @@ def _decide(
         ready = (up < 0) | ~undecided[up.clamp(min=0)]
         level, waiting = waiting[ready], waiting[~ready]
         _inherit(level, parent, folded, entries, tokens, extra_entries, extra_tokens)
-        again = (children[level] - 1) * (tokens[level] + extra_tokens[level]) * kv_token_bytes
-        folded[level] = again <= saved[level]
+        folded[level] = again[level] * (tokens[level] + extra_tokens[level]) <= saved[level]
         undecided[level] = False
     rest = torch.nonzero(~candidate).flatten()
     _inherit(rest, parent, folded, entries, tokens, extra_entries, extra_tokens)

@@ -15,9 +15,9 @@ from flashcore.config.paged import CombineConfig
 from flashcore.planner.counters import Fault, Stat
 from flashcore.reference import paged_attention_reference
 from flashcore.runtime import launch, launch_paged
-from tests.cases import Batch
+from tests.cases import Batch, small_scale
 from tests.compare import assert_close
-from tests.device_plan_cases import inputs, planner_for, short_splits
+from tests.device_plan_cases import inputs, planner_for
 from tests.gpu.test_device_plan_gpu import ROWS, padded, random_batch
 from tests.gpu.test_paged_gpu import batch_of, rules
 
@@ -68,7 +68,7 @@ def check(batch: Batch, dtype: torch.dtype, rule: str, warps: int, **plan_option
     """As with the host's plan bit by bit, and near the reference; idle rows are empty."""
     options, tensors = rules(batch, rule), batch.tensors(dtype)
     total = tensors[0].shape[0]
-    with short_splits(), same_merge(warps):
+    with small_scale(), same_merge(warps):
         planner = planner_for(batch, capacities(batch), "cuda", **plan_options)
         plan = planner.update(*inputs(batch, "cuda"))
         plan.partial_out.fill_(float("nan"))
@@ -135,7 +135,7 @@ def test_plan_and_attention_in_one_graph() -> None:
     """Other page tables, lengths, sharing and numbers of sequences at each replay; two layers."""
     odd = [padded(random_batch(seed), ROWS) for seed in range(1, 17, 2)]
     contents = [batch.tensors(torch.bfloat16) for batch in odd]
-    with short_splits(), same_merge(8):
+    with small_scale(), same_merge(8):
         planner = planner_for(
             odd[0], flashcore.Capacities(ROWS, 2560, 256, 12_000, 12_000), "cuda", num_workers=40
         )
@@ -242,7 +242,7 @@ def test_out_and_no_waiting() -> None:
 
 def test_same_bits_every_time() -> None:
     batch = batch_of(5, 16, (8, 2), 128, 4, 12)
-    with short_splits():
+    with small_scale():
         planner = planner_for(batch, capacities(batch), "cuda", num_workers=132)
         first = attend(batch.tensors(torch.bfloat16), planner.update(*inputs(batch, "cuda")), {})
         for _ in range(50):

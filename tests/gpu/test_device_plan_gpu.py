@@ -13,7 +13,7 @@ from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities
 from flashcore.planner.folding import Fold
 from flashcore.runtime import launch
-from tests.cases import ABSURD_PAGE, Batch, prefix_tree
+from tests.cases import ABSURD_PAGE, Batch, prefix_tree, small_scale
 from tests.device_plan_cases import (
     assert_same_plan,
     assert_same_stats,
@@ -21,7 +21,6 @@ from tests.device_plan_cases import (
     plan_that_fits,
     plan_without,
     planner_for,
-    short_splits,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -96,7 +95,7 @@ def test_same_plan(workers: int, fold: Fold) -> None:
     for seed in range(12):
         batch = random_batch(seed)
         options = {"num_workers": workers, "fold": fold, "tile_m": 64}
-        with short_splits():
+        with small_scale():
             planner = planner_for(batch, CAPACITIES, "cuda", **options)
             planner.update(*inputs(batch, "cuda"))
             found, expected = planner.trimmed(len(batch.kv_lens)), batch._plan(**options)
@@ -108,7 +107,7 @@ def test_same_plan(workers: int, fold: Fold) -> None:
 def test_replayed_with_other_contents() -> None:
     """One graph, other tables, lengths and sharing at each replay; again and again the same."""
     odd = [padded(random_batch(seed), ROWS) for seed in range(1, 60, 2)]
-    with short_splits():
+    with small_scale():
         planner = planner_for(odd[0], CAPACITIES, "cuda", num_workers=40)
         buffers = inputs(odd[0], "cuda")
         replay = captured(planner, *buffers)
@@ -154,7 +153,7 @@ def test_faults_concern_their_sequences_alone() -> None:
         for b in bad:
             column = rng.integers(0, -(-batch.kv_lens[b] // PAGE_TOKENS))
             damaged[b, column] = int(rng.choice([-1, batch.num_pages, 2**31 - 1]))
-        with short_splits():
+        with small_scale():
             planner = planner_for(batch, CAPACITIES, "cuda", num_workers=40)
             table, *lens = inputs(batch, "cuda")
             planner.update(damaged.cuda(), *lens)
@@ -190,7 +189,7 @@ def test_lists_that_do_not_fit_give_up_sharing(workers: int) -> None:
     """In a captured graph, and the next update shares again."""
     options = {"num_workers": workers, "tile_m": 64, "fold": False}
     outcomes = set()
-    with short_splits():
+    with small_scale():
         for room in (1, 60, 300):
             capacities = Capacities(ROWS, ROWS * COLUMNS, 256, 12_000, room, 20_000)
             odd = [padded(random_batch(seed), ROWS) for seed in range(1, 40, 2)]
