@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from flashcore.planner import folding
 from flashcore.planner.counters import Count, Fault
 from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities
@@ -102,6 +104,25 @@ def test_same_plan(workers: int, fold: Fold) -> None:
             assert_same_plan(found.to("cpu"), expected)
             assert_same_stats(planner, expected)
         assert planner.plan.faults() == Fault(0)
+
+
+@pytest.mark.parametrize("least", [0, 10**5, 10**7])
+@pytest.mark.parametrize("tile_m", [4, 64])
+def test_same_folds(tile_m: int, least: int) -> None:
+    """Some groups fold, some do not; where the rest saves too little, all do."""
+    outcomes: set[int] = set()
+    for partial_cost in (1, folding.L2_COST, folding.PARTIAL_COST):
+        for seed in range(1, 24, 2):
+            batch = random_batch(seed)
+            options = {"num_workers": 40, "tile_m": tile_m}
+            with mock.patch.multiple(folding, PARTIAL_COST=partial_cost, LEAST_GAIN=least):
+                planner = planner_for(batch, CAPACITIES, "cuda", **options)
+                expected = batch._plan(**options)
+            planner.update(*inputs(batch, "cuda"))
+            assert_same_plan(planner.trimmed(len(batch.kv_lens)).to("cpu"), expected)
+            assert_same_stats(planner, expected)
+            outcomes |= set(expected.decisions[:, 3].tolist())
+    assert folding.Reason.FOLDED in outcomes
 
 
 def test_replayed_with_other_contents() -> None:
