@@ -138,7 +138,7 @@ def choose(
         kv_load=kv_load,
         producer_registers=40 if ctas == 1 else 56,
         consumer_registers=232 if ctas == 1 else 200,
-        evict_first=kv_load == "tma" and tile_m == WARPGROUP_ROWS,
+        evict_first=tile_m == WARPGROUP_ROWS,
         ctas_per_sm=ctas,
         causal=causal and not tree,
         window=window,

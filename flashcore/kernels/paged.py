@@ -203,7 +203,10 @@ class PagedAttention:
         if warp < 4:
             cute.arch.setmaxregister_decrease(c.producer_registers)
             if const_expr(c.kv_load == "gather"):
-                gather.produce(c, gK, gV, sK, sV, ring_k, ring_v, slot, m, window, warp)
+                stage_bytes = gather.byte_layout(sKV_l)
+                k_stages = gather.Stages(sK.iterator.toint(), stage_bytes)
+                v_stages = gather.Stages(sV.iterator.toint(), stage_bytes)
+                gather.produce(c, gK, gV, k_stages, v_stages, ring_k, ring_v, slot, m, window, warp)
             elif warp == 0:
                 self.produce(tma_k, gK, tma_v, gV, sK, sV, ring_k, ring_v, slot, m, window)
         else:

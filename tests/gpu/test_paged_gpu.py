@@ -135,6 +135,18 @@ def test_gathered_rows(rule: str, head_dim: int, tile_m: int) -> None:
     check(batch, dtype, rule, tile_m=tile_m, num_workers=13)
 
 
+# Several items for each CTA, of 1 to 14 tiles: warps that take turns at tiles keep their turn
+# from item to item.
+@pytest.mark.parametrize("tile_m", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_gathered_items_in_a_row(head_dim: int, tile_m: int) -> None:
+    batch = batch_of(7, 1, (8, 8), head_dim, 1, 150)
+    options = {"tile_m": tile_m, "share": False, "num_workers": 100}
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    assert len(batch.plan(**options).work) > 2 * sms
+    check(batch, torch.bfloat16, "causal", **options)
+
+
 # Head dims with both tile heights, odd head ratios, both dtypes.
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("heads", [(8, 2), (5, 1), (4, 4)])

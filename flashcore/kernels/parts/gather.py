@@ -1,27 +1,31 @@
 """K/V rows gathered by cp.async: the load path for pages too short for a TMA box each.
 
-The four producer warps copy a quarter of every tile each. A lane finds the addresses of one row;
-eight lanes copy a row's 128-byte pieces, 16 bytes each, as the swizzle of the stages has them.
+Two of the four producer warps load K, two V, each every second tile: a warp waits for no stage but
+its own. A lane finds the address of one row of 32; eight lanes copy a row's 128-byte pieces, 16
+bytes each, as the swizzle of the stages has them.
 """
 
 from __future__ import annotations
 
+from math import gcd
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
-from cutlass.cute.nvgpu import cpasync
+from cutlass import Boolean, Int32, Int64, const_expr
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import dsl_user_op
 
 from flashcore.config.paged import PagedConfig
 from flashcore.kernels.parts import device_plan, pipelines, work_loop
 from flashcore.kernels.parts.intervals import Bounds, measure_item
-from flashcore.kernels.parts.pages import VECTOR
+from flashcore.kernels.parts.pages import EVICT_FIRST, VECTOR
 from flashcore.kernels.parts.work_loop import Item, Slot
 from flashcore.planner.work import Work
 
 LANES_PER_ROW = 8
 ROWS_PER_COPY = 4  # of a warp
+LOADERS = 2  # warps that take turns at the tiles of K, and as many at those of V
 
 
 class Rows(NamedTuple):
@@ -30,6 +34,18 @@ class Rows(NamedTuple):
     head: Int64  # row 0 of page 0
     page_bytes: Int64
     token_bytes: Int64
+
+
+class Stages(NamedTuple):
+    """The stages of K or of V in shared memory."""
+
+    start: Int32  # byte address
+    bytes: cute.ComposedLayout  # (tile_n, bytes of a row, stage) -> byte
+
+
+def byte_layout(layout: cute.ComposedLayout) -> cute.ComposedLayout:
+    """Bytes of `matmul.smem_layout`, whose swizzle is of byte addresses, not of elements."""
+    return cute.make_composed_layout(layout.inner, 0, cute.recast_layout(8, 16, layout.outer))
 
 
 @cute.jit
@@ -41,99 +57,144 @@ def head_rows(mPages: cute.Tensor, kv_head: Int32) -> Rows:
     return Rows(start, Int64(page) * size, Int64(token) * size)
 
 
+def block_rows(config: PagedConfig) -> int:
+    """Rows of a tile whose addresses a warp finds at a time, one a lane."""
+    return gcd(config.tile_n, 32)
+
+
 @cute.jit
-def lane_token(config: cutlass.Constexpr[PagedConfig], n: Int32, item: Item, warp: Int32) -> Int32:
-    """Token of the run that this lane finds for tile n; past the run's end, its last token.
+def lane_token(
+    config: cutlass.Constexpr[PagedConfig], n: Int32, block: cutlass.Constexpr[int], item: Item
+) -> Int32:
+    """Token of the run that this lane finds for a block of tile n; past the run's end, its last.
 
     A repeated row is masked like any row past the end, and its bytes come from L2.
     """
-    rows = const_expr(config.tile_n // 4)
-    row = warp * rows + cute.arch.lane_idx() % rows
+    rows = const_expr(block_rows(config))
+    row = block * rows + cute.arch.lane_idx() % rows
     return max(min(n * config.tile_n + row, item.num_tokens - 1), 0)
 
 
 @cute.jit
-def lane_page(
-    config: cutlass.Constexpr[PagedConfig], mCols: cute.Tensor, n: Int32, item: Item, warp: Int32
-) -> Int32:
-    """Page of `lane_token`: neighbouring lanes read neighbouring entries."""
-    return mCols[item.entry + lane_token(config, n, item, warp) // config.page_tokens]
+def find_pages(
+    config: cutlass.Constexpr[PagedConfig],
+    mCols: cute.Tensor,
+    n: Int32,
+    item: Item,
+    found: cute.Tensor,  # (blocks,)
+):
+    """Page of each `lane_token` of tile n: neighbouring lanes read neighbouring entries."""
+    for b in cutlass.range_constexpr(cute.size(found)):
+        found[b] = mCols[item.entry + lane_token(config, n, b, item) // config.page_tokens]
+
+
+@cute.jit
+def find_rows(
+    config: cutlass.Constexpr[PagedConfig], rows: Rows, n: Int32, item: Item, found: cute.Tensor
+) -> list[Int64]:
+    """Address of each `lane_token` of tile n, from its page."""
+    addresses = []
+    for b in cutlass.range_constexpr(cute.size(found)):
+        in_page = lane_token(config, n, b, item) % config.page_tokens
+        page = rows.head + Int64(found[b]) * rows.page_bytes
+        addresses.append(page + Int64(in_page) * rows.token_bytes)
+    return addresses
+
+
+@dsl_user_op
+def copy_vector(dst: Int32, src: Int64, evict_first: bool, *, loc=None, ip=None):
+    """Start a copy of 16 bytes from global to shared memory, past L1."""
+    hint, policy = (".L2::cache_hint", [Int64(EVICT_FIRST)]) if evict_first else ("", [])
+    llvm.inline_asm(
+        None,
+        [x.ir_value(loc=loc, ip=ip) for x in (dst, src, *policy)],
+        f"cp.async.cg.shared.global{hint} [$0], [$1], 16{', $2' if evict_first else ''};",
+        "r,l,l" if evict_first else "r,l",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
 
 
 @cute.jit
 def copy_tile(
     config: cutlass.Constexpr[PagedConfig],
-    rows: Rows,
-    sKV: cute.Tensor,  # (tile_n, dim, stage)
-    page: Int32,  # lane_page of tile n
-    n: Int32,
-    item: Item,
-    warp: Int32,
-    ring,
-    state,
+    addresses: list[Int64],  # of `find_rows`
+    stages: Stages,
+    stage: Int32,
 ):
-    """Start this warp's quarter of one tile into the ring's next stage."""
+    """Start the copies of one tile."""
     c = config
     lane = cute.arch.lane_idx()
-    in_page = lane_token(c, n, item, warp) % c.page_tokens
-    address = rows.head + Int64(page) * rows.page_bytes + Int64(in_page) * rows.token_bytes
-    atom = cute.make_copy_atom(
-        cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL),
-        sKV.element_type,
-        num_bits_per_copy=128,
-    )
-    ring.producer_acquire(state)
-    sVectors = cute.logical_divide(sKV[None, None, state.index], (None, VECTOR))
     vector = lane % LANES_PER_ROW
-    for i in cutlass.range(c.tile_n // 4 // ROWS_PER_COPY, unroll=2):
-        row = i * ROWS_PER_COPY + lane // LANES_PER_ROW
-        row_address = cute.arch.shuffle_sync(address, row) + Int64(16 * vector)
-        for j in cutlass.range_constexpr(c.head_dim // (VECTOR * LANES_PER_ROW)):
-            src = cute.make_ptr(
-                sKV.element_type,
-                row_address + 16 * LANES_PER_ROW * j,
-                cute.AddressSpace.gmem,
-                assumed_align=16,
-            )
-            dst = sVectors[warp * (c.tile_n // 4) + row, (None, vector + LANES_PER_ROW * j)]
-            cute.copy(atom, cute.make_tensor(src, cute.make_layout(VECTOR)), dst)
-    ring.producer_commit(state)
+    for b in cutlass.range_constexpr(len(addresses)):
+        for i in cutlass.range(block_rows(c) // ROWS_PER_COPY, unroll=2):
+            row = i * ROWS_PER_COPY + lane // LANES_PER_ROW
+            src = cute.arch.shuffle_sync(addresses[b], row) + Int64(16 * vector)
+            for j in cutlass.range_constexpr(c.head_dim // (VECTOR * LANES_PER_ROW)):
+                column = 16 * (vector + LANES_PER_ROW * j)
+                at = cute.crd2idx((b * block_rows(c) + row, column, stage), stages.bytes)
+                copy_vector(stages.start + at, src + 16 * LANES_PER_ROW * j, c.evict_first)
 
 
 @cute.jit
 def load_item(
     config: cutlass.Constexpr[PagedConfig],
-    mKPages: cute.Tensor,
-    mVPages: cute.Tensor,
+    mPages: cute.Tensor,
     mCols: cute.Tensor,
-    sK: cute.Tensor,
-    sV: cute.Tensor,
-    ring_k,
-    k_state,
-    ring_v,
-    v_state,
+    stages: Stages,
+    ring,
+    state,
     item: Item,
-    warp: Int32,
+    skip: Int32,
 ):
-    """All tiles of an item, K a tile ahead of V and page ids a tile ahead of K."""
+    """This warp's tiles of an item, page ids a tile ahead; the next `state` and `skip`."""
     c = config
-    k_rows, v_rows = head_rows(mKPages, item.kv_head), head_rows(mVPages, item.kv_head)
-    last = item.end - 1
-    page = lane_page(c, mCols, last, item, warp)
-    ahead = lane_page(c, mCols, last - 1, item, warp)
-    copy_tile(c, k_rows, sK, page, last, item, warp, ring_k, k_state)
-    k_state.advance()
-    for i in cutlass.range(last - item.first, unroll=1):
-        n = last - i
-        page_v, page = page, ahead
-        ahead = lane_page(c, mCols, n - 2, item, warp)
-        copy_tile(c, k_rows, sK, page, n - 1, item, warp, ring_k, k_state)
-        k_state.advance()
-        copy_tile(c, v_rows, sV, page_v, n, item, warp, ring_v, v_state)
-        v_state.advance()
-    copy_tile(c, v_rows, sV, page, item.first, item, warp, ring_v, v_state)
-    v_state.advance()
-    return k_state, v_state
+    rows = head_rows(mPages, item.kv_head)
+    found = cute.make_rmem_tensor(c.tile_n // block_rows(c), Int32)
+    n = item.end - 1 - skip
+    find_pages(c, mCols, n, item, found)
+    while n >= item.first:
+        addresses = find_rows(c, rows, n, item, found)
+        find_pages(c, mCols, n - LOADERS, item, found)
+        ring.producer_acquire(state)
+        copy_tile(c, addresses, stages, state.index)
+        ring.producer_commit(state)
+        for _ in cutlass.range_constexpr(LOADERS):
+            state.advance()
+        n -= LOADERS
+    return state, item.first - 1 - n
+
+
+@cute.jit
+def load_items(
+    config: cutlass.Constexpr[PagedConfig],
+    mPages: cute.Tensor,
+    stages: Stages,
+    ring,
+    slot: Slot,
+    m,
+    window: Bounds,
+    index: Int32,
+    num_items: Int32,
+    skip: Int32,  # tiles before this warp's next one
+    draws: Boolean,
+):
+    """Every second tile of K or of V, over all items."""
+    c = config
+    state = pipelines.producer_state(c.stages)
+    if skip > 0:
+        state.advance()
+    slot_phase = Int32(0)
+    item = work_loop.await_item(slot, slot_phase)
+    while item.valid >= 0:
+        slot_phase ^= 1
+        if item.end > item.first:
+            state, skip = load_item(c, mPages, m.mCols, stages, ring, state, item, skip)
+        if draws:
+            index = work_loop.next_item(index, m.mCounter)
+            publish(c, slot, slot_phase ^ 1, m, window, index, num_items)
+        item = work_loop.await_item(slot, slot_phase)
 
 
 @cute.jit
@@ -141,8 +202,8 @@ def produce(
     config: cutlass.Constexpr[PagedConfig],
     mKPages: cute.Tensor,  # (page, row, kv head, dim)
     mVPages: cute.Tensor,
-    sK: cute.Tensor,
-    sV: cute.Tensor,
+    k_stages: Stages,
+    v_stages: Stages,
     ring_k,
     ring_v,
     slot: Slot,
@@ -150,26 +211,17 @@ def produce(
     window: Bounds,
     warp: Int32,
 ):
-    """The producer warps: warp 0 draws items and publishes them, all four copy their rows."""
+    """The producer warps: 0 and 1 load K, 2 and 3 V; warp 0 also draws items and publishes them."""
     c = config
-    k_state = pipelines.producer_state(c.stages)
-    v_state = pipelines.producer_state(c.stages)
     index, _, _ = cute.arch.block_idx()
     num_items = device_plan.count_items(c, m)
-    slot_phase = Int32(0)
     if warp == 0:
-        publish(c, slot, slot_phase ^ 1, m, window, index, num_items)
-    item = work_loop.await_item(slot, slot_phase)
-    while item.valid >= 0:
-        slot_phase ^= 1
-        if item.end > item.first:
-            k_state, v_state = load_item(
-                c, mKPages, mVPages, m.mCols, sK, sV, ring_k, k_state, ring_v, v_state, item, warp
-            )
-        if warp == 0:
-            index = work_loop.next_item(index, m.mCounter)
-            publish(c, slot, slot_phase ^ 1, m, window, index, num_items)
-        item = work_loop.await_item(slot, slot_phase)
+        publish(c, slot, Int32(1), m, window, index, num_items)
+    turn = warp % LOADERS
+    if warp < LOADERS:
+        load_items(c, mKPages, k_stages, ring_k, slot, m, window, index, num_items, turn, warp == 0)
+    else:
+        load_items(c, mVPages, v_stages, ring_v, slot, m, window, index, num_items, turn, False)
     # A thread that exits must have no copy under way.
     cute.arch.cp_async_commit_group()
     cute.arch.cp_async_wait_group(0)

@@ -50,7 +50,7 @@ def tma_ring(
 
 @dataclass(frozen=True)
 class GatherRing(pipeline.PipelineCpAsync):
-    """A ring filled by cp.async: a stage is full once every producer thread's copies have landed.
+    """A ring filled by cp.async: a stage is full once all copies of a warp have landed.
 
     cp.async writes through the generic proxy and WGMMA reads through the async one, so whoever has
     waited for a stage fences before its products. The way back needs no fence: a stage is released
@@ -69,11 +69,11 @@ class GatherRing(pipeline.PipelineCpAsync):
 
 
 def gather_ring(barriers: cute.Pointer, stages: int, consumer_warps: int) -> GatherRing:
-    """A ring filled by the 128 threads of the producer warpgroup."""
+    """A ring whose stages are filled by one warp each."""
     ring = pipeline.PipelineCpAsync.create(
         barrier_storage=barriers,
         num_stages=stages,
-        producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 128),
+        producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 32),
         consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps),
         defer_sync=True,
     )
