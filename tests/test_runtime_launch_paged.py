@@ -37,6 +37,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(launch_paged, "_functions", {})
     monkeypatch.setattr(launch_paged, "sm_count", lambda device: 132)
     monkeypatch.setattr(launch_paged, "scheduler_scratch", lambda index: "scratch")
+    monkeypatch.setattr(launch_paged, "lasting_stream", lambda index: 0)
     return recorder
 
 
