@@ -38,7 +38,8 @@ from flashcore.runtime.load import CompiledFunction
 _ANY_WIDTH = 2**31 - 1
 _MAX_KEPT_BYTES = 32 << 20  # of partial results, per stream and set of options of a plan
 
-_Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+# LSE (None: the caller's, made for each call), partial results, counter
+_Buffers = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]
 
 _functions: dict[PagedConfig | CombineConfig, CompiledFunction] = {}
 _choose = lru_cache(maxsize=1024)(choose)  # a choice costs the host as much as a launch
@@ -78,7 +79,7 @@ class PagedLaunch:
         tree_mask: torch.Tensor | None,
         out: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse): the lse may be overwritten by the next call where it is not `return_lse`."""
+        """(out, LSE); without `return_lse` the next call may overwrite the LSE."""
         if self.other_devices and self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 return self(q, k_pages, v_pages, sinks, tree_mask, out)
@@ -91,9 +92,8 @@ class PagedLaunch:
             return out, self.allocate(*self.lse)
         stream = lasting_stream(self.device.index)
         found = None if stream is None else self.kept.get((stream, get_ident()))
-        lse, partial_out, partial_lse, scratch = found or self._buffers(stream)
-        if self.return_lse:
-            lse = self.allocate(*self.lse)
+        kept_lse, partial_out, partial_lse, scratch = found or self._buffers(stream)
+        lse = self.allocate(*self.lse) if kept_lse is None else kept_lse
         if sinks is not None and sinks.dtype is not torch.float32:
             sinks = sinks.float()
         if tree_mask is None:
@@ -123,20 +123,20 @@ class PagedLaunch:
         return out, lse
 
     def _buffers(self, stream: int | None) -> _Buffers:
-        """LSE, partial results and counter; kept for the stream and thread unless they are large.
+        """What is kept for a stream and a thread, unless the partial results are large.
 
         What a thread launches on a stream runs one after the other; another thread's launches may
         fall between an attention kernel and its merge.
         """
-        lse = self.allocate(*self.lse)
+        lse = None if self.return_lse else self.allocate(*self.lse)
         partial_out, partial_lse, scratch = self.workspace
         if self.partials is not None:
             partial_out, partial_lse = (self.allocate(*buffer) for buffer in self.partials)
         if scratch is None:
             scratch = scheduler_scratch(self.device.index)
         buffers = lse, partial_out, partial_lse, scratch
-        kept_bytes = lse.nbytes + (0 if self.partials is None else partial_out.nbytes)
-        if stream is not None and kept_bytes <= _MAX_KEPT_BYTES:
+        large = self.partials is not None and partial_out.nbytes > _MAX_KEPT_BYTES
+        if stream is not None and not large:
             self.kept[stream, get_ident()] = buffers
         return buffers
 
