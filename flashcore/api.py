@@ -237,7 +237,6 @@ def paged_attention(
         raise TypeError(
             f"plan must be a flashcore.Plan or a flashcore.DevicePlan, got {type(plan).__name__}"
         )
-    result: tuple[torch.Tensor, torch.Tensor]
     key = None
     if not is_dynamo_compiling() and type(q) is torch.Tensor:
         try:
@@ -259,8 +258,8 @@ def paged_attention(
             if launch is not None and not (
                 is_grad_enabled() and _wants_gradient(q, k_pages, v_pages, sinks)
             ):
-                result = launch(q, k_pages, v_pages, sinks, tree_mask, out)
-                return result if return_lse else result[0]
+                result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, out)
+                return (result, lse) if return_lse else result
         except Exception:  # the checks below, or the same launch there, say what is wrong
             pass
     validate.tensor("q", q, dtypes=validate.FLOAT_DTYPES, ndim=3)
@@ -295,8 +294,8 @@ def paged_attention(
             options = (causal, scale, window, softcap, return_lse)
             if key is not None and launch.reusable and _all_plain(options):
                 _remember(plan.launches, key, launch)
-            result = launch(q, k_pages, v_pages, sinks, tree_mask, out)
-            return result if return_lse else result[0]
+            result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, out)
+            return (result, lse) if return_lse else result
     elif isinstance(plan, DevicePlan):
         raise NotImplementedError(
             "plan is a flashcore.DevicePlan, which torch.compile and torch.export cannot "
@@ -324,12 +323,12 @@ def paged_attention(
         tree_mask,
     )
     if _traced(q):
-        result = ops.paged_attention_op(*arguments)
+        result, lse = ops.paged_attention_op(*arguments)
         if out is not None:
-            result = out.copy_(result[0]), result[1]
+            result = out.copy_(result)
     else:
-        result = ops.paged_attention_impl(*arguments, out)
-    return result if return_lse else result[0]
+        result, lse = ops.paged_attention_impl(*arguments, out)
+    return (result, lse) if return_lse else result
 
 
 # Launches of calls that passed every check. A key is what the choice of the launch depends on; that

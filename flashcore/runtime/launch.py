@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from flashcore.runtime.allocate import Allocate, Buffer, allocator, contiguous
 from flashcore.runtime.cache import shared_cache
 from flashcore.runtime.folder import default_folder
 from flashcore.runtime.kernel import DENSE, Kernel
-from flashcore.runtime.load import CompiledFunction
+from flashcore.runtime.load import CompiledFunction, prepared
 from flashcore.runtime.target import INSTALL_HINT, MissingRuntimeError, detect_target
 
 _HOPPER_CAPABILITY = (9, 0)
@@ -50,12 +51,12 @@ _PlanKey = tuple[
     torch.device,
 ]
 _plans: dict[_PlanKey, _Plan] = {}
-_scratch: dict[tuple[int, int], torch.Tensor] = {}  # by device index and stream handle
+_scratch: dict[tuple[int, int], Any] = {}  # by device index and stream handle
 # What torch.cuda.current_device() calls when CUDA is initialised, as it is once there are tensors.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DenseLaunch:
     """A launch with all that shapes, dtype, device and options decide.
 
@@ -231,7 +232,7 @@ def lasting_stream(device_index: int) -> int | None:
     return None if stream and torch._C._cuda_isCurrentStreamCapturing() else stream
 
 
-def scheduler_scratch(device_index: int) -> torch.Tensor:
+def scheduler_scratch(device_index: int) -> Any:
     """The tile counters, int32 [2]: zero, and left at zero by every launch that uses them.
 
     Launches on one stream follow each other, so one buffer for each stream is enough. A captured
@@ -242,7 +243,7 @@ def scheduler_scratch(device_index: int) -> torch.Tensor:
         return torch.zeros(2, dtype=torch.int32, device=f"cuda:{device_index}")
     found = _scratch.get((device_index, stream))
     if found is None:
-        found = torch.zeros(2, dtype=torch.int32, device=f"cuda:{device_index}")
+        found = prepared(torch.zeros(2, dtype=torch.int32, device=f"cuda:{device_index}"))
         _scratch[device_index, stream] = found
     return found
 

@@ -33,19 +33,19 @@ from flashcore.runtime.launch import (
     sm_count,
     tma_ready,
 )
-from flashcore.runtime.load import CompiledFunction
+from flashcore.runtime.load import CompiledFunction, prepared
 
 _ANY_WIDTH = 2**31 - 1
 _MAX_KEPT_BYTES = 32 << 20  # of partial results, per stream and set of options of a plan
 
-# LSE (None: the caller's, made for each call), partial results, counter
-_Buffers = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]
+# LSE (None: the caller's, made for each call), partial results, counter; as `prepared` has them
+_Buffers = tuple[Any, Any, Any, Any]
 
 _functions: dict[PagedConfig | CombineConfig, CompiledFunction] = {}
 _choose = lru_cache(maxsize=1024)(choose)  # a choice costs the host as much as a launch
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class PagedLaunch:
     """The launches of one plan with all that shapes, dtype, device and options decide.
 
@@ -63,9 +63,9 @@ class PagedLaunch:
     return_lse: bool
     partials: tuple[Buffer, Buffer] | None  # None: they are given, or there are none
     workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # as far as it is given
-    plan: tuple[torch.Tensor | None, ...]  # cols to q_index
-    merge_lists: tuple[torch.Tensor, torch.Tensor]
-    counts: torch.Tensor | None
+    plan: tuple[Any, ...]  # cols to q_index; this and what follows as `load.prepared` has it
+    merge_lists: tuple[Any, ...]
+    counts: Any
     scalars: tuple[float | int, ...]  # the last arguments of the attention kernel
     reusable: bool
     kept: dict[tuple[int, int], _Buffers] = field(default_factory=dict)
@@ -78,8 +78,8 @@ class PagedLaunch:
         sinks: torch.Tensor | None,
         tree_mask: torch.Tensor | None,
         out: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, LSE); without `return_lse` the next call may overwrite the LSE."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(out, LSE or None)."""
         if self.other_devices and self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 return self(q, k_pages, v_pages, sinks, tree_mask, out)
@@ -89,11 +89,12 @@ class PagedLaunch:
         if out is None:
             out = self.allocate(*self.out)
         if self.attend is None and self.merge is None:
-            return out, self.allocate(*self.lse)
+            return out, (self.allocate(*self.lse) if self.return_lse else None)
         stream = lasting_stream(self.device.index)
         found = None if stream is None else self.kept.get((stream, get_ident()))
-        kept_lse, partial_out, partial_lse, scratch = found or self._buffers(stream)
-        lse = self.allocate(*self.lse) if kept_lse is None else kept_lse
+        lse, partial_out, partial_lse, scratch = found or self._buffers(stream)
+        if self.return_lse:
+            lse = self.allocate(*self.lse)
         if sinks is not None and sinks.dtype is not torch.float32:
             sinks = sinks.float()
         if tree_mask is None:
@@ -120,7 +121,7 @@ class PagedLaunch:
             self.merge(
                 out, lse, partial_out, partial_lse, *self.merge_lists, sinks, self.counts, width
             )
-        return out, lse
+        return out, (lse if self.return_lse else None)
 
     def _buffers(self, stream: int | None) -> _Buffers:
         """What is kept for a stream and a thread, unless the partial results are large.
@@ -132,9 +133,8 @@ class PagedLaunch:
         partial_out, partial_lse, scratch = self.workspace
         if self.partials is not None:
             partial_out, partial_lse = (self.allocate(*buffer) for buffer in self.partials)
-        if scratch is None:
-            scratch = scheduler_scratch(self.device.index)
-        buffers = lse, partial_out, partial_lse, scratch
+        counter = scheduler_scratch(self.device.index) if scratch is None else prepared(scratch)
+        buffers = prepared(lse), prepared(partial_out), prepared(partial_lse), counter
         large = self.partials is not None and partial_out.nbytes > _MAX_KEPT_BYTES
         if stream is not None and not large:
             self.kept[stream, get_ident()] = buffers
@@ -220,9 +220,12 @@ def paged_launch(
         return_lse=return_lse,
         partials=partials,
         workspace=given,
-        plan=(cols, work, q_tokens, q_positions, q_index if config.tree else None),
-        merge_lists=(merge_offsets, merge_partials),
-        counts=counts,
+        plan=tuple(
+            prepared(x)
+            for x in (cols, work, q_tokens, q_positions, q_index if config.tree else None)
+        ),
+        merge_lists=(prepared(merge_offsets), prepared(merge_partials)),
+        counts=prepared(counts),
         scalars=(scale, softcap, window_left, window_right, ctas),
         # Not where strides need repair, nor where no compiled function looks at the arguments.
         reusable=num_items > 0
@@ -262,7 +265,9 @@ def paged_attention(
         out=out,
         **options,
     )
-    return launch(q, k_pages, v_pages, sinks, tree_mask, out)
+    out, lse = launch(q, k_pages, v_pages, sinks, tree_mask, out)
+    assert lse is not None  # return_lse is the default
+    return out, lse
 
 
 def _ready(
