@@ -22,12 +22,14 @@ import flashcore
 from flashcore import api, device, ops
 from flashcore.bench.machine import describe_device, package_versions, source_commit
 from flashcore.runtime import launch, launch_paged
+from flashcore.runtime.allocate import allocator, contiguous
 from flashcore.runtime.cache import shared_cache
 from flashcore.runtime.kernel import Kernel
 
 CALLS, REPEATS = 400, 15  # a driver queues about a thousand launches before it makes the host wait
 
 Call = Callable[[], Any]
+_plans: list[flashcore.Plan] = []  # they keep launches
 
 
 def microseconds(call: Call) -> float:
@@ -62,6 +64,7 @@ def paged_call(where: str, prefix_pages: int) -> Call:
         head_dim=128,
         page_tokens=64,
     ).to(where)
+    _plans.append(plan)
     q = torch.randn(2, 8, 128, device=where).bfloat16()
     k, v = (torch.randn(12, 64, 2, 128, device=where).bfloat16() for _ in range(2))
     return lambda: flashcore.paged_attention(q, k, v, plan)
@@ -90,9 +93,19 @@ class Recorder:
 
 
 @contextmanager
+def _fresh_launches() -> Iterator[None]:
+    for plan in _plans:
+        plan.launches.clear()
+    yield
+    for plan in _plans:
+        plan.launches.clear()
+
+
+@contextmanager
 def launches_through(cache: Any, stub: bool) -> Iterator[None]:
     """New launches get their functions from `cache`; with `stub` CPU tensors pass for a GPU's."""
     with (
+        _fresh_launches(),
         mock.patch.multiple(api, _dense_launches={}),
         mock.patch.multiple(launch, shared_cache=lambda: cache, _plans={}),
         mock.patch.multiple(launch_paged, shared_cache=lambda: cache, _functions={}),
@@ -108,7 +121,11 @@ def launches_through(cache: Any, stub: bool) -> Iterator[None]:
                 "scheduler_scratch": lambda _: scratch,
                 "_current_device": lambda: None,
             },
-            launch_paged: {"sm_count": lambda _: 132, "scheduler_scratch": lambda _: scratch},
+            launch_paged: {
+                "sm_count": lambda _: 132,
+                "scheduler_scratch": lambda _: scratch,
+                "lasting_stream": lambda _: 0,
+            },
         }
         with ExitStack() as stack:
             for module, names in stand_ins.items():
@@ -151,10 +168,12 @@ def parts(where: str) -> dict[str, float]:
     """What a launch is made of, each alone."""
     q = torch.zeros(1, 128, 2, 128, device=where, dtype=torch.bfloat16)
     out = torch.empty_like(q)
+    allocate, buffer = allocator(q.device), contiguous(q.shape, q.dtype)
     costs = {
         "torch.empty_like": microseconds(
             lambda: torch.empty_like(q, memory_format=torch.contiguous_format)
         ),
+        "allocator": microseconds(lambda: allocate(*buffer)),
         "q.new_empty(0)": microseconds(lambda: q.new_empty(0, dtype=torch.float32)),
         "torch.empty(lse)": microseconds(
             lambda: torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
@@ -167,6 +186,7 @@ def parts(where: str) -> dict[str, float]:
         costs["current_device"] = microseconds(torch.cuda.current_device)
         costs["raw stream"] = microseconds(lambda: torch._C._cuda_getCurrentRawStream(0))
         costs["is capturing"] = microseconds(torch.cuda.is_current_stream_capturing)
+        costs["lasting_stream"] = microseconds(lambda: launch.lasting_stream(0))
         costs["scheduler_scratch"] = microseconds(lambda: launch.scheduler_scratch(0))
     return costs
 

@@ -7,6 +7,8 @@ from collections.abc import Hashable
 from typing import Any, Literal, overload
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from flashcore import ops, validate
 from flashcore.planner.device_plan import DevicePlan
@@ -90,20 +92,24 @@ def attention(
         TypeError, ValueError: naming the argument, what it is and what it may be.
     """
     key = None
-    if not _traced(q):
-        options = (causal, scale, window, softcap, max_seqlen_q, return_lse)
+    if not is_dynamo_compiling() and type(q) is torch.Tensor:
         try:
             key = (
-                q.dtype,
-                q.get_device(),
                 q.shape,
                 k.shape,
-                options,
-                sinks is not None and (sinks.dtype, sinks.shape),
-                cu_seqlens_q is not None and cu_seqlens_q.shape,
+                q.dtype,
+                q.get_device(),
+                causal,
+                scale,
+                window,
+                softcap,
+                max_seqlen_q,
+                return_lse,
+                None if sinks is None else (sinks.dtype, sinks.shape),
+                None if cu_seqlens_q is None else cu_seqlens_q.shape,
             )
             launch = _dense_launches.get(key)
-            if launch is not None and not _wants_gradient(q, k, v, sinks):
+            if launch is not None and not (is_grad_enabled() and _wants_gradient(q, k, v, sinks)):
                 out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
                 return (out, lse) if return_lse else out
         except Exception:  # the checks below, or the same launch there, say what is wrong
@@ -137,6 +143,7 @@ def attention(
     )
     launch = None if _traced(q) else ops.attention_launch(*arguments)
     if launch is not None:
+        options = (causal, scale, window, softcap, max_seqlen_q, return_lse)
         if key is not None and launch.reusable and _all_plain(options):
             _remember(_dense_launches, key, launch)
         out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
@@ -230,6 +237,31 @@ def paged_attention(
         raise TypeError(
             f"plan must be a flashcore.Plan or a flashcore.DevicePlan, got {type(plan).__name__}"
         )
+    key = None
+    if not is_dynamo_compiling() and type(q) is torch.Tensor:
+        try:
+            key = (
+                q.shape,
+                k_pages.shape,
+                q.dtype,
+                q.get_device(),
+                causal,
+                scale,
+                window,
+                softcap,
+                return_lse,
+                out is None,
+                None if sinks is None else (sinks.dtype, sinks.shape),
+                None if tree_mask is None else (tree_mask.dtype, tree_mask.shape),
+            )
+            launch = plan.launches.get(key)
+            if launch is not None and not (
+                is_grad_enabled() and _wants_gradient(q, k_pages, v_pages, sinks)
+            ):
+                result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, out)
+                return (result, lse) if return_lse else result
+        except Exception:  # the checks below, or the same launch there, say what is wrong
+            pass
     validate.tensor("q", q, dtypes=validate.FLOAT_DTYPES, ndim=3)
     for name, value in (("k_pages", k_pages), ("v_pages", v_pages)):
         validate.tensor(name, value, dtypes=validate.FLOAT_DTYPES, ndim=4)
@@ -254,15 +286,23 @@ def paged_attention(
     left, right = _window(window)
     rules = (_scale(scale, q.shape[-1]), bool(causal), left, right, _softcap(softcap))
     sinks = _sinks(sinks, q.shape[-2])
-    if isinstance(plan, DevicePlan):
-        if _traced(q):
-            raise NotImplementedError(
-                "plan is a flashcore.DevicePlan, which torch.compile and torch.export cannot "
-                "trace; keep the call out of the traced region (torch.compiler.disable) or use "
-                "flashcore.plan"
-            )
-        result = ops.device_plan_attention(q, k_pages, v_pages, plan, *rules, sinks, tree_mask, out)
-        return result if return_lse else result[0]
+    if not _traced(q):
+        launch = ops.plan_launch(
+            q, k_pages, v_pages, plan, *rules, sinks, tree_mask, out, return_lse
+        )
+        if launch is not None:
+            options = (causal, scale, window, softcap, return_lse)
+            if key is not None and launch.reusable and _all_plain(options):
+                _remember(plan.launches, key, launch)
+            result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, out)
+            return (result, lse) if return_lse else result
+    elif isinstance(plan, DevicePlan):
+        raise NotImplementedError(
+            "plan is a flashcore.DevicePlan, which torch.compile and torch.export cannot "
+            "trace; keep the call out of the traced region (torch.compiler.disable) or use "
+            "flashcore.plan"
+        )
+    assert isinstance(plan, Plan)  # plan_launch has an answer to any other
     arguments = (
         q,
         k_pages,
@@ -283,12 +323,12 @@ def paged_attention(
         tree_mask,
     )
     if _traced(q):
-        result = ops.paged_attention_op(*arguments)
+        result, lse = ops.paged_attention_op(*arguments)
         if out is not None:
-            result = out.copy_(result[0]), result[1]
+            result = out.copy_(result)
     else:
-        result = ops.paged_attention_impl(*arguments, out)
-    return result if return_lse else result[0]
+        result, lse = ops.paged_attention_impl(*arguments, out)
+    return (result, lse) if return_lse else result
 
 
 # Launches of calls that passed every check. A key is what the choice of the launch depends on; that
@@ -303,7 +343,7 @@ _MAX_LAUNCHES = 4096  # beyond this the dictionary starts anew
 def _wants_gradient(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
 ) -> bool:
-    return torch.is_grad_enabled() and (
+    return (
         q.requires_grad
         or k.requires_grad
         or v.requires_grad

@@ -16,9 +16,11 @@ from flashcore.eager.dense import dense_attention
 from flashcore.eager.paged import paged_attention as eager_paged_attention
 from flashcore.eager.run import Rules
 from flashcore.planner.device_plan import DevicePlan
+from flashcore.planner.types import Plan
 
 if TYPE_CHECKING:
     from flashcore.runtime.launch import DenseLaunch
+    from flashcore.runtime.launch_paged import PagedLaunch
 
 
 def attention_launch(
@@ -168,11 +170,11 @@ def paged_attention_impl(
     return (result, lse) if out is None else (out.copy_(result), lse)
 
 
-def device_plan_attention(
+def plan_launch(
     q: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
-    plan: DevicePlan,
+    plan: Plan | DevicePlan,
     scale: float,
     causal: bool,
     window_left: int,
@@ -181,17 +183,29 @@ def device_plan_attention(
     sinks: torch.Tensor | None,
     tree_mask: torch.Tensor | None,
     out: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `paged_attention_impl`; all that there is to do is read on the device."""
+    return_lse: bool,
+) -> PagedLaunch | None:
+    """The launches that `paged_attention_impl` would make of these arguments; None off Hopper.
+
+    Of a DevicePlan all that there is to do is read on the device, which needs one.
+    """
     path = device_path(q.device)
     if path.name != "hopper":
-        raise NotImplementedError(
-            f"plan is a flashcore.DevicePlan, which only the Hopper kernels read: {path.reason}; "
-            "use flashcore.plan"
-        )
-    from flashcore.runtime.launch_paged import paged_attention
+        if isinstance(plan, DevicePlan):
+            raise NotImplementedError(
+                f"plan is a flashcore.DevicePlan, which only the Hopper kernels read: "
+                f"{path.reason}; use flashcore.plan"
+            )
+        return None
+    from flashcore.runtime.launch_paged import paged_launch
 
-    return paged_attention(
+    counts, workspace = None, None
+    if isinstance(plan, DevicePlan):
+        counts, workspace = plan.counts, (plan.partial_out, plan.partial_lse, plan.counter)
+        num_partials, needs_merge = plan.partial_lse.shape[0], True
+    else:
+        num_partials, needs_merge = plan.num_partial_tokens, plan.needs_merge
+    return paged_launch(
         q,
         k_pages,
         v_pages,
@@ -202,19 +216,20 @@ def device_plan_attention(
         plan.q_index,
         plan.merge_offsets,
         plan.merge_partials,
-        plan.partial_lse.shape[0],
-        True,
+        num_partials,
+        needs_merge,
         plan.tile_m,
         causal=causal,
         scale=scale,
         window_left=window_left,
         window_right=window_right,
         softcap=softcap,
-        sinks=sinks,
-        tree_mask=tree_mask,
-        counts=plan.counts,
-        workspace=(plan.partial_out, plan.partial_lse, plan.counter),
+        has_sinks=sinks is not None,
+        has_tree_mask=tree_mask is not None,
+        counts=counts,
+        workspace=workspace,
         out=out,
+        return_lse=return_lse,
     )
 
 

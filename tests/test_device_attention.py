@@ -61,6 +61,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(launch_paged, "_function", recorder.function)
     monkeypatch.setattr(launch_paged, "sm_count", lambda device: 132)
     monkeypatch.setattr(launch_paged, "scheduler_scratch", lambda index: pytest.fail("not its own"))
+    monkeypatch.setattr(launch_paged, "lasting_stream", lambda index: 0)
     monkeypatch.setattr(ops, "device_path", lambda device: Path("hopper", ""))
     return recorder
 

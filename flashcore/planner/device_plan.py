@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from flashcore import validate
 from flashcore.planner.counters import Count, Fault, Stat
+from flashcore.planner.types import Launches
 from flashcore.planner.work import FIELDS
 
 _MOST = validate.INT32_MAX // FIELDS  # rows of a table whose elements are counted in int32
@@ -84,6 +85,7 @@ class DevicePlan:
     bad: [max_batch] `Fault` bits of each sequence.
     partial_out, partial_lse, counter: workspace of an attention call; nothing in it outlives the
         call, but the counter is left at zero.
+    launches: as in `flashcore.Plan`.
     """
 
     num_q_heads: int
@@ -115,6 +117,7 @@ class DevicePlan:
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
     counter: torch.Tensor
+    launches: Launches = field(default_factory=Launches, init=False, repr=False)
 
     @property
     def device(self) -> torch.device:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Hashable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
 from flashcore.planner.stats import PlanStats, plan_stats
+
+
+class Launches(dict[Hashable, Any]):
+    """What calls with a plan have made ready, by all that they depend on besides the plan."""
+
+    def __reduce__(self) -> tuple[type[Launches], tuple[()]]:
+        return Launches, ()  # compiled functions cannot be copied: a copy of a plan starts anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +41,7 @@ class Plan:
         of -inf.
     decisions: [num_groups_found, 4] what folding decided about each group as found: tokens,
         members, runs that follow, `folding.Reason`.
+    launches: of `flashcore.paged_attention` with this plan; not part of its contents.
     """
 
     num_q_heads: int
@@ -60,6 +70,7 @@ class Plan:
     merge_offsets: torch.Tensor
     merge_partials: torch.Tensor
     decisions: torch.Tensor
+    launches: Launches = field(default_factory=Launches, init=False, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +86,7 @@ class Plan:
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
                 values[name] = value.to(device)

@@ -15,14 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from flashcore.config.dense import DenseConfig, DenseProblem, choose, grid_size
+from flashcore.runtime.allocate import Allocate, Buffer, allocator, contiguous
 from flashcore.runtime.cache import shared_cache
 from flashcore.runtime.folder import default_folder
 from flashcore.runtime.kernel import DENSE, Kernel
-from flashcore.runtime.load import CompiledFunction
+from flashcore.runtime.load import CompiledFunction, prepared
 from flashcore.runtime.target import INSTALL_HINT, MissingRuntimeError, detect_target
 
 _HOPPER_CAPABILITY = (9, 0)
@@ -49,12 +51,12 @@ _PlanKey = tuple[
     torch.device,
 ]
 _plans: dict[_PlanKey, _Plan] = {}
-_scratch: dict[tuple[int, int], torch.Tensor] = {}  # by device index and stream handle
+_scratch: dict[tuple[int, int], Any] = {}  # by device index and stream handle
 # What torch.cuda.current_device() calls when CUDA is initialised, as it is once there are tensors.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DenseLaunch:
     """A launch with all that shapes, dtype, device and options decide.
 
@@ -64,8 +66,11 @@ class DenseLaunch:
 
     function: CompiledFunction | None  # None: there is nothing to attend to
     device: torch.device
+    other_devices: bool  # in this process; without them the device is always the current one
     needs_scratch: bool
-    return_lse: bool
+    allocate: Allocate
+    out: Buffer
+    lse: Buffer | None
     scalars: tuple[float | int, ...]  # the last arguments of the compiled function
     reusable: bool
 
@@ -79,20 +84,19 @@ class DenseLaunch:
         cu_seqlens_k: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(out, LSE or None), made anew."""
-        if self.device.index != _current_device():
+        if self.other_devices and self.device.index != _current_device():
             with torch.cuda.device(self.device):
                 return self(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
         if not self.reusable:
             q, k, v = tma_ready("q", q), tma_ready("k", k), tma_ready("v", v)
         if sinks is not None and sinks.dtype is not torch.float32:
             sinks = sinks.float()
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if self.return_lse else None
+        out = self.allocate(*self.out)
+        lse = None if self.lse is None else self.allocate(*self.lse)
         if self.function is None:
             return _without_keys(out, lse, sinks)
         scratch = scheduler_scratch(self.device.index) if self.needs_scratch else None
-        tensors = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, scratch)
-        self.function(*tensors, *self.scalars)
+        self.function(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, scratch, *self.scalars)
         return out, lse
 
 
@@ -181,8 +185,11 @@ def dense_launch(
     return DenseLaunch(
         function=plan.function if plan else None,
         device=q.device,
+        other_devices=torch.cuda.device_count() > 1,
         needs_scratch=plan is not None and plan.needs_scratch,
-        return_lse=return_lse,
+        allocate=allocator(q.device),
+        out=contiguous(q.shape, q.dtype),
+        lse=contiguous(q.shape[:-1], torch.float32) if return_lse else None,
         scalars=(scale, softcap, window_left, right, longest_q, plan.num_ctas if plan else 0),
         # Not where strides need repair, nor where no compiled function looks at the arguments.
         reusable=plan is not None and ready[0] is q and ready[1] is k and ready[2] is v,
@@ -218,18 +225,25 @@ def tma_ready(name: str, value: torch.Tensor) -> torch.Tensor:
     return value.as_strided(value.shape, [*legal, 1])
 
 
-def scheduler_scratch(device_index: int) -> torch.Tensor:
+def lasting_stream(device_index: int) -> int | None:
+    """Handle of the current stream, to keep buffers by; None while a graph is captured from it."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device_index)
+    # The legacy stream, 0, cannot be captured, and the question costs as much as the handle.
+    return None if stream and torch._C._cuda_isCurrentStreamCapturing() else stream
+
+
+def scheduler_scratch(device_index: int) -> Any:
     """The tile counters, int32 [2]: zero, and left at zero by every launch that uses them.
 
     Launches on one stream follow each other, so one buffer for each stream is enough. A captured
     graph may be replayed beside that stream and gets a buffer of its own, zeroed by the graph.
     """
-    stream = torch._C._cuda_getCurrentRawStream(device_index)
-    if torch._C._cuda_isCurrentStreamCapturing():
+    stream = lasting_stream(device_index)
+    if stream is None:
         return torch.zeros(2, dtype=torch.int32, device=f"cuda:{device_index}")
     found = _scratch.get((device_index, stream))
     if found is None:
-        found = torch.zeros(2, dtype=torch.int32, device=f"cuda:{device_index}")
+        found = prepared(torch.zeros(2, dtype=torch.int32, device=f"cuda:{device_index}"))
         _scratch[device_index, stream] = found
     return found
 

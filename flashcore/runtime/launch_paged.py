@@ -4,11 +4,15 @@
 
 Two launches on torch's current stream (one where no result is partial), no synchronisation, so
 calls can be captured in a CUDA graph. Arguments are taken as already checked (flashcore.validate).
+A `PagedLaunch` may be kept with its plan and called again; `flashcore.api` does so.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import get_ident
+from typing import Any
 
 import torch
 
@@ -19,18 +23,125 @@ from flashcore.config.paged import (
     choose_combine,
     choose_device_combine,
 )
+from flashcore.runtime.allocate import Allocate, Buffer, allocator, contiguous
 from flashcore.runtime.cache import shared_cache
 from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
-from flashcore.runtime.launch import DTYPE_NAMES, scheduler_scratch, sm_count, tma_ready
-from flashcore.runtime.load import CompiledFunction
+from flashcore.runtime.launch import (
+    DTYPE_NAMES,
+    lasting_stream,
+    scheduler_scratch,
+    sm_count,
+    tma_ready,
+)
+from flashcore.runtime.load import CompiledFunction, prepared
 
 _ANY_WIDTH = 2**31 - 1
+_MAX_KEPT_BYTES = 32 << 20  # of partial results, per stream and set of options of a plan
+
+# LSE (None: the caller's, made for each call), partial results, counter; as `prepared` has them
+_Buffers = tuple[Any, Any, Any, Any]
 
 _functions: dict[PagedConfig | CombineConfig, CompiledFunction] = {}
 _choose = lru_cache(maxsize=1024)(choose)  # a choice costs the host as much as a launch
 
 
-def paged_attention(
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedLaunch:
+    """The launches of one plan with all that shapes, dtype, device and options decide.
+
+    Where `reusable` it takes other tensors too: for those that do not fit the compiled function
+    raises ValueError or TypeError.
+    """
+
+    attend: CompiledFunction | None  # None: no work
+    merge: CompiledFunction | None  # None: every result is direct
+    device: torch.device
+    other_devices: bool  # in this process; without them the device is always the current one
+    allocate: Allocate
+    out: Buffer
+    lse: Buffer
+    return_lse: bool
+    partials: tuple[Buffer, Buffer] | None  # None: they are given, or there are none
+    workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # as far as it is given
+    plan: tuple[Any, ...]  # cols to q_index; this and what follows as `load.prepared` has it
+    merge_lists: tuple[Any, ...]
+    counts: Any
+    scalars: tuple[float | int, ...]  # the last arguments of the attention kernel
+    reusable: bool
+    kept: dict[tuple[int, int], _Buffers] = field(default_factory=dict)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        sinks: torch.Tensor | None,
+        tree_mask: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(out, LSE or None)."""
+        if self.other_devices and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                return self(q, k_pages, v_pages, sinks, tree_mask, out)
+        if not self.reusable:
+            q, k_pages, v_pages = _ready(q, k_pages, v_pages)
+            out = None if out is None else tma_ready("out", out)
+        if out is None:
+            out = self.allocate(*self.out)
+        if self.attend is None and self.merge is None:
+            return out, (self.allocate(*self.lse) if self.return_lse else None)
+        stream = lasting_stream(self.device.index)
+        found = None if stream is None else self.kept.get((stream, get_ident()))
+        lse, partial_out, partial_lse, scratch = found or self._buffers(stream)
+        if self.return_lse:
+            lse = self.allocate(*self.lse)
+        if sinks is not None and sinks.dtype is not torch.float32:
+            sinks = sinks.float()
+        if tree_mask is None:
+            mask, width = None, _ANY_WIDTH
+        else:
+            mask, width = tree_mask.view(torch.uint8), tree_mask.shape[1]
+        if self.attend is not None:
+            self.attend(
+                q,
+                k_pages,
+                v_pages,
+                out,
+                lse,
+                partial_out,
+                partial_lse,
+                *self.plan,
+                mask,
+                sinks,
+                scratch,
+                self.counts,
+                *self.scalars,
+            )
+        if self.merge is not None:
+            self.merge(
+                out, lse, partial_out, partial_lse, *self.merge_lists, sinks, self.counts, width
+            )
+        return out, (lse if self.return_lse else None)
+
+    def _buffers(self, stream: int | None) -> _Buffers:
+        """What is kept for a stream and a thread, unless the partial results are large.
+
+        What a thread launches on a stream runs one after the other; another thread's launches may
+        fall between an attention kernel and its merge.
+        """
+        lse = None if self.return_lse else self.allocate(*self.lse)
+        partial_out, partial_lse, scratch = self.workspace
+        if self.partials is not None:
+            partial_out, partial_lse = (self.allocate(*buffer) for buffer in self.partials)
+        counter = scheduler_scratch(self.device.index) if scratch is None else prepared(scratch)
+        buffers = prepared(lse), prepared(partial_out), prepared(partial_lse), counter
+        large = self.partials is not None and partial_out.nbytes > _MAX_KEPT_BYTES
+        if stream is not None and not large:
+            self.kept[stream, get_ident()] = buffers
+        return buffers
+
+
+def paged_launch(
     q: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
@@ -50,25 +161,15 @@ def paged_attention(
     window_left: int,
     window_right: int,
     softcap: float,
-    sinks: torch.Tensor | None,
-    tree_mask: torch.Tensor | None,
+    has_sinks: bool,
+    has_tree_mask: bool,
     counts: torch.Tensor | None = None,
     workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes as in `flashcore.paged_attention` and `Plan`: (out like q, lse [total_q,
-    num_q_heads]).
-
-    counts: of a plan made on the device, whose tensors are at capacity. workspace: fp32
-    [num_partial_tokens, num_q_heads, head_dim], the same without the last axis, and a
-    `scheduler_scratch` of its own. out: to write the result to. Both are made where not given.
-
-    Raises NotImplementedError for a dtype, ValueError for a head_dim, page size or stride that the
-    kernels cannot take.
-    """
-    q, k_pages, v_pages = (
-        tma_ready(name, x) for name, x in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages))
-    )
+    return_lse: bool = True,
+) -> PagedLaunch:
+    """The launches of `paged_attention` for such tensors; q, k_pages, v_pages, out are not kept."""
+    ready = _ready(q, k_pages, v_pages)
     if q.dtype not in DTYPE_NAMES:
         raise NotImplementedError(f"q has dtype {q.dtype}; the Hopper kernel takes bf16 and fp16")
     total_q, heads, dim = q.shape
@@ -83,73 +184,96 @@ def paged_attention(
         causal=causal,
         window=window_left >= 0 or window_right >= 0,
         softcap=softcap > 0,
-        sinks=sinks is not None,
-        tree=tree_mask is not None,
+        sinks=has_sinks,
+        tree=has_tree_mask,
         device_counts=counts is not None,
     )
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    else:
-        out = tma_ready("out", out)
-    lse = q.new_empty((total_q, heads), dtype=torch.float32)
-    if total_q == 0:
-        return out, lse
+    partials = None
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
     if workspace is not None:
-        partial_out, partial_lse, scratch = workspace
+        given = workspace
     else:
-        scratch = scheduler_scratch(q.device.index)
+        given = (*_no_partials(q.device, heads, dim), None)
         if num_partial_tokens:
-            partial_out = lse.new_empty((num_partial_tokens, heads, dim))
-            partial_lse = lse.new_empty((num_partial_tokens, heads))
-        else:
-            partial_out, partial_lse = _no_partials(q.device, heads, dim)
-    if sinks is not None:
-        sinks = sinks.float()
-    num_items = work.shape[0]
-    if num_items:
-        _function(config)(
-            q,
-            k_pages,
-            v_pages,
-            out,
-            lse,
-            partial_out,
-            partial_lse,
-            cols,
-            work,
-            q_tokens,
-            q_positions,
-            q_index if config.tree else None,
-            None if tree_mask is None else tree_mask.view(torch.uint8),
-            sinks,
-            scratch,
-            counts,
-            scale,
-            softcap,
-            window_left,
-            window_right,
-            min(num_items, config.ctas_per_sm * sm_count(q.device)),
-        )
-    if needs_merge:
+            rows = (num_partial_tokens, heads)
+            partials = contiguous((*rows, dim), torch.float32), contiguous(rows, torch.float32)
+    num_items = work.shape[0] if total_q else 0
+    merge = None
+    if needs_merge and total_q:
         entries = merge_partials.numel()
         if entries == 0:  # query tokens without keys: their zeros are written by the merge
             merge_partials = merge_offsets
         if counts is None:
-            merge = choose_combine(dtype, dim, sinks is not None, entries, total_q)
+            merge = choose_combine(dtype, dim, has_sinks, entries, total_q)
         else:
-            merge = choose_device_combine(dtype, dim, sinks is not None, total_q * heads)
-        _function(merge)(
-            out,
-            lse,
-            partial_out,
-            partial_lse,
-            merge_offsets,
-            merge_partials,
-            sinks,
-            counts,
-            _ANY_WIDTH if tree_mask is None else tree_mask.shape[1],
-        )
+            merge = choose_device_combine(dtype, dim, has_sinks, total_q * heads)
+    ctas = min(num_items, config.ctas_per_sm * sm_count(q.device))
+    out_ready = out is None or tma_ready("out", out) is out
+    return PagedLaunch(
+        attend=_function(config) if num_items else None,
+        merge=None if merge is None else _function(merge),
+        device=q.device,
+        other_devices=torch.cuda.device_count() > 1,
+        allocate=allocator(q.device),
+        out=contiguous(q.shape, q.dtype),
+        lse=contiguous((total_q, heads), torch.float32),
+        return_lse=return_lse,
+        partials=partials,
+        workspace=given,
+        plan=tuple(
+            prepared(x)
+            for x in (cols, work, q_tokens, q_positions, q_index if config.tree else None)
+        ),
+        merge_lists=(prepared(merge_offsets), prepared(merge_partials)),
+        counts=prepared(counts),
+        scalars=(scale, softcap, window_left, window_right, ctas),
+        # Not where strides need repair, nor where no compiled function looks at the arguments.
+        reusable=num_items > 0
+        and out_ready
+        and all(x is y for x, y in zip(ready, (q, k_pages, v_pages), strict=True)),
+    )
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    *plan: Any,
+    sinks: torch.Tensor | None,
+    tree_mask: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes as in `flashcore.paged_attention` and `Plan`: (out like q, lse [total_q,
+    num_q_heads]).
+
+    plan, options: those of `paged_launch`, from `cols` on. counts: of a plan made on the device,
+    whose tensors are at capacity. workspace: fp32 [num_partial_tokens, num_q_heads, head_dim], the
+    same without the last axis, and a `scheduler_scratch` of its own. out: to write the result to.
+    Both are made where not given.
+
+    Raises NotImplementedError for a dtype, ValueError for a head_dim, page size or stride that the
+    kernels cannot take.
+    """
+    launch = paged_launch(
+        q,
+        k_pages,
+        v_pages,
+        *plan,
+        has_sinks=sinks is not None,
+        has_tree_mask=tree_mask is not None,
+        out=out,
+        **options,
+    )
+    out, lse = launch(q, k_pages, v_pages, sinks, tree_mask, out)
+    assert lse is not None  # return_lse is the default
     return out, lse
+
+
+def _ready(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tma_ready("q", q), tma_ready("k_pages", k_pages), tma_ready("v_pages", v_pages)
 
 
 @lru_cache(maxsize=64)

@@ -28,6 +28,20 @@ def load_function(path: Path, symbol: str, toolkit: str) -> CompiledFunction:
     return function
 
 
+def prepared(tensor: Any) -> Any:
+    """`tensor` as an argument that is passed again and again: most of what it costs is paid here.
+
+    The tensor itself where it lies on no GPU, and where torch is too old to hand it over without
+    waiting for streams. A compiled function runs on the stream that is current for a torch tensor
+    among its arguments, so one argument must stay one.
+    """
+    if tensor is None or not tensor.is_cuda or not hasattr(tensor, "__dlpack_c_exchange_api__"):
+        return tensor
+    from tvm_ffi import from_dlpack
+
+    return from_dlpack(tensor)
+
+
 @lru_cache(maxsize=4)
 def open_runtime_library(toolkit: str) -> ctypes.CDLL:
     """Open the DSL's runtime library for the whole process; kernels leave its symbols undefined."""

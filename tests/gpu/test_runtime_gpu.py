@@ -176,6 +176,93 @@ def test_head_dim_64_against_the_reference(causal: bool, seqlen_q: int, seqlen_k
         assert torch.equal(flashcore.attention(q, k, v, causal=causal, return_lse=True)[0], out)
 
 
+def decode(prefix_pages: int) -> dict[str, Any]:
+    """Two sequences that decode; with a common prefix their partial results are merged."""
+    own = [[8, 9], [10, 11]]
+    table = torch.tensor([[*range(prefix_pages), *pages] for pages in own], dtype=torch.int32)
+    length = 64 * (prefix_pages + 2)
+    plan = flashcore.plan(
+        flashcore.layout_from_page_table(
+            table, torch.tensor([length - 9, length - 20]), page_tokens=64
+        ),
+        q_lens=[1, 1],
+        num_q_heads=8,
+        num_kv_heads=2,
+        head_dim=128,
+        page_tokens=64,
+    )
+    assert plan.needs_merge == (prefix_pages > 0)
+    generator = torch.Generator("cuda").manual_seed(prefix_pages)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    k, v = normal(12, 64, 2, 128), normal(12, 64, 2, 128)
+    return {"q": normal(2, 8, 128), "k_pages": k, "v_pages": v, "plan": plan.to("cuda")}
+
+
+@pytest.mark.parametrize("prefix_pages", [0, 8])
+def test_remembered_paged_calls(prefix_pages: int) -> None:
+    """The second call skips the checks and finds its buffers: new inputs, streams and graphs."""
+    given = decode(prefix_pages)
+    on_cpu = {name: value.to("cpu") for name, value in given.items()}
+    expected = flashcore.paged_attention(**on_cpu).cuda().double()
+    first = flashcore.paged_attention(**given)
+    assert float((first.double() - expected).norm() / expected.norm()) < 5e-3
+    assert torch.equal(flashcore.paged_attention(**given), first)
+    assert len(given["plan"].launches) == 1
+    out, lse = flashcore.paged_attention(**given, return_lse=True)
+    kept = lse.clone()
+    other = {**given, "q": torch.randn_like(given["q"])}
+    assert not torch.equal(flashcore.paged_attention(**other), first)
+    flashcore.paged_attention(**other, return_lse=True)
+    assert torch.equal(out, first)
+    assert torch.equal(lse, kept)  # a returned LSE is the caller's
+    into = torch.empty_like(first)
+    for _ in range(2):
+        into.fill_(float("nan"))
+        assert flashcore.paged_attention(**given, out=into) is into
+        assert torch.equal(into, first)
+    late = {**given, "q": torch.zeros_like(given["q"])}
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late["q"].copy_(given["q"])
+        results = [flashcore.paged_attention(**late) for _ in range(2)]
+    stream.synchronize()
+    assert all(torch.equal(result, first) for result in results)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = flashcore.paged_attention(**given)
+    captured.fill_(float("nan"))
+    flashcore.paged_attention(**other)
+    graph.replay()
+    beside = flashcore.paged_attention(**other)
+    torch.cuda.synchronize()
+    assert torch.equal(captured, first)
+    assert torch.equal(beside, flashcore.paged_attention(**other))
+
+
+def test_remembered_paged_calls_refuse_what_does_not_fit() -> None:
+    given = decode(8)
+    for _ in range(2):
+        flashcore.paged_attention(**given)
+    k = given["k_pages"]
+    wide = torch.zeros(12, 64, 2, 136, device="cuda", dtype=torch.bfloat16)
+    bad = [
+        ({"v_pages": k.cpu()}, "v_pages must be on the device of q"),
+        ({"v_pages": k.half()}, "v_pages must have the dtype of q"),
+        ({"v_pages": k[:11]}, "v_pages must have at least 12 pages"),
+        ({"k_pages": k[:, :32]}, "k_pages must have the plan's"),
+        ({"k_pages": wide[..., 4:132]}, "k_pages must start at an address divisible by 16"),
+        ({"q": given["q"].clone().requires_grad_()}, "q requires a gradient"),
+    ]
+    for change, message in bad:
+        with pytest.raises((TypeError, ValueError), match=message):
+            flashcore.paged_attention(**{**given, **change})
+
+
 def test_second_process_loads_without_the_dsl() -> None:
     q, k, v = inputs()
     attend(q, k, v)  # now in the cache
