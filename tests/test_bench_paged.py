@@ -75,7 +75,8 @@ def measured(*providers: PagedProvider, problem: PagedProblem = SHARED) -> dict[
 def complete(result: dict[str, Any]) -> dict[str, Any]:
     return {
         **{"device": "a GPU", "driver": "1", "commit": "abc", "date": "2026-01-01T00:00:00"},
-        **{"read_bandwidth": READ, "fastest_read_gbs": 2.0, "method": "graphs"},
+        **{"read_bandwidth": READ, "streaming_read_gbs": 1.0, "fastest_read_gbs": 2.0},
+        "method": "graphs",
         **{"empty_graph_ms": 0.002, "summary": summarise(result["rows"])},
         **result,
     }
@@ -177,6 +178,7 @@ def test_rows_have_the_promised_fields() -> None:
     assert row["unique_kv_bytes"] == unique
     assert row["bound_ms"] == pytest.approx(unique / 1e9 * 1e3)
     assert row["ratio_to_bound"] == pytest.approx(1.0 / row["bound_ms"])
+    assert row["ratio_to_fastest_read"] == pytest.approx(2.0 / row["bound_ms"])
     assert row["reuse"] == pytest.approx(0.5)
     assert row["same_bits_on_repeats"]
     assert row["relative_error"] < 3e-3
@@ -410,17 +412,16 @@ def test_readme_table_is_of_the_rows() -> None:
     by_kernel = {row["kernel"]: row["ms"] for row in result["rows"]}
     add_bounds(result["rows"], 1e9, 2e9)
     about = {"versions": {"torch": "2"}, "command": "flashcore bench paged"}
+    head = report.paged_table({**complete(result), **about}).splitlines()[0]
+    assert "FA4" not in head  # which did not run
     text = report.paged_table({**complete(result), **about})
     cells = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
     assert cells[0] == "3 x 128, 4/2 heads, pages of 16"
     assert cells[1] == "50%"
-    assert cells[3:8] == [
-        f"{by_kernel['fa3']:.3f}",
-        "",
-        f"{by_kernel['cascade_fa2']:.3f}",
-        "",
-        f"{by_kernel['flashcore']:.3f}",
-    ]
+    assert cells[3:6] == [f"{by_kernel[k]:.3f}" for k in ("fa3", "cascade_fa2", "flashcore")]
+    unique_ms = (96 + 3 * 32) * 2 * 2 * 64 * 2 / 1e6
+    assert cells[6:8] == [f"{by_kernel['flashcore'] * k / unique_ms:.3f}" for k in (1, 2)]
     best = min(by_kernel["fa3"], by_kernel["cascade_fa2"])
     assert cells[-1] == f"{best / by_kernel['flashcore']:.2f}"
-    assert "Bound: distinct KV bytes / 1 GB/s" in text
+    assert "KV bytes / 1 GB/s, streamed in the same run by torch.sum of bf16; x read: by" in text
+    assert "2 GB/s, a loop" in text
