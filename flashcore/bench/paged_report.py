@@ -167,7 +167,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         )
     axes.axhline(1.0, color="#444444", linewidth=1)
     axes.set_yscale("log", base=2)
-    ticks = [1, 1.25, 1.5, 2, 3, 4, 6, 8]
+    ticks = [1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24]
     heights = [row["ratio_to_bound"] for rows in found.values() for row in rows.values()]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
