@@ -232,7 +232,7 @@ def test_our_own_wrong_result_is_not_timed() -> None:
     assert measured(ours(1.1))["rows"] == []
 
 
-def test_turns_are_interleaved_rotated_and_the_first_round_is_dropped() -> None:
+def test_turns_are_interleaved_shuffled_and_the_first_round_is_dropped() -> None:
     order: list[str] = []
 
     def start(graph: Any) -> Callable[[], float]:
@@ -240,10 +240,15 @@ def test_turns_are_interleaved_rotated_and_the_first_round_is_dropped() -> None:
         number = float(len(order))
         return lambda: number
 
-    timings = time_graphs({name: name for name in "abc"}, rounds=3, start=start)  # type: ignore
-    assert "".join(order) == "abcbcacababc"
-    assert timings["a"].rounds == 3
-    assert timings["a"].median_ms == 8.0
+    timings = time_graphs({name: name for name in "abc"}, rounds=31, start=start)  # type: ignore
+    rounds = ["".join(order[at : at + 3]) for at in range(0, 96, 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert {pair for turn in rounds for pair in (turn[:2], turn[1:])} == {
+        *("ab", "ba", "ac", "ca", "bc", "cb")
+    }
+    assert timings["a"].rounds == 31
+    turns = [number + 1 for number, name in enumerate(order) if name == "a"][1:]
+    assert timings["a"].median_ms == sorted(turns)[15]
 
 
 def test_summary_table_and_plot(tmp_path: Path) -> None:
@@ -298,9 +303,18 @@ def test_random_batches_are_timed_against_sharing_ignored(monkeypatch: pytest.Mo
     assert inputs.batch.unique_tokens == 256 + 44 + 144
     assert plan_of(problem, inputs).stats().tokens_unique == inputs.batch.unique_tokens
     monkeypatch.setattr(random_sharing, "random_batches", lambda count, seed: [batch])
-    times = iter([3.0, 2.0] * 2)
-    found = random_sharing.run_random(1, machine(lambda graph: next(times)), rounds=1)
-    assert found["worst"] == found["median"] == pytest.approx(2 / 3)  # the turns swap
+    shared_groups: dict[Any, int] = {}
+
+    def remembered(inputs: PagedInputs, plan: flashcore.Plan) -> Callable[[], torch.Tensor]:
+        call = our_call(inputs, plan)
+        shared_groups[call] = plan.stats().num_shared_groups
+        return call
+
+    monkeypatch.setattr(random_sharing, "our_call", remembered)
+    times = machine(lambda graph: 2.0 if shared_groups[graph.call] else 3.0)
+    found = random_sharing.run_random(1, times, rounds=1)
+    assert sorted(shared_groups.values()) == [0, 1]
+    assert found["worst"] == found["median"] == pytest.approx(2 / 3)
     assert (found["above_1"], found["above_1_05"]) == (0, 0)
 
 

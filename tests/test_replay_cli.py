@@ -108,6 +108,10 @@ def test_attention_is_timed_when_asked(capsys: pytest.CaptureFixture[str]) -> No
     )["samples"]
     assert samples["attention_ms"]["min"] > 0
     assert samples["heads"] == "2x1x32"
+    steps = samples["steps"]
+    assert [step["step"] for step in steps] == [50 * place for place in range(len(steps))]
+    assert min(s["attention_ms"] for s in steps) == samples["attention_ms"]["min"]
+    assert all(s["query_tokens"] >= s["sequences"] and "fa3_ms" not in s for s in steps)
 
 
 def test_plot_and_csv(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

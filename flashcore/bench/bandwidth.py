@@ -19,7 +19,7 @@ TORCH_SUM = "torch.sum of bf16"
 _BYTES = 4 << 30  # eighty times the L2
 
 
-def read_bandwidth(device: str, rounds: int = 10) -> dict[str, float]:
+def read_bandwidth(device: str, rounds: int = 30) -> dict[str, float]:
     """Bytes per second of each way to read 4 GiB once, nothing of them in L2, by name, medians."""
     words = torch.empty(_BYTES // 4, dtype=torch.int32, device=device).random_()
     words.bitwise_and_(0x3FFF3FFF)  # as bf16 and fp32 small positive numbers
