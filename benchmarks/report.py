@@ -107,9 +107,9 @@ def paged_table(data: dict[str, Any]) -> str:
         decode = ours["q_len"] == 1  # prefill is bound by arithmetic
         bound = f"{ours['bound_ms']:.3f}" if decode else ""
         over = " | ".join(f"{ours[name]:.3f}" if decode else "" for name in ratios)
-        fa3 = f"{kernels['fa3']['ms'] / ours['ms']:.2f}" if "fa3" in kernels else ""
+        fa3 = f"{kernels['fa3']['ms'] / ours['ms']:.3f}" if "fa3" in kernels else ""
         peers = [row["ms"] for name, row in kernels.items() if name != "flashcore"]
-        best = f"{min(peers) / ours['ms']:.2f}" if peers else ""
+        best = f"{min(peers) / ours['ms']:.3f}" if peers else ""
         rows.append(
             f"| {_paged_label(ours)} | {ours['reuse']:.0%} | {bound} | {' | '.join(times)} | "
             f"{over} | {fa3} | {best} |"
