@@ -86,12 +86,16 @@ def dense_table(data: dict[str, Any]) -> str:
 
 def paged_table(data: dict[str, Any]) -> str:
     """Figures of paged_h100.json as Markdown: milliseconds of one layer, and ratios."""
-    rows = [
-        "| sequences x tokens | not unique | bound | "
-        + " | ".join(PAGED_KERNELS.values())
-        + " | x bound | FA3 / flashcore | best peer / flashcore |",
-        "|---" * (6 + len(PAGED_KERNELS)) + "|",
-    ]
+    run = {row["kernel"] for row in data["rows"]}
+    shown = [name for name in PAGED_KERNELS if name in run]
+    head = ["sequences x tokens", "not unique", "bound", *(PAGED_KERNELS[k] for k in shown)]
+    ratios = {
+        name: title
+        for name, title in (("ratio_to_bound", "x bound"), ("ratio_to_fastest_read", "x read"))
+        if all(name in row for row in data["rows"])
+    }
+    head += [*ratios.values(), "FA3 / flashcore", "best peer / flashcore"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     workloads: dict[str, dict[str, Any]] = {}
     for row in data["rows"]:
         workloads.setdefault(row["workload"], {})[row["kernel"]] = row
@@ -99,26 +103,31 @@ def paged_table(data: dict[str, Any]) -> str:
         ours = kernels.get("flashcore")
         if ours is None:
             continue
-        times = [f"{kernels[k]['ms']:.3f}" if k in kernels else "" for k in PAGED_KERNELS]
+        times = [f"{kernels[k]['ms']:.3f}" if k in kernels else "" for k in shown]
         decode = ours["q_len"] == 1  # prefill is bound by arithmetic
         bound = f"{ours['bound_ms']:.3f}" if decode else ""
-        over = f"{ours['ratio_to_bound']:.3f}" if decode else ""
-        fa3 = f"{kernels['fa3']['ms'] / ours['ms']:.2f}" if "fa3" in kernels else ""
+        over = " | ".join(f"{ours[name]:.3f}" if decode else "" for name in ratios)
+        fa3 = f"{kernels['fa3']['ms'] / ours['ms']:.3f}" if "fa3" in kernels else ""
         peers = [row["ms"] for name, row in kernels.items() if name != "flashcore"]
-        best = f"{min(peers) / ours['ms']:.2f}" if peers else ""
+        best = f"{min(peers) / ours['ms']:.3f}" if peers else ""
         rows.append(
             f"| {_paged_label(ours)} | {ours['reuse']:.0%} | {bound} | {' | '.join(times)} | "
             f"{over} | {fa3} | {best} |"
         )
     read, versions = data["read_bandwidth"], data["versions"]
+    fastest = ""
+    if "fastest_method" in read:
+        rate = f"{read['fastest_bytes_per_second'] / 1e9:.0f} GB/s"
+        fastest = f"; x read: by the fastest read found, {rate}, {read['fastest_method']}"
     numbers = {row["kernel"]: row["version"] for row in data["rows"]}
     named = [f"sgl_kernel {numbers['fa3']} (FA3)"] if "fa3" in numbers else []
+    named += [f"FA4 {numbers['fa4']}"] if "fa4" in numbers else []
     named += [f"FlashInfer {numbers['flashinfer']}"] if "flashinfer" in numbers else []
     return (
         "\n".join(rows) + f"\n\nBound: distinct KV bytes / {read['bytes_per_second'] / 1e9:.0f} "
-        f"GB/s streamed in the same run. {data['device']}, driver {data['driver']}, torch "
-        f"{versions['torch']}, {', '.join(named)}, {data['date'][:10]}, commit {data['commit']}; "
-        f"`{data['command']}`"
+        f"GB/s, streamed in the same run by {read['method']}{fastest}. {data['device']}, driver "
+        f"{data['driver']}, torch {versions['torch']}, {', '.join(named)}, {data['date'][:10]}, "
+        f"commit {data['commit']}; `{data['command']}`"
     )
 
 
@@ -136,6 +145,7 @@ def _paged_label(row: dict[str, Any]) -> str:
 
 PAGED_KERNELS = {
     "fa3": "FA3",
+    "fa4": "FA4",
     "flashinfer": "FlashInfer",
     "cascade_fa2": "its cascade, fa2",
     "cascade_fa3": "its cascade, fa3",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flashcore.cli import replay
 from flashcore.cli.progress import ProgressBar
@@ -107,6 +108,10 @@ def test_attention_is_timed_when_asked(capsys: pytest.CaptureFixture[str]) -> No
     )["samples"]
     assert samples["attention_ms"]["min"] > 0
     assert samples["heads"] == "2x1x32"
+    steps = samples["steps"]
+    assert [step["step"] for step in steps] == [50 * place for place in range(len(steps))]
+    assert min(s["attention_ms"] for s in steps) == samples["attention_ms"]["min"]
+    assert all(s["query_tokens"] >= s["sequences"] and "fa3_ms" not in s for s in steps)
 
 
 def test_plot_and_csv(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -212,3 +217,13 @@ def test_progress_only_on_a_terminal_or_when_asked() -> None:
         assert "replay [############################] 3/3" in text
         assert text.endswith("\r")
         assert text.split("\r")[-2].strip() == ""  # the line is cleared
+
+
+def test_a_report_of_a_gpu_names_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(replay, "head", lambda commit: {"device": "a GPU", "commit": commit})
+    report = run_json(capsys, "--device", "cuda", "--commit", "abc", *FAST)
+    assert (report["device"], report["commit"]) == ("a GPU", "abc")
+    assert "device" not in run_json(capsys, *FAST)

@@ -7,6 +7,7 @@ Run the benchmark there with FLASHCORE_CACHE_DIR=FOLDER.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def kernels() -> list[Kernel]:
 
 def main() -> int:
     cache = KernelCache.open(Path(sys.argv[1]))
-    built = prebuild(kernels(), cache.folder, cache.target, jobs=2)
+    built = prebuild(kernels(), cache.folder, cache.target, jobs=os.cpu_count() or 1)
     for result in built:
         print(result.error or "ok", result.kernel.describe())
     return int(any(result.error for result in built))

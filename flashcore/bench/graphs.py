@@ -2,13 +2,14 @@
 
 A sample is: fill the L2 with something else, event, one replay, event. Nothing is subtracted; the
 launch of the graph's first kernel hides behind the filling, its start on the GPU does not. In a
-round everybody has one turn, so that all see the same clocks.
+round everybody has one turn, in a random order, so that all see the same clocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
@@ -89,12 +90,16 @@ def start_sample(graph: Graph, flush: Callable[[], None]) -> Pending:
 def time_graphs(
     graphs: Mapping[str, Graph], *, rounds: int, start: Callable[[Graph], Pending]
 ) -> dict[str, Timing]:
-    """Median time of each, after one round that does not count."""
-    names = list(graphs)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    """Median time of each, after one round that does not count.
+
+    Each round shuffles the order anew, the same way in every run: who comes after a kernel that
+    draws much power has lower clocks, and that must not always be the same one.
+    """
+    order = list(graphs)
+    samples: dict[str, list[float]] = {name: [] for name in order}
+    shuffle = Random(0).shuffle
     for turn in range(rounds + 1):
-        shift = turn % max(1, len(names))  # nobody always follows the same one
-        order = [*names[shift:], *names[:shift]]
+        shuffle(order)
         pending = [(name, start(graphs[name])) for name in order]
         for name, milliseconds in pending:
             value = milliseconds()

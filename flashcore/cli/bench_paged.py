@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flashcore.bench.paged_problems import PagedProblem
     from flashcore.bench.paged_providers import PagedProvider
 
-_BYTES_OF = ("8x131072-70", "8x65536-70-mha", "16x32768-50")
+_COUNTED_KERNELS = ("flashcore", "fa3", "flashinfer", "cascade_fa2")
 _RANDOM_ROUNDS = 25  # at least: batches of 20 us are compared to a few percent
 _NEEDED = {
     *("device", "driver", "commit", "date", "rows", "summary", "skipped"),
@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dram",
         nargs="?",
-        const=",".join(_BYTES_OF),
+        const="",
         metavar="A,B",
         help="also count the DRAM bytes read with ncu, on these workloads (default: the longest "
-        "three)",
+        f"three), by {', '.join(_COUNTED_KERNELS)}",
     )
     parser.add_argument(
         "--once",
@@ -118,9 +118,10 @@ def _measure(
 ) -> dict[str, Any]:
     import torch
 
-    from flashcore.bench.bandwidth import read_bandwidth
+    from flashcore.bench.bandwidth import TORCH_SUM, read_bandwidth
     from flashcore.bench.machine import read_clocks
     from flashcore.bench.paged import add_bounds, cuda_machine, empty_graph_ms, run_paged
+    from flashcore.bench.paged_bars import bars_of
     from flashcore.bench.paged_report import summarise
 
     idle = read_clocks()
@@ -138,13 +139,13 @@ def _measure(
     after = read_bandwidth(machine.device)
     torch.cuda.empty_cache()
     rates = {name: max(rate, after[name]) for name, rate in before.items()}
-    method = max(rates, key=lambda name: rates[name])
+    fastest = max(rates, key=lambda name: rates[name])
     rows, skipped = measured["rows"], measured["skipped"]
-    add_bounds(rows, rates[method])
+    add_bounds(rows, rates[TORCH_SUM], rates[fastest])
     extra = _extras(args, machine, skipped)
-    if args.dram:
+    if args.dram is not None:
         _add_dram(args.dram, rows, skipped)
-    return {
+    result = {
         **head(args.commit),
         "clocks": {"before": idle, "during": measured["clocks"]},
         "method": (
@@ -152,16 +153,21 @@ def _measure(
             f"flushed before by a {args.flush} of 256 MiB, in turns, medians; nothing subtracted"
         ),
         "read_bandwidth": {
-            "bytes_per_second": rates[method],
-            "method": method,
+            "bytes_per_second": rates[TORCH_SUM],
+            "method": TORCH_SUM,
+            "fastest_bytes_per_second": rates[fastest],
+            "fastest_method": fastest,
             "all_methods": {"before": before, "after": after},
         },
+        "streaming_read_gbs": rates[TORCH_SUM] / 1e9,
+        "fastest_read_gbs": rates[fastest] / 1e9,
         "empty_graph_ms": empty_graph_ms(machine, args.rounds),
         "skipped": [f"{name}: {why}" for name, why in missing.items()] + skipped,
         "rows": rows,
         "summary": summarise(rows),
         **extra,
     }
+    return {**result, "bars": bars_of(result)}
 
 
 def _extras(args: argparse.Namespace, machine: Any, skipped: list[str]) -> dict[str, Any]:
@@ -180,10 +186,13 @@ def _extras(args: argparse.Namespace, machine: Any, skipped: list[str]) -> dict[
 
 def _add_dram(workloads: str, rows: list[dict[str, Any]], skipped: list[str]) -> None:
     from flashcore.bench.dram import CountError, count_bytes
+    from flashcore.bench.paged_bars import COUNTED
 
     _say("counting DRAM bytes")
-    names = [name for name in workloads.split(",") if any(r["workload"] == name for r in rows)]
-    kernels = list(dict.fromkeys(r["kernel"] for r in rows if r["workload"] in names))
+    wanted = workloads.split(",") if workloads else COUNTED
+    names = [name for name in wanted if any(row["workload"] == name for row in rows)]
+    timed = {row["kernel"] for row in rows if row["workload"] in names}
+    kernels = [name for name in _COUNTED_KERNELS if name in timed]
     try:
         counted = count_bytes(names, kernels) if names else {}
     except CountError as error:

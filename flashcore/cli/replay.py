@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashcore.cli.bench import head
 from flashcore.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    group.add_argument("--commit", help="commit to record where the package is no git checkout")
     group.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw reuse and batch size over time"
     )
@@ -163,6 +165,8 @@ def run(args: argparse.Namespace) -> int:
         shape, engine_settings, sample_settings = _settings(args)
         trace = read_trace(args.trace, args.requests)
         report, engine = _replay(trace, shape, engine_settings, sample_settings, args.progress)
+        if args.device == "cuda":
+            report = {**head(args.commit), **report}
         _write_outputs(args, engine, report)
     except (TraceError, _UsageError, MemoryError) as error:
         print(f"flashcore replay: {error}", file=sys.stderr)

@@ -109,6 +109,7 @@ def _samples(sampler: StepSampler) -> Report:
         "fa3_absent": sampler.peer_absent,
         "plan_reuse": _distribution(np.array(sampler.plan_reuse)),
         "disagreements": sampler.disagreements,
+        "steps": sampler.steps,
     }
 
 

@@ -62,6 +62,7 @@ class StepSampler:
     peer_absent: str | None = None  # why it was not timed
     plan_reuse: list[float] = field(default_factory=list)  # after the plan gave small groups back
     disagreements: int = 0
+    steps: list[dict[str, float]] = field(default_factory=list)  # each one, and its attention's ms
     _pools: tuple[torch.Tensor, torch.Tensor] | None = None
     _generator: torch.Generator | None = None
     _timer: GpuTimer | None = None
@@ -95,6 +96,7 @@ class StepSampler:
         self.layout_ms.append(layout_ms)
         self.plan_ms.append(plan_ms)
         self._compare(engine, layout, plan)
+        self.steps.append(_facts(engine, q_lens))
         if self.settings.attention:
             k_pages, v_pages = self._kv_pools(engine)
             q = self._random(int(q_lens.sum()), self.settings.num_q_heads, self.settings.head_dim)
@@ -102,7 +104,7 @@ class StepSampler:
                 _, attention_ms = self._timed(
                     lambda: flashcore.paged_attention(q, k_pages, v_pages, plan, causal=True)
                 )
-                self.attention_ms.append(attention_ms)
+                self._add_times(attention_ms, None)
             else:
                 step = GpuStep(q, k_pages, v_pages, plan, page_table, lengths, queries)
                 self._time_on_gpu(step)
@@ -113,11 +115,15 @@ class StepSampler:
             from flashcore.replay.gpu_attention import GpuTimer
 
             self._timer = GpuTimer()
-        ours, peer = self._timer.time(step)
+        self._add_times(*self._timer.time(step))
+        self.peer_absent = self._timer.peer_absent
+
+    def _add_times(self, ours: float, peer: float | None) -> None:
         self.attention_ms.append(ours)
+        self.steps[-1]["attention_ms"] = ours
         if peer is not None:
             self.peer_ms.append(peer)
-        self.peer_absent = self._timer.peer_absent
+            self.steps[-1]["fa3_ms"] = peer
 
     def _layout(
         self, table: torch.Tensor, lengths: torch.Tensor, resident: torch.Tensor, page_tokens: int
@@ -197,6 +203,17 @@ class StepSampler:
         # CPUs have no fast bf16 product; GPUs serve in it.
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         return torch.randn(shape, generator=self._generator, dtype=dtype, device=device)
+
+
+def _facts(engine: Engine, q_lens: Any) -> dict[str, float]:
+    step = engine.log[-1]
+    return {
+        "step": len(engine.log) - 1,
+        "sequences": len(q_lens),
+        "query_tokens": int(q_lens.sum()),
+        "tokens_per_sequence": int(step.tokens_per_sequence),
+        "tokens_once": int(step.tokens_once),
+    }
 
 
 def _page_table(engine: Engine) -> tuple[Any, Any, Any]:

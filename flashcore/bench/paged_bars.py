@@ -1,0 +1,125 @@
+"""What the paged kernel must reach, and whether a result of `flashcore bench paged` does.
+
+Every bar is the most that a figure may be: a time over another time, bytes over bytes, an error
+over an error. `goal` is what the bar is the cautious form of, where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flashcore.bench.paged_providers import OURS
+
+Row = dict[str, Any]
+
+TIME_OVER_BOUND = {
+    "8x131072-70": (1.04, 1.01),
+    "8x65536-70-mha": (1.02, 1.01),
+    "16x32768-50": (1.05, 1.02),
+    "32x8192-30": (1.08, 1.05),
+    "32x8192-70": (1.20, 1.12),
+    "64x8192-90": (1.35, 1.18),
+    "256x4096-90": (1.27, 1.12),
+    "ragged-tree": (1.3, 1.15),
+}
+"""Workload -> (bar, goal)."""
+BEST_PEER = (
+    *("32x8192-0-page128", "32x8192-0-page64", "32x8192-0-page16", "32x8192-0-page1"),
+    *("64x2048-0-64heads", "1x131072-0", "ragged-tree"),
+)
+"""Workloads that must not take longer than the best peer."""
+FA3 = ("prefill-16x2048",)
+"""Workloads that must not take longer than FlashAttention-3: bound by arithmetic."""
+COUNTED = ("8x131072-70", "8x65536-70-mha", "16x32768-50")
+"""Workloads whose DRAM bytes have a bar."""
+DRAM_BYTES = 1.1
+PLAN_US = 40.0
+RANDOM_MEDIAN, RANDOM_WORST = 1.0, 1.05
+ERROR_OVER_FA3 = 1.5
+DISTANCE_OVER_ERROR = 2.0
+
+
+def by_workload(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """Workload -> kernel -> row, in the order of the run."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row["workload"], {})[row["kernel"]] = row
+    return found
+
+
+def bars_of(result: dict[str, Any]) -> list[Row]:
+    """`workload, figure, value, bar, met` of each; `value` and `met` are None where not measured.
+
+    Of the workloads that ran, and of those extras (plan, random batches, DRAM bytes) that did.
+    """
+    found: list[Row] = []
+    for workload, kernels in by_workload(result["rows"]).items():
+        if OURS in kernels:
+            found += _of_workload(workload, kernels)
+    found += list(_of_extras(result))
+    return found
+
+
+def format_bars(bars: list[Row]) -> list[str]:
+    """A line each: PASS, MISS, or a dash where the figure was not measured."""
+    lines = []
+    for bar in bars:
+        word = {True: "PASS", False: "MISS", None: "-"}[bar["met"]]
+        value = "not measured" if bar["value"] is None else f"{bar['value']:.3f}"
+        goal = "" if bar["goal"] is None else f", goal {bar['goal']:g}"
+        text = f"{word:<5}{bar['workload']:<20}{bar['figure']:<44}{value:>12}"
+        lines.append(f"{text}, bar {bar['bar']:g}{goal}")
+    return lines
+
+
+def _of_workload(workload: str, kernels: dict[str, Row]) -> list[Row]:
+    ours, fa3 = kernels[OURS], kernels.get("fa3")
+    peers = [row["ms"] for name, row in kernels.items() if name != OURS]
+    found = []
+    if workload in TIME_OVER_BOUND:
+        limit, goal = TIME_OVER_BOUND[workload]
+        found.append(_bar(workload, "time / bound", ours["ratio_to_bound"], limit, goal))
+    if workload in BEST_PEER:
+        over = ours["ms"] / min(peers) if peers else None
+        found.append(_bar(workload, "time / the best peer's", over, 1.0))
+    if workload in FA3:
+        over = ours["ms"] / fa3["ms"] if fa3 else None
+        found.append(_bar(workload, "time / FA3's", over, 1.0))
+    if workload in COUNTED:
+        read = ours.get("dram_read_bytes")
+        over = None if read is None else read / ours["unique_kv_bytes"]
+        found.append(_bar(workload, "DRAM bytes / unique KV bytes", over, DRAM_BYTES))
+    error = ours["relative_error"]
+    over = error / fa3["relative_error"] if fa3 else None
+    found.append(_bar(workload, "error / FA3's", over, ERROR_OVER_FA3))
+    if "same_bits_on_repeats" in ours:
+        least = min(error, ours["relative_error_with_sharing_ignored"])
+        over = ours["relative_distance_with_sharing_ignored"] / least
+        figure = "sharing found to ignored / error"
+        found.append(_bar(workload, figure, over, DISTANCE_OVER_ERROR))
+        differ = float(not ours["same_bits_on_repeats"])
+        found.append(_bar(workload, f"other bits in {ours['repeats']} repeats", differ, 0.0))
+    return found
+
+
+def _of_extras(result: dict[str, Any]) -> Iterator[Row]:
+    for plan in result.get("plan", []):
+        name = f"{plan['sequences']}x{plan['pages']} pages"
+        yield _bar(name, "plan on the GPU, us", plan["us"], PLAN_US)
+    random = result.get("random")
+    if random:
+        name = f"{random['batches']} random"
+        figure = "time / time with sharing ignored"
+        yield _bar(name, f"{figure}, median", random["median"], RANDOM_MEDIAN)
+        yield _bar(name, f"{figure}, worst", random["worst"], RANDOM_WORST)
+
+
+def _bar(
+    workload: str, figure: str, value: float | None, bar: float, goal: float | None = None
+) -> Row:
+    met = None if value is None else value <= bar
+    return {
+        **{"workload": workload, "figure": figure, "value": value},
+        **{"bar": bar, "goal": goal, "met": met},
+    }
