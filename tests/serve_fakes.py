@@ -21,7 +21,6 @@ class FakeWorker:
 
     def __init__(self, options: EngineOptions, calls: list[str]) -> None:
         self.backend, self.options, self.calls = options.backend, options, calls
-        self.ready = {"start_s": 1.0, "capacity": 1}
         calls.append(f"start {options.shape.name} {self.backend} {options.decode_batches}")
 
     def __enter__(self) -> FakeWorker:
@@ -29,6 +28,9 @@ class FakeWorker:
 
     def __exit__(self, *_: object) -> None:
         self.calls.append(f"stop {self.backend}")
+
+    def ready(self) -> dict[str, Any]:
+        return {"start_s": 1.0, "capacity": 1}
 
     def counters(self) -> str | None:
         return "reuse: 2.00" if self.backend == "flashcore" else None

@@ -347,7 +347,8 @@ def test_counters_are_read_from_the_log_once(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("sglang") is not None, reason="SGLang would start")
 def test_a_worker_that_ends_says_why(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log, pytest.raises(WorkerError) as raised:
-        Worker(OPTIONS, log)
+        with Worker(OPTIONS, log) as worker:
+            worker.ready()
     assert "the engine with backend fa3 ended; its last lines" in str(raised.value)
     assert "No module named 'sglang'" in str(raised.value)
 

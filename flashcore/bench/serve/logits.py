@@ -124,6 +124,7 @@ def compare_backends(
                 decode_batches=(len(comparison_prompts(one.shape.vocab)),),
             )
             with log_file(log_dir, ready) as log, Worker(ready, log) as worker:
+                worker.ready()
                 command = {"do": "logits", "file": str(files[one.backend]), "forced": tokens}
                 tokens = worker.ask(command, _TIMEOUT_S)["tokens"]
         return compare({name: np.load(file) for name, file in files.items()})

@@ -289,6 +289,7 @@ def run_soak(
         max_total_tokens=options.max_total_tokens or 2 * context,
     )
     with log_file(log_dir, ready) as log, Worker(ready, log) as worker:
+        worker.ready()
         command = {"do": "soak", "minutes": minutes, "seed": seed}
         result = worker.ask(command, 60 * minutes + 600)
     return judged({"backend": options.backend, "model": options.shape.name, **result})

@@ -54,18 +54,24 @@ class Worker:
         os.close(send)
         self._answers: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, args=(receive,), daemon=True).start()
-        try:
-            self.ready = self.ask(asdict(options), START_TIMEOUT_S)
-        except BaseException:
-            self.stop(patience=5)
-            raise
+        self._tell(asdict(options))
+
+    def ready(self) -> dict[str, Any]:
+        """Wait for the engine to start; what it says of itself. To be called first, and once."""
+        return self._answer(START_TIMEOUT_S)
 
     def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
         """The answer to a command; WorkerError if the process ends or stays silent."""
+        self._tell(command)
+        return self._answer(timeout)
+
+    def _tell(self, command: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then the answer is that it ended
             self._process.stdin.write(json.dumps(command).encode() + b"\n")
             self._process.stdin.flush()
+
+    def _answer(self, timeout: float) -> dict[str, Any]:
         try:
             line = self._answers.get(timeout=timeout)
         except queue.Empty:
@@ -127,14 +133,16 @@ def run_serve(
     log_dir: Path | None = None,
     start: Callable[[EngineOptions, IO[bytes]], Worker] = Worker,
     after: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """`rows`, `skipped` and `engines` of the benchmark's JSON object.
 
     `options` has one entry a backend, all of one shape; a workload with a model of its own is run
     with that one. `together`: all engines are started first and take turns at each workload;
     otherwise each is started, does all workloads and ends. All that `rounds` times. `after` is told
-    what was done.
+    what was done; `keep` is given the result so far after each workload.
     """
+    page = options[0].page_size
     samples: dict[tuple[str, str], list[Sample]] = {}
     skipped: dict[str, str] = {}
     engines: list[dict[str, Any]] = []
@@ -149,44 +157,66 @@ def run_serve(
             answer["samples"][-1]["counters"] = worker.counters()
             samples.setdefault((workload.name, worker.backend), []).extend(answer["samples"])
         after(f"{workload.name}, {worker.backend}: {_brief(answer)}")
+        keep(result())
 
-    def engine(one: EngineOptions, stack: contextlib.ExitStack) -> Worker:
-        log = stack.enter_context(log_file(log_dir, one))
-        worker = stack.enter_context(start(one, log))
-        engines.append({"backend": one.backend, **worker.ready})
-        after(f"{one.shape.name}, {one.backend}: engine started in {worker.ready['start_s']:.0f} s")
-        return worker
+    def result() -> dict[str, Any]:
+        rows = [
+            make_row(workload, backend, shapes[workload.name], page, taken)
+            for workload in workloads
+            for backend in dict.fromkeys(one.backend for one in options)
+            if (taken := samples.get((workload.name, backend)))
+        ]
+        notes = [f"{what}: {why}" for what, why in skipped.items()]
+        return {"rows": rows, "skipped": notes, "engines": engines}
+
+    def launch(one: EngineOptions, stack: contextlib.ExitStack) -> Worker:
+        return stack.enter_context(start(one, stack.enter_context(log_file(log_dir, one))))
+
+    def started(one: EngineOptions, worker: Worker) -> bool:
+        try:
+            ready = worker.ready()
+        except WorkerError as error:
+            failed(one, error)
+            return False
+        engines.append({"backend": one.backend, **ready})
+        after(f"{one.shape.name}, {one.backend}: engine started in {ready['start_s']:.0f} s")
+        return True
+
+    def failed(one: EngineOptions, error: WorkerError) -> None:  # the others shall have their turn
+        skipped[f"{one.backend} on {one.shape.name}"] = str(error)
+        after(str(error))
+
+    def take_turns(fitted: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
+        with contextlib.ExitStack() as stack:
+            launched = [(one, launch(one, stack)) for one in fitted]  # they start side by side
+            workers = {one: worker for one, worker in launched if started(one, worker)}
+            for turn, workload in enumerate(group):
+                order = list(workers)
+                first = turn % max(1, len(order))
+                for one in (*order[first:], *order[:first]):
+                    try:
+                        take(workers[one], workload)
+                    except WorkerError as error:
+                        failed(one, error)
+                        del workers[one]
+
+    def one_after_the_other(fitted: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
+        for one in fitted:
+            with contextlib.ExitStack() as stack:
+                worker = launch(one, stack)
+                if started(one, worker):
+                    try:
+                        for workload in group:
+                            take(worker, workload)
+                    except WorkerError as error:
+                        failed(one, error)
 
     for shape, group in _by_model(workloads, options[0].shape):
         shapes.update({workload.name: shape for workload in group})
         fitted = [_fitted(one, shape, group, together) for one in options]
         for _ in range(rounds):
-            if together:
-                with contextlib.ExitStack() as stack:
-                    workers = [engine(one, stack) for one in fitted]
-                    for turn, workload in enumerate(group):
-                        first = turn % len(workers)
-                        for worker in (*workers[first:], *workers[:first]):
-                            take(worker, workload)
-                continue
-            for one in fitted:
-                try:
-                    with contextlib.ExitStack() as stack:
-                        worker = engine(one, stack)
-                        for workload in group:
-                            take(worker, workload)
-                except WorkerError as error:  # the others shall have their turn
-                    skipped[f"{one.backend} on {shape.name}"] = str(error)
-                    after(str(error))
-    page = options[0].page_size
-    rows = [
-        make_row(workload, backend, shapes[workload.name], page, samples[workload.name, backend])
-        for workload in workloads
-        for backend in dict.fromkeys(one.backend for one in options)
-        if (workload.name, backend) in samples
-    ]
-    notes = [f"{what}: {why}" for what, why in skipped.items()]
-    return {"rows": rows, "skipped": notes, "engines": engines}
+            (take_turns if together else one_after_the_other)(fitted, group)
+    return result()
 
 
 def counters_since(log: Path, offset: int) -> tuple[str | None, int]:
