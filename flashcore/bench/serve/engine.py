@@ -27,6 +27,8 @@ ENVIRONMENT = {  # what a run without a network needs; the user's own values win
     "TOKENIZERS_PARALLELISM": "false",
     "SGLANG_USE_SGL_FA3_KERNEL": "1",  # FA3 of sglang-kernel, not one fetched from a hub
     "SGLANG_SANITIZE_NAN_LOGITS": "0",  # a NaN shall be seen
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",  # which would take a minute
+    "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
 }
 
 

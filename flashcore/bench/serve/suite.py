@@ -79,7 +79,7 @@ class Worker:
         if line is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=10)  # its last words come after it closed the answers
-            raise WorkerError(self._failure("ended"))
+            raise WorkerError(self._failure(f"ended with status {self._process.poll()}"))
         answer: dict[str, Any] = json.loads(line)
         return answer
 
