@@ -21,7 +21,8 @@ class FakeWorker:
 
     def __init__(self, options: EngineOptions, calls: list[str]) -> None:
         self.backend, self.options, self.calls = options.backend, options, calls
-        calls.append(f"start {options.shape.name} {self.backend} {options.decode_batches}")
+        self.begun = False
+        calls.append(f"load {self.backend}")
 
     def __enter__(self) -> FakeWorker:
         return self
@@ -29,7 +30,15 @@ class FakeWorker:
     def __exit__(self, *_: object) -> None:
         self.calls.append(f"stop {self.backend}")
 
+    def begin(self) -> None:
+        self.begun = True
+        self.calls.append(
+            f"start {self.options.shape.name} {self.backend} {self.options.decode_batches}"
+        )
+
     def ready(self) -> dict[str, Any]:
+        if not self.begun:
+            self.begin()
         return {"start_s": 1.0, "capacity": 1}
 
     def counters(self) -> str | None:

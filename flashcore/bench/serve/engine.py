@@ -165,6 +165,13 @@ def random_tensors(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def load() -> None:
+    """Import what an engine is made of, so that it starts the sooner."""
+    import sglang
+
+    _ = sglang.Engine  # imported when it is named
+
+
 class Engine:
     """A running SGLang engine. Only one in a process."""
 

@@ -35,10 +35,15 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A process with an engine in it, and the conversation with it."""
+    """A process with an engine in it, and the conversation with it.
+
+    It loads SGLang at once, for which it takes half a minute, and no GPU memory to speak of; the
+    engine starts with `begin`.
+    """
 
     def __init__(self, options: EngineOptions, log: IO[bytes]) -> None:
         self.backend = options.backend
+        self._options: EngineOptions | None = options  # None: told
         self._log = log
         self._read_to = Path(str(log.name)).stat().st_size
         receive, send = os.pipe()
@@ -54,10 +59,16 @@ class Worker:
         os.close(send)
         self._answers: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, args=(receive,), daemon=True).start()
-        self._tell(asdict(options))
+
+    def begin(self) -> None:
+        """Start the engine; `ready` waits for it."""
+        if self._options is not None:
+            self._tell(asdict(self._options))
+            self._options = None
 
     def ready(self) -> dict[str, Any]:
-        """Wait for the engine to start; what it says of itself. To be called first, and once."""
+        """What the engine says of itself once it has started. To be called first, and once."""
+        self.begin()
         return self._answer(START_TIMEOUT_S)
 
     def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -139,7 +150,8 @@ def run_serve(
 
     `options` has one entry a backend, all of one shape; a workload with a model of its own is run
     with that one. `together`: all engines are started first and take turns at each workload;
-    otherwise each is started, does all workloads and ends. All that `rounds` times. `after` is told
+    otherwise each is started, does all workloads and ends, while the next one's process loads
+    SGLang. All that `rounds` times. `after` is told
     what was done; `keep` is given the result so far after each workload.
     """
     page = options[0].page_size
@@ -188,7 +200,9 @@ def run_serve(
 
     def take_turns(fitted: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
         with contextlib.ExitStack() as stack:
-            launched = [(one, launch(one, stack)) for one in fitted]  # they start side by side
+            launched = [(one, launch(one, stack)) for one in fitted]
+            for _, worker in launched:  # they start side by side
+                worker.begin()
             workers = {one: worker for one, worker in launched if started(one, worker)}
             for turn, workload in enumerate(group):
                 order = list(workers)
@@ -200,22 +214,33 @@ def run_serve(
                         failed(one, error)
                         del workers[one]
 
-    def one_after_the_other(fitted: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
-        for one in fitted:
-            with contextlib.ExitStack() as stack:
-                worker = launch(one, stack)
-                if started(one, worker):
-                    try:
-                        for workload in group:
-                            take(worker, workload)
-                    except WorkerError as error:
-                        failed(one, error)
+    def one_after_the_other(turns: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
+        with contextlib.ExitStack() as all_of_them:
+
+            def prepared(one: EngineOptions) -> tuple[contextlib.ExitStack, Worker]:
+                stack = all_of_them.enter_context(contextlib.ExitStack())
+                return stack, launch(one, stack)
+
+            following = [prepared(turns[0])]
+            for number, one in enumerate(turns):
+                stack, worker = following.pop()
+                following += [prepared(coming) for coming in turns[number + 1 : number + 2]]
+                with stack:
+                    if started(one, worker):
+                        try:
+                            for workload in group:
+                                take(worker, workload)
+                        except WorkerError as error:
+                            failed(one, error)
 
     for shape, group in _by_model(workloads, options[0].shape):
         shapes.update({workload.name: shape for workload in group})
         fitted = [_fitted(one, shape, group, together) for one in options]
-        for _ in range(rounds):
-            (take_turns if together else one_after_the_other)(fitted, group)
+        if together:
+            for _ in range(rounds):
+                take_turns(fitted, group)
+        else:
+            one_after_the_other(fitted * rounds, group)
     return result()
 
 
