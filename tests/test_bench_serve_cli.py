@@ -266,8 +266,15 @@ def soaked(**changes: Any) -> dict[str, Any]:
         "tokens": 9,
         "canary_drift": 0.1,
         "memory": steady,
+        "arguments": {"device": "cuda"},
     }
     return soak_module.judged({**result, **changes})
+
+
+def test_memory_is_that_of_the_engines_processes() -> None:
+    assert soak_module.memory_of([7, 9], "7, 100\n8, 50\n9, 20\n9, 3\n") == 123
+    assert soak_module.memory_of([7], "8, 50\n") is None
+    assert soak_module.memory_of([7], "7, [N/A]\nNo running processes found\n") is None
 
 
 def test_soak_passes_when_nothing_grows_after_the_start() -> None:
@@ -287,6 +294,7 @@ def test_soak_passes_when_nothing_grows_after_the_start() -> None:
         ({"canary_drift": math.nan}, "drifted"),
         ({"memory": [(n, 100.0 * n, 1.0) for n in range(16)]}, "host memory grew by 800 MiB"),
         ({"memory": [(n, 1.0, 20.0 * n) for n in range(16)]}, "GPU memory grew by 160 MiB"),
+        ({"memory": [(0.0, 1.0, 1.0), (5.0, 1.0, None)]}, "could not be read 1 times"),
         ({"requests": {"shared": 5}}, "none aborted"),
         ({"tokens": 0}, "no request was answered"),
     ],
