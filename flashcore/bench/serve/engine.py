@@ -117,10 +117,13 @@ def write_model(shape: ModelShape, folder: Path, *, random_weights: bool, device
     """The model's config.json in `folder`, and with `random_weights` its weights."""
     folder.joinpath("config.json").write_text(json.dumps(shape.config(), indent=1))
     if random_weights:
+        import torch
         from safetensors.torch import save_file
 
         file = folder / "model.safetensors"
         save_file(random_tensors(shape, device), file, metadata={"format": "pt"})
+        if device == "cuda":
+            torch.cuda.empty_cache()  # the engine's memory is another process's
 
 
 def random_tensors(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:

@@ -44,6 +44,7 @@ class Worker:
     def __init__(self, options: EngineOptions, log: IO[bytes]) -> None:
         self.backend = options.backend
         self._options: EngineOptions | None = options  # None: told
+        self._stopped = False
         self._log = log
         self._read_to = Path(str(log.name)).stat().st_size
         receive, send = os.pipe()
@@ -101,6 +102,9 @@ class Worker:
 
     def stop(self, patience: float = 90.0) -> None:
         """End the engine and every process that it started; by force after `patience` seconds."""
+        if self._stopped:  # the number of its group may be another's by now
+            return
+        self._stopped = True
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
