@@ -340,6 +340,23 @@ def test_a_backend_that_dies_leaves_a_note_and_the_others_run() -> None:
     assert calls.count("stop broken") == 1
 
 
+def test_a_backend_that_dies_loses_its_turns() -> None:
+    result, calls = fake_run(["4x16+8:40", "5x16+8:40"], ["broken", "fa3"], together=True)
+    assert [(row["backend"], row["workload"]) for row in result["rows"]] == [
+        ("fa3", "4x16+8:40"),
+        ("fa3", "5x16+8:40"),
+    ]
+    assert result["skipped"] == ["broken on tiny: the engine with backend broken ended"]
+    assert "broken 5x16+8:40" not in calls
+
+
+def test_the_result_is_kept_after_each_workload() -> None:
+    kept: list[dict[str, Any]] = []
+    result, _ = fake_run(["4x16+8:40", "5x16+8:40"], ["flashcore", "fa3"], keep=kept.append)
+    assert [len(one["rows"]) for one in kept] == [1, 2, 3, 4]
+    assert kept[-1] == result
+
+
 def test_counters_are_read_from_the_log_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("[date] flashcore decode: reuse: 1.00\nother\n")
@@ -353,9 +370,12 @@ def test_counters_are_read_from_the_log_once(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("sglang") is not None, reason="SGLang would start")
 def test_a_worker_that_ends_says_why(tmp_path: Path) -> None:
-    with (tmp_path / "log").open("wb") as log, pytest.raises(WorkerError) as raised:
-        with Worker(OPTIONS, log) as worker:
-            worker.ready()
+    with (
+        (tmp_path / "log").open("wb") as log,
+        Worker(OPTIONS, log) as worker,
+        pytest.raises(WorkerError) as raised,
+    ):
+        worker.ready()
     assert "the engine with backend fa3 ended with status 1; its last lines" in str(raised.value)
     assert "No module named 'sglang'" in str(raised.value)
 

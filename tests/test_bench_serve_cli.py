@@ -58,12 +58,14 @@ def test_table_of_the_readme() -> None:
     lines = report.serve_table({**result, **about}).splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     assert lines[2] == (
-        "| 4x16+8:40 | tiny | 400 tokens/s, 10.0 ms | 160 tokens/s, 25.0 ms |  |  | 2.50 |"
+        "| 4x16+8:40 | tiny | 400 tokens/s, 10.0 ms | 160 tokens/s, 25.0 ms | 2.50 |"
     )
     assert lines[3] == (
-        "| 4x16+8:1 | llama-3.2-1b | first token 10 ms | first token 25 ms |  |  | 2.50 |"
+        "| 4x16+8:1 | llama-3.2-1b | first token 10 ms | first token 25 ms | 2.50 |"
     )
     assert lines[-1].endswith("`flashcore bench serve`")
+    runs = {"runs": [{"command": "a"}, {"command": "b"}]}
+    assert report.serve_table({**result, **about, **runs}).endswith("; `a`, `b`")
 
 
 def test_table_without_the_baseline() -> None:

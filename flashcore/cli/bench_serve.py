@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "value that is not finite, or growing memory",
     )
     add("--log-dir", type=Path, metavar="DIR", help="keep the engines' logs there")
-    add("--json", type=Path, metavar="FILE", help="write the result as JSON, anew after each workload")
+    add("--json", type=Path, metavar="FILE", help="write the result as JSON, after every workload")
     add("--plot", type=Path, metavar="FILE.png", help="draw it; needs matplotlib")
     add(
         "--from-json",

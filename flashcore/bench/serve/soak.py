@@ -258,7 +258,8 @@ def device_mib(engine: Engine) -> float | None:
     """Memory of the engine's processes on all GPUs, in MiB; None where there are none."""
     if engine.options.device != "cuda":
         return None
-    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    query = ("--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
+    command = ["nvidia-smi", *query]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return memory_of(engine.processes(), told)
 

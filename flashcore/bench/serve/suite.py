@@ -25,7 +25,7 @@ from flashcore.bench.serve.workloads import Workload
 
 Row = dict[str, Any]
 START_TIMEOUT_S = 540.0
-MEASURE_TIMEOUT_S = 900.0
+MEASURE_TIMEOUT_S = 400.0
 _TAIL_LINES = 25
 _COUNTERS = "flashcore decode: "
 

@@ -1,8 +1,8 @@
 """The process that holds an engine: python -m flashcore.bench.serve.worker FD
 
 Loads SGLang, reads one JSON object a line from its standard input and answers each with one on file
-descriptor FD. The first describes the engine; its answer comes when that has started. Standard output and
-error are the engine's own. It ends with its input.
+descriptor FD. The first describes the engine; its answer comes when that has started. Standard
+output and error are the engine's own. It ends with its input.
 """
 
 from __future__ import annotations
