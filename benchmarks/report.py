@@ -154,25 +154,32 @@ PAGED_KERNELS = {
 
 
 def serve_table(data: dict[str, Any]) -> str:
-    """Figures of serve_h100.json as Markdown: tokens/s and decode step, ours over fa3's."""
-    rows = ["| workload | model | " + " | ".join(BACKENDS) + " | ratio to fa3 |", "|---" * 7 + "|"]
+    """Figures of serve_h100.json as Markdown: tokens/s and decode step, ours over each other's."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in data["rows"]:
         found.setdefault(row["workload"], {})[row["backend"]] = row
+    backends = [b for b in BACKENDS if any(b in by_backend for by_backend in found.values())]
+    others = [b for b in backends if b != "flashcore"]
+    head = ["workload", "model", *backends, *(f"flashcore / {b}" for b in others)]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, by_backend in found.items():
         first = next(iter(by_backend.values()))
         spec = first["spec"].split("/")[-1]
         label = spec if name == first["spec"] else f"{name}, {spec}"
-        cells = [_served(by_backend[b]) if b in by_backend else "" for b in BACKENDS]
-        ours, base = (by_backend.get(b) for b in ("flashcore", "fa3"))
-        ratio = f"{_speed(ours) / _speed(base):.2f}" if ours and base else ""
-        rows.append(f"| {label} | {first['model']} | " + " | ".join(cells) + f" | {ratio} |")
+        cells = [_served(by_backend[b]) if b in by_backend else "" for b in backends]
+        ours = by_backend.get("flashcore")
+        for other in others:
+            both = ours is not None and other in by_backend
+            cells.append(f"{_speed(ours) / _speed(by_backend[other]):.2f}" if both else "")
+        rows.append(f"| {label} | {first['model']} | " + " | ".join(cells) + " |")
     versions = data["versions"]
+    runs = data.get("runs", [data])  # joined from several
     return (
         "\n".join(rows) + f"\n\n{data['device']}, driver {data['driver']}, "
         f"SGLang {versions['sglang']}, torch {versions['torch']}, "
         f"FlashInfer {versions['flashinfer-python']}, sgl_kernel {versions['sglang-kernel']}, "
-        f"{data['date'][:10]}, commit {data['commit']}; `{data['command']}`"
+        f"{data['date'][:10]}, commit {data['commit']}; "
+        + ", ".join(f"`{run['command']}`" for run in runs)
     )
 
 

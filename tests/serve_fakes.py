@@ -21,14 +21,25 @@ class FakeWorker:
 
     def __init__(self, options: EngineOptions, calls: list[str]) -> None:
         self.backend, self.options, self.calls = options.backend, options, calls
-        self.ready = {"start_s": 1.0, "capacity": 1}
-        calls.append(f"start {options.shape.name} {self.backend} {options.decode_batches}")
+        self.begun = False
+        calls.append(f"load {self.backend}")
 
     def __enter__(self) -> FakeWorker:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.calls.append(f"stop {self.backend}")
+
+    def begin(self) -> None:
+        self.begun = True
+        self.calls.append(
+            f"start {self.options.shape.name} {self.backend} {self.options.decode_batches}"
+        )
+
+    def ready(self) -> dict[str, Any]:
+        if not self.begun:
+            self.begin()
+        return {"start_s": 1.0, "capacity": 1}
 
     def counters(self) -> str | None:
         return "reuse: 2.00" if self.backend == "flashcore" else None

@@ -282,12 +282,16 @@ def test_one_engine_start_serves_all_workloads_of_a_model() -> None:
     texts = ["4x16+8:40", "8x16+8:40", "llama-3.2-1b/4x16+8:40", "4x16+8:1"]
     result, calls = fake_run(texts, ["flashcore", "fa3"])
     assert calls == [
+        "load flashcore",
+        "load fa3",  # beside the engine before it
         "start tiny flashcore (4, 8)",
         *(f"flashcore {text}" for text in (texts[0], texts[1], texts[3])),
         "stop flashcore",
         "start tiny fa3 (4, 8)",
         *(f"fa3 {text}" for text in (texts[0], texts[1], texts[3])),
         "stop fa3",
+        "load flashcore",
+        "load fa3",
         "start llama-3.2-1b flashcore (4,)",
         f"flashcore {texts[2]}",
         "stop flashcore",
@@ -315,7 +319,10 @@ def test_rounds_go_round_all_backends() -> None:
 
 def test_together_takes_turns_and_nobody_is_always_first() -> None:
     _, calls = fake_run(["4x16+8:40", "5x16+8:40"], ["flashcore", "fa3"], together=True)
-    assert calls[2:6] == [
+    assert calls[:4] == ["load flashcore", "load fa3"] + [
+        f"start tiny {backend} (4, 5)" for backend in ("flashcore", "fa3")
+    ]
+    assert calls[4:8] == [
         "flashcore 4x16+8:40",
         "fa3 4x16+8:40",
         "fa3 5x16+8:40",
@@ -333,6 +340,23 @@ def test_a_backend_that_dies_leaves_a_note_and_the_others_run() -> None:
     assert calls.count("stop broken") == 1
 
 
+def test_a_backend_that_dies_loses_its_turns() -> None:
+    result, calls = fake_run(["4x16+8:40", "5x16+8:40"], ["broken", "fa3"], together=True)
+    assert [(row["backend"], row["workload"]) for row in result["rows"]] == [
+        ("fa3", "4x16+8:40"),
+        ("fa3", "5x16+8:40"),
+    ]
+    assert result["skipped"] == ["broken on tiny: the engine with backend broken ended"]
+    assert "broken 5x16+8:40" not in calls
+
+
+def test_the_result_is_kept_after_each_workload() -> None:
+    kept: list[dict[str, Any]] = []
+    result, _ = fake_run(["4x16+8:40", "5x16+8:40"], ["flashcore", "fa3"], keep=kept.append)
+    assert [len(one["rows"]) for one in kept] == [1, 2, 3, 4]
+    assert kept[-1] == result
+
+
 def test_counters_are_read_from_the_log_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("[date] flashcore decode: reuse: 1.00\nother\n")
@@ -346,9 +370,13 @@ def test_counters_are_read_from_the_log_once(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("sglang") is not None, reason="SGLang would start")
 def test_a_worker_that_ends_says_why(tmp_path: Path) -> None:
-    with (tmp_path / "log").open("wb") as log, pytest.raises(WorkerError) as raised:
-        Worker(OPTIONS, log)
-    assert "the engine with backend fa3 ended; its last lines" in str(raised.value)
+    with (
+        (tmp_path / "log").open("wb") as log,
+        Worker(OPTIONS, log) as worker,
+        pytest.raises(WorkerError) as raised,
+    ):
+        worker.ready()
+    assert "the engine with backend fa3 ended with status 1; its last lines" in str(raised.value)
     assert "No module named 'sglang'" in str(raised.value)
 
 
@@ -364,6 +392,7 @@ def test_the_workers_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stopped: list[EngineOptions] = []
     monkeypatch.setattr(worker_module, "Engine", Fake)
+    monkeypatch.setattr(worker_module, "load", lambda: None)
     from dataclasses import asdict
 
     asked = replace(OPTIONS, decode_batches=(4,), extra=(("a", 1),))

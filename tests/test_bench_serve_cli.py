@@ -58,12 +58,14 @@ def test_table_of_the_readme() -> None:
     lines = report.serve_table({**result, **about}).splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     assert lines[2] == (
-        "| 4x16+8:40 | tiny | 400 tokens/s, 10.0 ms | 160 tokens/s, 25.0 ms |  |  | 2.50 |"
+        "| 4x16+8:40 | tiny | 400 tokens/s, 10.0 ms | 160 tokens/s, 25.0 ms | 2.50 |"
     )
     assert lines[3] == (
-        "| 4x16+8:1 | llama-3.2-1b | first token 10 ms | first token 25 ms |  |  | 2.50 |"
+        "| 4x16+8:1 | llama-3.2-1b | first token 10 ms | first token 25 ms | 2.50 |"
     )
     assert lines[-1].endswith("`flashcore bench serve`")
+    runs = {"runs": [{"command": "a"}, {"command": "b"}]}
+    assert report.serve_table({**result, **about, **runs}).endswith("; `a`, `b`")
 
 
 def test_table_without_the_baseline() -> None:
@@ -266,8 +268,15 @@ def soaked(**changes: Any) -> dict[str, Any]:
         "tokens": 9,
         "canary_drift": 0.1,
         "memory": steady,
+        "arguments": {"device": "cuda"},
     }
     return soak_module.judged({**result, **changes})
+
+
+def test_memory_is_that_of_the_engines_processes() -> None:
+    assert soak_module.memory_of([7, 9], "7, 100\n8, 50\n9, 20\n9, 3\n") == 123
+    assert soak_module.memory_of([7], "8, 50\n") is None
+    assert soak_module.memory_of([7], "7, [N/A]\nNo running processes found\n") is None
 
 
 def test_soak_passes_when_nothing_grows_after_the_start() -> None:
@@ -287,6 +296,7 @@ def test_soak_passes_when_nothing_grows_after_the_start() -> None:
         ({"canary_drift": math.nan}, "drifted"),
         ({"memory": [(n, 100.0 * n, 1.0) for n in range(16)]}, "host memory grew by 800 MiB"),
         ({"memory": [(n, 1.0, 20.0 * n) for n in range(16)]}, "GPU memory grew by 160 MiB"),
+        ({"memory": [(0.0, 1.0, 1.0), (5.0, 1.0, None)]}, "could not be read 1 times"),
         ({"requests": {"shared": 5}}, "none aborted"),
         ({"tokens": 0}, "no request was answered"),
     ],

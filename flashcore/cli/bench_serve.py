@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "value that is not finite, or growing memory",
     )
     add("--log-dir", type=Path, metavar="DIR", help="keep the engines' logs there")
-    add("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    add("--json", type=Path, metavar="FILE", help="write the result as JSON, after every workload")
     add("--plot", type=Path, metavar="FILE.png", help="draw it; needs matplotlib")
     add(
         "--from-json",
@@ -197,6 +197,7 @@ def _measure(
     from flashcore.bench.serve.suite import run_serve
 
     on_gpu = args.device == "cuda"
+    head = _head(args)
     clocks = []
     idle = read_clocks(0) if on_gpu else {}
 
@@ -204,6 +205,11 @@ def _measure(
         print(text, file=sys.stderr, flush=True)
         if on_gpu:
             clocks.append({"after": text.split(":")[0], **read_clocks(0)})
+
+    def whole(measured: dict[str, Any]) -> dict[str, Any]:
+        clocks_of_run = {"before": idle, "during": clocks}
+        summary = summarise(measured["rows"])
+        return {**head, "clocks": clocks_of_run, **measured, "summary": summary}
 
     measured = run_serve(
         workloads,
@@ -213,11 +219,9 @@ def _measure(
         together=args.together,
         log_dir=args.log_dir,
         after=after,
+        keep=lambda measured: _write(args, whole(measured)),
     )
-    head = _head(args)
-    clocks_of_run = {"before": idle, "during": clocks}
-    summary = summarise(measured["rows"])
-    return _deliver(args, {**head, "clocks": clocks_of_run, **measured, "summary": summary})
+    return _deliver(args, whole(measured))
 
 
 def _logits(args: argparse.Namespace, options: list[EngineOptions]) -> int:

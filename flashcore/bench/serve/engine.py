@@ -27,6 +27,8 @@ ENVIRONMENT = {  # what a run without a network needs; the user's own values win
     "TOKENIZERS_PARALLELISM": "false",
     "SGLANG_USE_SGL_FA3_KERNEL": "1",  # FA3 of sglang-kernel, not one fetched from a hub
     "SGLANG_SANITIZE_NAN_LOGITS": "0",  # a NaN shall be seen
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",  # which would take a minute
+    "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
 }
 
 
@@ -115,10 +117,13 @@ def write_model(shape: ModelShape, folder: Path, *, random_weights: bool, device
     """The model's config.json in `folder`, and with `random_weights` its weights."""
     folder.joinpath("config.json").write_text(json.dumps(shape.config(), indent=1))
     if random_weights:
+        import torch
         from safetensors.torch import save_file
 
         file = folder / "model.safetensors"
         save_file(random_tensors(shape, device), file, metadata={"format": "pt"})
+        if device == "cuda":
+            torch.cuda.empty_cache()  # the engine's memory is another process's
 
 
 def random_tensors(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:
@@ -161,6 +166,13 @@ def random_tensors(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:
         tensors[layer + "mlp.up_proj.weight"] = normal(shape.intermediate, shape.hidden)
         tensors[layer + "mlp.down_proj.weight"] = normal(shape.hidden, shape.intermediate)
     return tensors
+
+
+def load() -> None:
+    """Import what an engine is made of, so that it starts the sooner."""
+    import sglang
+
+    _ = sglang.Engine  # imported when it is named
 
 
 class Engine:

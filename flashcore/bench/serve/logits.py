@@ -7,6 +7,7 @@ comparison.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import tempfile
@@ -114,19 +115,31 @@ def compare_backends(
     with tempfile.TemporaryDirectory(prefix="flashcore-logits-") as folder:
         files = {one.backend: Path(folder) / f"{one.backend}.npy" for one in options}
         # A peer leads: its tokens are what the comparison is about.
-        for one in sorted(options, key=lambda one: one.backend == OURS):
-            ready = replace(
-                one,
-                # Steps are counted by the tokens a request has, which overlap would run behind.
-                overlap=False,
-                random_weights=True,
-                logit_processor=True,
-                decode_batches=(len(comparison_prompts(one.shape.vocab)),),
-            )
-            with log_file(log_dir, ready) as log, Worker(ready, log) as worker:
-                command = {"do": "logits", "file": str(files[one.backend]), "forced": tokens}
-                tokens = worker.ask(command, _TIMEOUT_S)["tokens"]
+        ready = [_fitted(one) for one in sorted(options, key=lambda one: one.backend == OURS)]
+        with contextlib.ExitStack() as stack:
+            logs = [stack.enter_context(log_file(log_dir, one)) for one in ready]
+            # All load SGLang now; the engines start one after the other.
+            workers = [stack.enter_context(Worker(*pair)) for pair in zip(ready, logs, strict=True)]
+            for worker in workers:
+                with worker:
+                    worker.ready()
+                    file = str(files[worker.backend])
+                    command = {"do": "logits", "file": file, "forced": tokens}
+                    tokens = worker.ask(command, _TIMEOUT_S)["tokens"]
         return compare({name: np.load(file) for name, file in files.items()})
+
+
+def _fitted(options: EngineOptions) -> EngineOptions:
+    prompts = comparison_prompts(options.shape.vocab)
+    return replace(
+        options,
+        # Steps are counted by the tokens a request has, which overlap would run behind.
+        overlap=False,
+        random_weights=True,
+        logit_processor=True,
+        decode_batches=(len(prompts),),
+        max_total_tokens=options.max_total_tokens or 2 * sum(map(len, prompts)),
+    )
 
 
 def compare(logits: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:

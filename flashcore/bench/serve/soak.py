@@ -255,11 +255,20 @@ def host_mib(processes: Sequence[int]) -> float:
 
 
 def device_mib(engine: Engine) -> float | None:
-    """Memory in use on the GPU, in MiB; None on a CPU."""
+    """Memory of the engine's processes on all GPUs, in MiB; None where there are none."""
     if engine.options.device != "cuda":
         return None
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    query = ("--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
+    command = ["nvidia-smi", *query]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return memory_of(engine.processes(), told)
+
+
+def memory_of(processes: Sequence[int], told: str) -> float | None:
+    """Sum over the processes in lines of `pid, MiB`; None if none of them is there."""
+    lines = [line.split(", ") for line in told.splitlines() if line.count(", ") == 1]
+    found = [mib for pid, mib in lines if int(pid) in processes and mib.isdigit()]
+    return float(sum(map(int, found))) if found else None
 
 
 def growth(memory: Sequence[Sequence[float | None]], column: int) -> float | None:
@@ -289,6 +298,7 @@ def run_soak(
         max_total_tokens=options.max_total_tokens or 2 * context,
     )
     with log_file(log_dir, ready) as log, Worker(ready, log) as worker:
+        worker.ready()
         command = {"do": "soak", "minutes": minutes, "seed": seed}
         result = worker.ask(command, 60 * minutes + 600)
     return judged({"backend": options.backend, "model": options.shape.name, **result})
@@ -300,6 +310,9 @@ def judged(result: dict[str, Any]) -> dict[str, Any]:
     failures = list(result["errors"])
     if host is not None and host > MAX_HOST_GROWTH_MIB:
         failures.append(f"host memory grew by {host:.0f} MiB, limit {MAX_HOST_GROWTH_MIB}")
+    unread = [sample for sample in result["memory"] if sample[2] is None]
+    if result["arguments"]["device"] == "cuda" and unread:
+        failures.append(f"the GPU memory could not be read {len(unread)} times")
     if device is not None and device > MAX_DEVICE_GROWTH_MIB:
         failures.append(f"GPU memory grew by {device:.0f} MiB, limit {MAX_DEVICE_GROWTH_MIB}")
     drift = result["canary_drift"]

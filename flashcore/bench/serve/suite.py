@@ -25,7 +25,7 @@ from flashcore.bench.serve.workloads import Workload
 
 Row = dict[str, Any]
 START_TIMEOUT_S = 540.0
-MEASURE_TIMEOUT_S = 900.0
+MEASURE_TIMEOUT_S = 400.0
 _TAIL_LINES = 25
 _COUNTERS = "flashcore decode: "
 
@@ -35,10 +35,16 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A process with an engine in it, and the conversation with it."""
+    """A process with an engine in it, and the conversation with it.
+
+    It loads SGLang at once, for which it takes half a minute, and no GPU memory to speak of; the
+    engine starts with `begin`.
+    """
 
     def __init__(self, options: EngineOptions, log: IO[bytes]) -> None:
         self.backend = options.backend
+        self._options: EngineOptions | None = options  # None: told
+        self._stopped = False
         self._log = log
         self._read_to = Path(str(log.name)).stat().st_size
         receive, send = os.pipe()
@@ -54,18 +60,30 @@ class Worker:
         os.close(send)
         self._answers: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, args=(receive,), daemon=True).start()
-        try:
-            self.ready = self.ask(asdict(options), START_TIMEOUT_S)
-        except BaseException:
-            self.stop(patience=5)
-            raise
+
+    def begin(self) -> None:
+        """Start the engine; `ready` waits for it."""
+        if self._options is not None:
+            self._tell(asdict(self._options))
+            self._options = None
+
+    def ready(self) -> dict[str, Any]:
+        """What the engine says of itself once it has started. To be called first, and once."""
+        self.begin()
+        return self._answer(START_TIMEOUT_S)
 
     def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
         """The answer to a command; WorkerError if the process ends or stays silent."""
+        self._tell(command)
+        return self._answer(timeout)
+
+    def _tell(self, command: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then the answer is that it ended
             self._process.stdin.write(json.dumps(command).encode() + b"\n")
             self._process.stdin.flush()
+
+    def _answer(self, timeout: float) -> dict[str, Any]:
         try:
             line = self._answers.get(timeout=timeout)
         except queue.Empty:
@@ -73,7 +91,7 @@ class Worker:
         if line is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=10)  # its last words come after it closed the answers
-            raise WorkerError(self._failure("ended"))
+            raise WorkerError(self._failure(f"ended with status {self._process.poll()}"))
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -84,6 +102,9 @@ class Worker:
 
     def stop(self, patience: float = 90.0) -> None:
         """End the engine and every process that it started; by force after `patience` seconds."""
+        if self._stopped:  # the number of its group may be another's by now
+            return
+        self._stopped = True
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -127,14 +148,17 @@ def run_serve(
     log_dir: Path | None = None,
     start: Callable[[EngineOptions, IO[bytes]], Worker] = Worker,
     after: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """`rows`, `skipped` and `engines` of the benchmark's JSON object.
 
     `options` has one entry a backend, all of one shape; a workload with a model of its own is run
     with that one. `together`: all engines are started first and take turns at each workload;
-    otherwise each is started, does all workloads and ends. All that `rounds` times. `after` is told
-    what was done.
+    otherwise each is started, does all workloads and ends, while the next one's process loads
+    SGLang. All that `rounds` times. `after` is told
+    what was done; `keep` is given the result so far after each workload.
     """
+    page = options[0].page_size
     samples: dict[tuple[str, str], list[Sample]] = {}
     skipped: dict[str, str] = {}
     engines: list[dict[str, Any]] = []
@@ -149,44 +173,79 @@ def run_serve(
             answer["samples"][-1]["counters"] = worker.counters()
             samples.setdefault((workload.name, worker.backend), []).extend(answer["samples"])
         after(f"{workload.name}, {worker.backend}: {_brief(answer)}")
+        keep(result())
 
-    def engine(one: EngineOptions, stack: contextlib.ExitStack) -> Worker:
-        log = stack.enter_context(log_file(log_dir, one))
-        worker = stack.enter_context(start(one, log))
-        engines.append({"backend": one.backend, **worker.ready})
-        after(f"{one.shape.name}, {one.backend}: engine started in {worker.ready['start_s']:.0f} s")
-        return worker
+    def result() -> dict[str, Any]:
+        rows = [
+            make_row(workload, backend, shapes[workload.name], page, taken)
+            for workload in workloads
+            for backend in dict.fromkeys(one.backend for one in options)
+            if (taken := samples.get((workload.name, backend)))
+        ]
+        notes = [f"{what}: {why}" for what, why in skipped.items()]
+        return {"rows": rows, "skipped": notes, "engines": engines}
+
+    def launch(one: EngineOptions, stack: contextlib.ExitStack) -> Worker:
+        return stack.enter_context(start(one, stack.enter_context(log_file(log_dir, one))))
+
+    def started(one: EngineOptions, worker: Worker) -> bool:
+        try:
+            ready = worker.ready()
+        except WorkerError as error:
+            failed(one, error)
+            return False
+        engines.append({"backend": one.backend, **ready})
+        after(f"{one.shape.name}, {one.backend}: engine started in {ready['start_s']:.0f} s")
+        return True
+
+    def failed(one: EngineOptions, error: WorkerError) -> None:  # the others shall have their turn
+        skipped[f"{one.backend} on {one.shape.name}"] = str(error)
+        after(str(error))
+
+    def take_turns(fitted: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
+        with contextlib.ExitStack() as stack:
+            launched = [(one, launch(one, stack)) for one in fitted]
+            for _, worker in launched:  # they start side by side
+                worker.begin()
+            workers = {one: worker for one, worker in launched if started(one, worker)}
+            for turn, workload in enumerate(group):
+                order = list(workers)
+                first = turn % max(1, len(order))
+                for one in (*order[first:], *order[:first]):
+                    try:
+                        take(workers[one], workload)
+                    except WorkerError as error:
+                        failed(one, error)
+                        del workers[one]
+
+    def one_after_the_other(turns: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
+        with contextlib.ExitStack() as all_of_them:
+
+            def prepared(one: EngineOptions) -> tuple[contextlib.ExitStack, Worker]:
+                stack = all_of_them.enter_context(contextlib.ExitStack())
+                return stack, launch(one, stack)
+
+            following = [prepared(turns[0])]
+            for number, one in enumerate(turns):
+                stack, worker = following.pop()
+                following += [prepared(coming) for coming in turns[number + 1 : number + 2]]
+                with stack:
+                    if started(one, worker):
+                        try:
+                            for workload in group:
+                                take(worker, workload)
+                        except WorkerError as error:
+                            failed(one, error)
 
     for shape, group in _by_model(workloads, options[0].shape):
         shapes.update({workload.name: shape for workload in group})
         fitted = [_fitted(one, shape, group, together) for one in options]
-        for _ in range(rounds):
-            if together:
-                with contextlib.ExitStack() as stack:
-                    workers = [engine(one, stack) for one in fitted]
-                    for turn, workload in enumerate(group):
-                        first = turn % len(workers)
-                        for worker in (*workers[first:], *workers[:first]):
-                            take(worker, workload)
-                continue
-            for one in fitted:
-                try:
-                    with contextlib.ExitStack() as stack:
-                        worker = engine(one, stack)
-                        for workload in group:
-                            take(worker, workload)
-                except WorkerError as error:  # the others shall have their turn
-                    skipped[f"{one.backend} on {shape.name}"] = str(error)
-                    after(str(error))
-    page = options[0].page_size
-    rows = [
-        make_row(workload, backend, shapes[workload.name], page, samples[workload.name, backend])
-        for workload in workloads
-        for backend in dict.fromkeys(one.backend for one in options)
-        if (workload.name, backend) in samples
-    ]
-    notes = [f"{what}: {why}" for what, why in skipped.items()]
-    return {"rows": rows, "skipped": notes, "engines": engines}
+        if together:
+            for _ in range(rounds):
+                take_turns(fitted, group)
+        else:
+            one_after_the_other(fitted * rounds, group)
+    return result()
 
 
 def counters_since(log: Path, offset: int) -> tuple[str | None, int]:

@@ -1,8 +1,8 @@
 """The process that holds an engine: python -m flashcore.bench.serve.worker FD
 
-Reads one JSON object a line from its standard input and answers each with one on file descriptor
-FD. The first describes the engine; its answer comes when that has started. Standard output and
-error are the engine's own. It ends with its input.
+Loads SGLang, reads one JSON object a line from its standard input and answers each with one on file
+descriptor FD. The first describes the engine; its answer comes when that has started. Standard
+output and error are the engine's own. It ends with its input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-from flashcore.bench.serve.engine import Engine, EngineOptions
+from flashcore.bench.serve.engine import Engine, EngineOptions, load
 from flashcore.bench.serve.measure import DoesNotFitError, measure
 from flashcore.bench.serve.shapes import ModelShape
 from flashcore.bench.serve.timeline import NotTogetherError
@@ -29,6 +29,7 @@ def serve(commands: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
     with tempfile.TemporaryDirectory(prefix="flashcore-serve-") as folder:
+        load()
         engine = Engine(options_from(json.loads(commands.readline())), Path(folder))
         try:
             answer(
