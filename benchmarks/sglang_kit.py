@@ -1,16 +1,18 @@
 """SGLang's own attention test kit, which is in its wheel, on the backend `flashcore`.
 
-    python benchmarks/sglang_kit.py --head-dims 64,128,256 --dtypes bfloat16,float16 --log kit.log
+    python benchmarks/sglang_kit.py --jobs 6 --log kit.log
 
 Every case the kit has for a backend of its kind: eager, sliding windows, decode in CUDA graphs,
 prefill graphs, target verify as a chain and as a tree; and longer contexts with 32/8 heads. On the
-CPU only what is eager runs. It exits with 1 if a case fails; a case that is skipped fails.
+CPU only what is eager runs. To import SGLang takes a process half a minute, which --jobs spends
+side by side. It exits with 1 if a case fails; a case that is skipped fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import sys
 import time
 import unittest
@@ -42,30 +44,53 @@ def main() -> int:
     parser.add_argument("--head-dims", default="64,128,256")
     parser.add_argument("--dtypes", default="bfloat16,float16")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--jobs", type=int, default=1, help="dtypes and head_dims at a time")
     parser.add_argument("--log", type=Path)
     args = parser.parse_args()
+    pairs = [
+        (args.backend, args.device, dtype, int(dim))
+        for dtype, dim in itertools.product(args.dtypes.split(","), args.head_dims.split(","))
+    ]
+    if args.jobs > 1:
+        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+            results = pool.starmap(run_cases, pairs, chunksize=1)
+    else:
+        results = [run_cases(*pair) for pair in pairs]
+    lines = [line for result in results for line in result.lines]
+    passed, failed = sum(r.passed for r in results), sum(r.failed for r in results)
+    head = f"SGLang {version()}, torch {torch.__version__}, {device_name(args.device)}"
+    last = f"{passed} passed, {failed} failed"
+    print(f"{head}: {last}")
+    if args.log:
+        args.log.write_text("\n".join([head, *lines, last]) + "\n")
+    return 1 if failed else 0
+
+
+class Result(NamedTuple):
+    """Of one dtype and head_dim: a line for each case."""
+
+    lines: list[str]
+    passed: int
+    failed: int
+
+
+def run_cases(backend: str, device: str, dtype: str, head_dim: int) -> Result:
+    """Every case of the kit for one dtype and head_dim, one after the other."""
     from flashcore.sglang.register import register
 
     register()
-    on_gpu = args.device == "cuda"
-    cases = [*eager_cases(args.backend), *verify_cases(args.backend, graphs=on_gpu)]
+    on_gpu = device == "cuda"
+    cases = [*eager_cases(backend), *verify_cases(backend, graphs=on_gpu)]
     if on_gpu:
-        cases += graph_cases(args.backend)
-    lines = [f"SGLang {version()}, torch {torch.__version__}, {device_name(args.device)}"]
-    failed = 0
-    print(lines[0])
-    for dtype, dim in itertools.product(args.dtypes.split(","), args.head_dims.split(",")):
-        base = {"head_dim": int(dim), "hidden_size": 256, "dtype": getattr(torch, dtype)}
-        for case in cases:
-            outcome, seconds = outcome_of(case, {**base, "device": args.device})
-            failed += outcome != "pass"
-            lines.append(f"{dtype} {dim} {case.name:70} {outcome} ({seconds:.1f}s)")
-            print(lines[-1], flush=True)
-    lines.append(f"{len(lines) - 1 - failed} passed, {failed} failed")
-    print(lines[-1])
-    if args.log:
-        args.log.write_text("\n".join(lines) + "\n")
-    return 1 if failed else 0
+        cases += graph_cases(backend)
+    base = {"head_dim": head_dim, "hidden_size": 256, "dtype": getattr(torch, dtype)}
+    lines, passed = [], 0
+    for case in cases:
+        outcome, seconds = outcome_of(case, {**base, "device": device})
+        passed += outcome == "pass"
+        lines.append(f"{dtype} {head_dim} {case.name:70} {outcome} ({seconds:.1f}s)")
+        print(lines[-1], flush=True)
+    return Result(lines, passed, len(lines) - passed)
 
 
 def outcome_of(case: Case, base: dict[str, Any]) -> tuple[str, float]:

@@ -101,7 +101,7 @@ def test_rules(rule: str, warps: int) -> None:
     check(batch, torch.bfloat16, rule, warps, tile_m=64, num_workers=13)
 
 
-# Head dims, both tile heights and dtypes, small and large pages.
+# Head dims, both tile heights and dtypes; rows gathered, small and large pages.
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "page_tokens", "heads", "tile_m"),
     [
@@ -110,6 +110,9 @@ def test_rules(rule: str, warps: int) -> None:
         (128, torch.float16, 32, (4, 4), 64),
         (128, torch.bfloat16, 128, (8, 2), 64),
         (256, torch.bfloat16, 32, (5, 1), 64),
+        (128, torch.bfloat16, 1, (8, 2), 64),
+        (64, torch.float16, 4, (4, 4), 128),
+        (256, torch.bfloat16, 8, (8, 2), 64),
     ],
 )
 def test_shapes(
