@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashcore
+from flashcore.bench.paged_problems import make_batch, paged_problems
 from flashcore.planner import folding
 from flashcore.planner import split as splitting
 from flashcore.planner.folding import Costs, Reason
@@ -130,7 +131,7 @@ def folding_by_recursion(batch: Batch, costs: Costs, tile_m: int) -> list[tuple[
     return [(sum(n for _, n in run.pages) + absorbed(run, cost), len(run.members)) for run in kept]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     batches(max_batch=8),
     st.sampled_from([1, 2, 8]),
@@ -287,6 +288,65 @@ def test_fold_always_gives_back_what_it_exactly_can():
     assert plan_tree(layout, fold="always").stats().num_shared_groups == 1
 
 
+GPU = {"num_workers": 264, "page_tokens": 128}
+
+
+def kept_groups(*, sequences: int, shared: int, own: int, q_len: int = 1, **options) -> int:
+    """Shared groups on a GPU, of sequences with so many common and own tokens in pages of 128."""
+    layout = tree(shared // 128, sequences, own // 128, page_tokens=128)
+    plan = plan_tree(layout, q_lens=[q_len] * sequences, **GPU, **options)
+    return plan.stats().num_shared_groups
+
+
+# The workloads of `flashcore bench paged` that share: what they save is worth its partial results.
+@pytest.mark.parametrize("name", [p.name for p in paged_problems() if p.prefix_tokens or p.tree])
+def test_shared_workloads_keep_their_groups(name: str):
+    problem = next(p for p in paged_problems() if p.name == name)
+    batch = make_batch(problem)
+    layout = flashcore.layout_from_page_table(
+        batch.page_table, batch.seq_lens, page_tokens=problem.page_tokens
+    )
+    q_lens = [problem.q_len] * problem.sequences
+    stats = plan_tree(layout, q_lens=q_lens, num_kv_heads=problem.kv_heads, **GPU).stats()
+    if problem.q_len > 1:  # a prefill whose own rows fill the tiles
+        assert stats.num_shared_groups == 0
+        assert stats.num_partial_tokens == 0
+    elif problem.tree:  # the inner nodes of a ragged tree are many and small
+        assert stats.num_folded > 20
+        assert stats.tokens_once < 1.05 * stats.tokens_unique
+    else:
+        assert stats.num_shared_groups == 1
+        assert stats.tokens_once == stats.tokens_unique
+
+
+def test_short_common_runs_are_read_again_from_l2():
+    """128 tokens never pay for a partial result of 32 heads each; 256 do, from three members on."""
+    assert kept_groups(sequences=200, shared=128, own=512) == 0
+    assert kept_groups(sequences=200, shared=256, own=512) == 1
+    assert kept_groups(sequences=200, shared=128, own=512, fold=False) == 1
+
+
+def test_savings_too_small_for_a_merge_are_left():
+    """Of the whole batch: eight pairs keep what one pair alone does not."""
+    assert kept_groups(sequences=2, shared=5 * 128, own=128) == 0
+    assert kept_groups(sequences=2, shared=64 * 128, own=128) == 1
+    table = torch.arange(16 * 24).view(16, 24)
+    table[1::2, :23] = table[::2, :23]
+    for pairs, kept in ((1, 0), (8, 8)):
+        lens = torch.full((2 * pairs,), 24 * 128)
+        layout = flashcore.layout_from_page_table(table[: 2 * pairs], lens, page_tokens=128)
+        assert plan_tree(layout, **GPU).stats().num_shared_groups == kept
+
+
+def test_prefill_shares_where_tiles_are_not_full():
+    """Rows that fill tiles by themselves read a run as often in company."""
+    batch = {"sequences": 64, "shared": 8192, "own": 128}
+    assert kept_groups(**batch, q_len=16) == 1
+    assert kept_groups(**batch, q_len=64) == 0
+    assert kept_groups(**batch, q_len=16, tile_m=64) == 0
+    assert kept_groups(**batch, q_len=8, tile_m=64) == 1
+
+
 def test_inactive_sequences_do_not_break_a_shared_run():
     layout = tree(prefix_pages=8, tails=3, tail_pages=1)
     table = layout.cols.view(3, 9).clone()
@@ -357,7 +417,7 @@ def test_every_reason_occurs(reason):
     """Each outcome of folding has a batch that brings it about."""
     table, lens, options = {
         Reason.PRIVATE: ([[0, 1]], [32], {}),
-        Reason.KEPT: ([[*range(32), 32], [*range(32), 33]], [528, 528], {}),
+        Reason.KEPT: ([[0, 1], [0, 2]], [32, 32], {"num_q_heads": 1, "num_kv_heads": 1}),
         Reason.FOLDED: ([[0, 1], [0, 2]], [32, 32], {"q_lens": [16, 16]}),
         Reason.KEPT_LAST: ([[0, 1], [0, 2]], [32, 16], {"q_lens": [16, 16]}),
         Reason.KEPT_PARTIAL_PAGE: ([[0, 1], [0, 1]], [20, 20], {"q_lens": [16, 16]}),

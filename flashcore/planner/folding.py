@@ -57,7 +57,7 @@ Fold = bool | Literal["always"]
 
 
 class Costs(NamedTuple):
-    """What decides on folding, in 1 / split.COST_UNIT bytes read from DRAM."""
+    """What decides on folding, in 1 / split.COST_UNIT bytes read from DRAM, or in bytes."""
 
     kv_token: int  # K and V of a token, all KV heads, read again; 0: every exact fold is cheaper
     partial_token: int  # one more partial result of one query token, all query heads, both ways
@@ -73,10 +73,14 @@ class Costs(NamedTuple):
         *,
         parallel: bool = True,
     ) -> Costs:
-        """parallel: for a GPU, where merging takes a time of its own."""
-        kv_token = 0 if fold == "always" else L2_COST * 2 * num_kv_heads * head_dim * itemsize
-        partial_token = PARTIAL_COST * 2 * num_q_heads * (4 * head_dim + 4)
-        return Costs(kv_token, partial_token, LEAST_GAIN if parallel else 0)
+        """parallel: whether work items run side by side, so that they read again from a common L2
+        and wait for each other before the merge. Else bytes are bytes."""
+        l2_cost, partial_cost, least_gain = 1, 1, 0
+        if parallel:
+            l2_cost, partial_cost, least_gain = L2_COST, PARTIAL_COST, LEAST_GAIN
+        kv_token = 0 if fold == "always" else l2_cost * 2 * num_kv_heads * head_dim * itemsize
+        partial_token = partial_cost * 2 * num_q_heads * (4 * head_dim + 4)
+        return Costs(kv_token, partial_token, least_gain)
 
 
 class Folding(NamedTuple):
