@@ -29,12 +29,11 @@ from flashcore.planner.sharing import Segments
 L2_COST = split.token_cost(2) - split.token_cost(1)
 """Of reading a byte of KV again, in 1 / split.COST_UNIT of reading it from DRAM."""
 
-PARTIAL_COST = 5 * split.COST_UNIT
-"""Of writing and reading a byte of partial results, in the same unit: neither hides behind the
-reads of KV, and the merge waits for the last of them."""
+PARTIAL_COST = split.COST_UNIT
+"""Of writing and reading a byte of partial results, in the same unit."""
 
-LEAST_GAIN = split.COST_UNIT * (7 << 19)
-"""Sharing that saves less than 3.5 MiB of DRAM reads, 1.2 us, loses it to the merge."""
+LEAST_GAIN = split.COST_UNIT * (9 << 19)
+"""Sharing that saves less than 4.5 MiB of DRAM reads, 1.5 us, loses it to the merge."""
 
 FOLD_ROWS = 128
 """Query rows of a block where the plan has not been told its tiles."""
