@@ -169,20 +169,21 @@ def test_sample_is_the_reference(problem: PagedProblem) -> None:
 
 
 def test_rows_have_the_promised_fields() -> None:
-    result = measured(ours(), ours(name="fa3", share=False))
+    problem = PagedProblem("enough to share", 12, 2560, prefix_tokens=2368, **SMALL)
+    result = measured(ours(), ours(name="fa3", share=False), problem=problem)
     row = result["rows"][0]
     promised = "workload sequences tokens reuse q_heads kv_heads head_dim page_tokens kernel ms "
     promised += "bound_ms ratio_to_bound"
     assert set(promised.split()) <= set(row)
-    unique = (96 + 3 * 32) * 2 * 2 * 64 * 2
+    unique = (2368 + 12 * 192) * 2 * 2 * 64 * 2
     assert row["unique_kv_bytes"] == unique
     assert row["bound_ms"] == pytest.approx(unique / 1e9 * 1e3)
     assert row["ratio_to_bound"] == pytest.approx(1.0 / row["bound_ms"])
     assert row["ratio_to_fastest_read"] == pytest.approx(2.0 / row["bound_ms"])
-    assert row["reuse"] == pytest.approx(0.5)
+    assert row["reuse"] == pytest.approx(1 - 4672 / (12 * 2560))
     assert row["same_bits_on_repeats"]
     assert row["relative_error"] < 3e-3
-    assert row["relative_distance_with_sharing_ignored"] < 2 * row["relative_error"]
+    assert 0 < row["relative_distance_with_sharing_ignored"] < 2 * row["relative_error"]
     assert row["plan"]["shared_groups"] == 1
     assert [r["kernel"] for r in result["rows"]] == ["flashcore", "fa3"]
     json.dumps(result)
@@ -192,6 +193,33 @@ def test_prefill_has_flops() -> None:
     row = measured(ours(), problem=PREFILL)["rows"][0]
     pairs = 2 * (32 * 64 + 32 * 33 // 2)
     assert row["tflops"] == pytest.approx(4 * pairs * 4 * 64 / 1e-3 / 1e12)
+
+
+def test_a_prefill_is_timed_after_itself() -> None:
+    events: list[str] = []
+
+    def watched(name: str) -> PagedProvider:
+        def prepare(problem: PagedProblem, inputs: PagedInputs) -> Callable[[], torch.Tensor]:
+            call = our_call(inputs, plan_of(problem, inputs))
+
+            def run() -> torch.Tensor:
+                events.append(name)
+                return call()
+
+            return run
+
+        return PagedProvider(name, "1", prepare)
+
+    def start(graph: Any) -> Callable[[], float]:
+        events.append("timed")
+        return lambda: 1.0
+
+    stand_in = Machine("cpu", CpuGraph, start, dict)  # type: ignore[arg-type]
+    result = run_paged([PREFILL], [watched("fa3"), watched("fa4")], stand_in, rounds=99)
+    assert {row["rounds"] for row in result["rows"]} == {15}
+    text = " ".join(events)
+    assert text.count("timed") == 2 * 16
+    assert text.count("fa3 fa3 fa3 timed") == text.count("fa4 fa4 fa4 timed") == 16
 
 
 def test_wrong_and_failing_peers_are_noted_and_not_timed() -> None:
