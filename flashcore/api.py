@@ -295,7 +295,7 @@ def paged_attention(
             if key is not None and launch.reusable and _all_plain(options):
                 _remember(plan.launches, key, launch)
             result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, out)
-            return (result, lse) if return_lse else result
+            return result if lse is None else (result, lse)
     elif isinstance(plan, DevicePlan):
         raise NotImplementedError(
             "plan is a flashcore.DevicePlan, which torch.compile and torch.export cannot "
