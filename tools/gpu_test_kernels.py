@@ -36,6 +36,7 @@ from flashcore.runtime.prebuild import prebuild
 ROOT = Path(__file__).resolve().parents[1]
 KIT = "benchmarks/sglang_kit.py"
 SMS = 132
+GPU = torch.device("cuda")
 PYTEST = ("-q", "--assert=plain", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist")
 
 
@@ -61,8 +62,6 @@ class OnCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
-        if func is torch.device:
-            return func(*args, **(kwargs or {}))
         moved = {name: _cpu(value) for name, value in (kwargs or {}).items()}
         return func(*map(_cpu, args), **moved)
 
@@ -135,7 +134,7 @@ def _load_sglang() -> None:
     import sglang.test.kits.attention_unittest.attention_methods.dense_attention  # noqa: F401
 
     def on_gpu(runner: Any, of: Any = Model.of) -> Model:
-        return dataclasses.replace(of(runner), device=torch.device("cuda"))
+        return dataclasses.replace(of(runner), device=GPU)
 
     Model.of = on_gpu  # type: ignore[method-assign]
     page_table_kernel.fill_tables = lambda *arguments: None
