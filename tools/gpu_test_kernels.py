@@ -94,15 +94,15 @@ def note(file: str, tests: list[str]) -> None:
     cuda = mock.MagicMock()
     cuda.current_device.return_value = cuda.memory_allocated.return_value = 0
     cuda.is_current_stream_capturing.return_value = False
+    cuda.device_count.return_value = 1
     cuda.get_device_properties.return_value = SimpleNamespace(multi_processor_count=SMS)
-    scratch = torch.zeros(2, dtype=torch.int32)
     instead: list[tuple[Any, dict[str, Any]]] = [
         (torch, {"cuda": cuda, "Generator": lambda device=None, make=torch.Generator: make()}),
         (torch.testing, {"assert_close": pass_over}),
         (compare, {"assert_close": pass_over}),
         (cache, {"_shared": noted}),
         (launch, {"available": lambda device: (True, ""), "_current_device": lambda: None}),
-        *((m, {"scheduler_scratch": lambda index: scratch}) for m in (launch, launch_paged)),
+        *((m, {"lasting_stream": lambda index: 0}) for m in (launch, launch_paged)),
         *((m, {"device_path": lambda _: DevicePath("hopper", "")}) for m in (device, ops)),
         *((m, {"device_path": lambda _: DevicePath("hopper", "")}) for m in (pager, planner)),
         (flashcore.reference, {"attention_reference": no_result}),
