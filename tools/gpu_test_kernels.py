@@ -116,8 +116,10 @@ def note(file: str, tests: list[str]) -> None:
             sys.argv = [KIT]
             with contextlib.suppress(SystemExit):
                 runpy.run_path(KIT, run_name="__main__")
-        if rest := [test for test in tests if test != KIT]:
-            pytest.main([*PYTEST, *rest])
+        rest = [test for test in tests if test != KIT]
+        # A failed test may have launched all that it does; tests that cannot be collected have not.
+        if rest and (status := pytest.main([*PYTEST, *rest])) > pytest.ExitCode.TESTS_FAILED:
+            sys.exit(status)
     Path(file).write_bytes(pickle.dumps(list(noted.kernels)))
 
 
