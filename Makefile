@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.dev-ready
 endif
 
-.PHONY: demo test test-gpu lint types bench-cpu clean
+.PHONY: demo test test-gpu gpu-test-kernels sanitize-gpu lint types bench-cpu clean
 
 include make/dsl.mk
 include make/sglang.mk
@@ -28,11 +28,25 @@ test: $(DEV_READY) lint types
 	$(if $(CI),$(MAKE) test-dsl-old test-sglang)
 	$(if $(HAS_GPU),$(MAKE) test-gpu)
 
-# Most of the time goes into kernels that are compiled at first use, hence several processes.
+# Kernels are compiled at first use unless `make gpu-test-kernels` has done so, on this machine or on
+# one without a GPU; hence several processes. Those that import SGLang, where it is installed, take
+# half a minute to do so and are fewer.
 GPU_TEST_PROCESSES ?= 8
+SGLANG_TEST_PROCESSES ?= 4
+GPU_TEST = OMP_NUM_THREADS=1 $(PY) -m pytest
+SGLANG_GPU_TESTS = tests/gpu/test_sglang_gpu.py
 
 test-gpu: $(DEV_READY)
-	$(PY) -m pytest tests/gpu -n $(GPU_TEST_PROCESSES)
+	$(GPU_TEST) tests/gpu --ignore=$(SGLANG_GPU_TESTS) -n $(GPU_TEST_PROCESSES)
+	if $(PY) -c "import importlib.util as u; exit(u.find_spec('sglang') is None)"; then \
+		$(GPU_TEST) $(SGLANG_GPU_TESTS) -n $(SGLANG_TEST_PROCESSES); fi
+
+gpu-test-kernels: $(DEV_READY)
+	$(PY) tools/gpu_test_kernels.py
+
+# memcheck and racecheck on a small choice of the GPU tests.
+sanitize-gpu: $(DEV_READY)
+	$(PY) tools/sanitize.py
 
 lint: $(DEV_READY)
 	$(PY) -m ruff check .
