@@ -457,3 +457,25 @@ def test_plan_names_what_is_wrong(options, error, message):
 def test_plan_wants_a_layout():
     with pytest.raises(TypeError, match=r"layout must be a flashcore\.Layout, got tuple"):
         plan_tree(tuple(tree(1, 2, 1)))
+
+
+def _tile_of(lengths: list[int], q_lens: list[int], page_tokens: int = 128) -> int:
+    """tile_m of a batch with nothing shared, 32/8 heads of 128."""
+    counts = [-(-n // page_tokens) for n in lengths]
+    table = torch.full((len(lengths), max(counts)), -1, dtype=torch.int32)
+    first = 0
+    for row, count in zip(table, counts, strict=True):
+        row[:count] = torch.arange(first, first + count)
+        first += count
+    layout = flashcore.layout_from_page_table(table, torch.tensor(lengths), page_tokens=page_tokens)
+    return flashcore.plan(
+        layout, q_lens=q_lens, num_q_heads=32, num_kv_heads=8, head_dim=128,
+        page_tokens=page_tokens, itemsize=2,
+    ).tile_m  # fmt: skip
+
+
+def test_tile_rows_follow_the_cost_of_all_items():
+    assert _tile_of([8192] * 32, [1] * 32) == 64  # decode
+    assert _tile_of([4096] * 4, [2048] * 4) == 128  # prefill
+    assert _tile_of([16384] * 60 + [8192], [1] * 60 + [2048]) == 128  # a chunk beside decode
+    assert _tile_of([16384] * 60 + [300], [1] * 60 + [64]) == 64  # too little of it
