@@ -104,13 +104,13 @@ def check(batch: Batch, dtype: torch.dtype, rule: str, **plan_options: Any) -> N
     )
 
 
-# Every rule on both tile heights; page 16 needs several boxes a tile.
+# Every rule on both tile heights; page 32 needs several boxes a tile.
 @pytest.mark.parametrize("tile_m", [64, 128])
 @pytest.mark.parametrize(
     "rule", ["causal", "full", "window", "softcap_sinks", "tree", "everything"]
 )
 def test_rules(rule: str, tile_m: int) -> None:
-    batch = batch_of(1, 16, (8, 2), 128, 9, 7)
+    batch = batch_of(1, 32, (8, 2), 128, 9, 7)
     check(batch, torch.bfloat16, rule, tile_m=tile_m, num_workers=13)
 
 
@@ -158,11 +158,11 @@ def test_shapes(head_dim: int, heads: tuple[int, int], tile_m: int) -> None:
 
 @pytest.mark.parametrize("options", [{"fold": False}, {"share": False}, {"num_workers": 400}])
 def test_plans(options: dict[str, Any]) -> None:
-    check(batch_of(4, 16, (32, 8), 128, 1, 24), torch.bfloat16, "causal", tile_m=64, **options)
+    check(batch_of(4, 32, (32, 8), 128, 1, 24), torch.bfloat16, "causal", tile_m=64, **options)
 
 
 # K and V of one allocation, K rows of all heads side by side, V in the order of the heads.
-@pytest.mark.parametrize("page_tokens", [1, 8, 16])
+@pytest.mark.parametrize("page_tokens", [1, 16, 32])
 def test_strides(page_tokens: int) -> None:
     batch = batch_of(7, page_tokens, (8, 2), 128, 3, 6)
     q, k, v = (x.cuda() for x in batch.tensors(torch.bfloat16))
@@ -189,7 +189,7 @@ def test_pool_beyond_two_to_the_31_elements(page_tokens: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
-@pytest.mark.parametrize("page_tokens", [1, 16])
+@pytest.mark.parametrize("page_tokens", [1, 32])
 def test_same_bits_every_time(page_tokens: int) -> None:
     batch = batch_of(5, page_tokens, (8, 2), 128, 4, 12)
     first = run(batch, torch.bfloat16, {}, tile_m=64, num_workers=132)

@@ -44,7 +44,10 @@ class Stages(NamedTuple):
 
 
 def byte_layout(layout: cute.ComposedLayout) -> cute.ComposedLayout:
-    """Bytes of `matmul.smem_layout`, whose swizzle is of byte addresses, not of elements."""
+    """Bytes of `matmul.smem_layout`, whose swizzle is of byte addresses, not of elements.
+
+    Offsets may be swizzled in place of addresses: stages start at multiples of its period.
+    """
     return cute.make_composed_layout(layout.inner, 0, cute.recast_layout(8, 16, layout.outer))
 
 
@@ -102,14 +105,18 @@ def find_rows(
 
 
 @dsl_user_op
-def copy_vector(dst: Int32, src: Int64, evict_first: bool, *, loc=None, ip=None):
-    """Start a copy of 16 bytes from global to shared memory, past L1."""
-    hint, policy = (".L2::cache_hint", [Int64(EVICT_FIRST)]) if evict_first else ("", [])
+def copy_vector(dst: Int32, src: Int64, evict_first: bool, whole_lines: bool, *, loc=None, ip=None):
+    """Start a copy of 16 bytes from global to shared memory, past L1.
+
+    whole_lines: rows are whole 256 bytes, which L2 may fetch at the first touch.
+    """
+    hints = ".L2::cache_hint" * evict_first + ".L2::256B" * whole_lines
+    policy = [Int64(EVICT_FIRST)] * evict_first
     llvm.inline_asm(
         None,
         [x.ir_value(loc=loc, ip=ip) for x in (dst, src, *policy)],
-        f"cp.async.cg.shared.global{hint} [$0], [$1], 16{', $2' if evict_first else ''};",
-        "r,l,l" if evict_first else "r,l",
+        f"cp.async.cg.shared.global{hints} [$0], [$1], 16{', $2' * evict_first};",
+        "r,l" + ",l" * evict_first,
         has_side_effects=True,
         is_align_stack=False,
         asm_dialect=llvm.AsmDialect.AD_ATT,
@@ -134,7 +141,12 @@ def copy_tile(
             for j in cutlass.range_constexpr(c.head_dim // (VECTOR * LANES_PER_ROW)):
                 column = 16 * (vector + LANES_PER_ROW * j)
                 at = cute.crd2idx((b * block_rows(c) + row, column, stage), stages.bytes)
-                copy_vector(stages.start + at, src + 16 * LANES_PER_ROW * j, c.evict_first)
+                copy_vector(
+                    stages.start + at,
+                    src + 16 * LANES_PER_ROW * j,
+                    c.evict_first,
+                    c.head_dim % 128 == 0,
+                )
 
 
 @cute.jit
