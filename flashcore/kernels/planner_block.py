@@ -56,7 +56,13 @@ def block_sum(x: Int64, wide: cute.Tensor):
     if lane == 0:
         wide[warp] = x
     cute.arch.sync_threads()
-    total = warp_sum(wide[lane])
+    # Shuffles of all warps take longer than one more barrier.
+    if warp == 0:
+        total = warp_sum(wide[lane])
+        if lane == 0:
+            wide[0] = total
+    cute.arch.sync_threads()
+    total = wide[0]
     cute.arch.sync_threads()
     return total
 
