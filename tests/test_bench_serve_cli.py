@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from flashcore.bench import machine
 from flashcore.bench.serve import soak as soak_module
 from flashcore.bench.serve.logits import compare, comparison_prompts, format_comparison
 from flashcore.bench.serve.report import format_table, plot, summarise
@@ -305,3 +306,26 @@ def test_soak_fails(changes: dict[str, Any], message: str) -> None:
     result = soaked(**changes)
     assert not result["passed"]
     assert message in " ".join(result["failures"])
+
+
+@pytest.mark.parametrize(
+    ("visible", "asked"),
+    [(None, "1"), ("", "1"), ("3, 5", "5"), ("4", "1"), ("GPU-a,GPU-b", "GPU-b")],
+)
+def test_clocks_are_those_of_the_visible_gpu(
+    visible: str | None, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def output(*command: str) -> str:
+        commands.append(command)
+        return "1980, 1980, 2619, [N/A], 40"
+
+    monkeypatch.setattr(machine, "_output", output)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    clocks = machine.read_clocks(1)
+    assert commands[0][-1] == f"--id={asked}"
+    assert clocks["temperature_c"] == 40
+    assert "power_w" not in clocks

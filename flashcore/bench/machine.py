@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -45,7 +46,7 @@ def describe_device() -> dict[str, Any]:
 def read_clocks(index: int | None = None) -> dict[str, float]:
     """Clocks, power and temperature now; empty where nvidia-smi does not say.
 
-    With the index of a GPU, this process does not open the device.
+    With the index of a GPU, counted as CUDA counts, this process does not open the device.
     """
     values = (_nvidia_smi(",".join(_CLOCK_FIELDS.values()), index) or "").split(",")
     clocks = {}
@@ -83,9 +84,14 @@ def _nvidia_smi(fields: str, index: int | None = None) -> str | None:
 
     if index is None:
         index = torch.cuda.current_device()
-    return _output(
-        "nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id={index}"
-    )
+    which = f"--id={_physical(index)}"
+    return _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", which)
+
+
+def _physical(index: int) -> str:
+    """What nvidia-smi calls a GPU that CUDA numbers among the visible ones: a number or a UUID."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return visible[index].strip() if visible != [""] and index < len(visible) else str(index)
 
 
 def _output(*command: str) -> str | None:
