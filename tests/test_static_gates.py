@@ -129,8 +129,8 @@ def test_required_opcodes_are_the_family_s() -> None:
 
 def test_load_path_is_told_by_its_opcodes(tmp_path: Path) -> None:
     """Gathered rows need their own proof: Q comes by LDGSTS in every paged kernel."""
-    boxes = paged.choose("bf16", 64, 32, 4, 64)
-    rows = paged.choose("bf16", 64, 16, 4, 64)
+    boxes = paged.choose("bf16", 64, 16, 4, 64)
+    rows = paged.choose("bf16", 64, 8, 4, 64)
     assert (boxes.kv_load, rows.kv_load) == ("tma", "gather")
     of = {c: Kernel(PAGED, c).required_opcodes for c in (boxes, rows)}
     for config, other in ((boxes, rows), (rows, boxes)):

@@ -19,10 +19,12 @@ from flashcore.config.dense import (
 HEAD_DIMS = (64, 128, 256)
 SMEM_BYTES_RESERVED_PER_CTA = 1024
 KV_LOADS = ("tma", "gather")
-LONGEST_GATHERED_PAGE = {1: 8, 2: 16}
-"""Page tokens up to which rows are gathered, by CTAs of an SM. With a TMA box each, pages of 1 took
-ten times the bound, and pages of 16 with two CTAs 1.050 where gathered rows took 1.032. Pages of 64
-lost 2 % by gathering where 70 % was shared."""
+LONGEST_GATHERED_PAGE = 8
+"""Page tokens up to which rows are gathered. With a TMA box each, pages of 1 took ten times the
+bound; pages of 16 took 1.029 where gathered rows took 1.032."""
+KV_BYTES_PER_SM = 128 << 10
+"""Stages of K and V of all CTAs of an SM. One CTA alone reads 56 GB/s with its half of them; with
+192 KB, queues in front of the DRAM made it up to 2 % slower."""
 PAGE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -126,7 +128,7 @@ def choose(
         raise ValueError(f"tile_m must be 64 or 128, got {tile_m}")
     warpgroups = tile_m // WARPGROUP_ROWS
     ctas = ctas_per_sm(head_dim, tile_m)
-    kv_load = "gather" if page_tokens <= LONGEST_GATHERED_PAGE[ctas] else "tma"
+    kv_load = "gather" if page_tokens <= LONGEST_GATHERED_PAGE else "tma"
     tile_n = 64 if head_dim * ctas >= 256 else 128
     config = PagedConfig(
         dtype=dtype,
@@ -135,7 +137,7 @@ def choose(
         group_size=group_size,
         num_consumer_warpgroups=warpgroups,
         tile_n=tile_n,
-        stages=_stages(head_dim, tile_m, tile_n, ctas),
+        stages=_stages(kv_load, head_dim, tile_m, tile_n, ctas),
         kv_load=kv_load,
         producer_registers=40 if ctas == 1 else 56,
         consumer_registers=232 if ctas == 1 else 200,
@@ -170,11 +172,13 @@ def smem_bytes_of_cta(ctas: int) -> int:
     return of_sm // ctas - SMEM_BYTES_RESERVED_PER_CTA
 
 
-def _stages(head_dim: int, tile_m: int, tile_n: int, ctas: int) -> int:
-    """As many as fit, at most four: an SM needs about 38 KB in flight to reach the DRAM's limit."""
+def _stages(kv_load: str, head_dim: int, tile_m: int, tile_n: int, ctas: int) -> int:
+    """Boxes: as many as make KV_BYTES_PER_SM. Gathered rows: as many as fit, at most four."""
     row = head_dim * 2
-    left = smem_bytes_of_cta(ctas) - 1024 - tile_m * row
-    return min(4, left // (2 * tile_n * row))
+    stage = 2 * tile_n * row  # of K and of V
+    if kv_load == "tma":
+        return KV_BYTES_PER_SM // (ctas * stage)
+    return min(4, (smem_bytes_of_cta(ctas) - 1024 - tile_m * row) // stage)
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,8 @@ class PagedAttention:
             if warp == 0:
                 cpasync.prefetch_descriptor(tma_k)
                 cpasync.prefetch_descriptor(tma_v)
+            # The first item is on its way while the barriers are made.
+            words = work_loop.work_row(m.mWork, cute.arch.block_idx()[0])
         storage = SmemAllocator().allocate(self.Storage)
         sQ = storage.q.get_tensor(sQ_l.outer, swizzle=sQ_l.inner)
         sK = storage.k.get_tensor(sKV_l.outer, swizzle=sKV_l.inner)
@@ -208,7 +210,7 @@ class PagedAttention:
                 v_stages = gather.Stages(sV.iterator.toint(), stage_bytes)
                 gather.produce(c, gK, gV, k_stages, v_stages, ring_k, ring_v, slot, m, window, warp)
             elif warp == 0:
-                self.produce(tma_k, gK, tma_v, gV, sK, sV, ring_k, ring_v, slot, m, window)
+                self.produce(tma_k, gK, tma_v, gV, sK, sV, ring_k, ring_v, slot, m, window, words)
         else:
             cute.arch.setmaxregister_increase(c.consumer_registers)
             self.consume(
@@ -230,6 +232,7 @@ class PagedAttention:
         slot: Slot,
         m: Operands,
         window: Bounds,
+        words: cute.Tensor,  # row of the work list at the CTA's place in the grid
     ):
         """The producer warp: draw items, publish them, keep the rings full."""
         c = self.config
@@ -239,7 +242,6 @@ class PagedAttention:
         num_items = device_plan.count_items(c, m)
         slot_phase = Int32(1)
         while index < num_items:
-            words = work_loop.work_row(m.mWork, index)
             entry, num_tokens = words[int(Work.ENTRY)], words[int(Work.NUM_TOKENS)]
             last_entry = entry + (num_tokens - 1) // c.page_tokens
             # On its way while the item is measured: most items begin with their run's last tile.
@@ -270,6 +272,7 @@ class PagedAttention:
                 pages.load_tile(c, v_pages, ids, item.first, ring_v, v_state)
                 v_state.advance()
             index = work_loop.next_item(index, m.mCounter)
+            work_loop.read_row(m.mWork, min(index, num_items - 1), words)
         work_loop.publish_end(slot, slot_phase)
         work_loop.reset_counter(m.mCounter)
         ring_k.producer_tail(k_state)

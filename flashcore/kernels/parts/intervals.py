@@ -36,14 +36,6 @@ def row_interval(
 
 
 @cute.jit
-def warp_min(x: Int32) -> Int32:
-    """Minimum over the warp."""
-    for k in cutlass.range_constexpr(5):
-        x = min(x, cute.arch.shuffle_sync_bfly(x, 1 << k))
-    return x
-
-
-@cute.jit
 def measure_item(
     config: cutlass.Constexpr[PagedConfig],
     words: cute.Tensor,  # a row of the work list
@@ -71,8 +63,10 @@ def measure_item(
                 b = min(b, max(position - mQIndex[mTokens[token]], 0))
             min_high = min(min_high, b)
             token += 32
-        low, min_high = warp_min(low), warp_min(min_high)
-        high, max_low = -warp_min(-high), -warp_min(-max_low)
+        low = cute.arch.warp_redux_sync(low, "min")
+        min_high = cute.arch.warp_redux_sync(min_high, "min")
+        high = cute.arch.warp_redux_sync(high, "max")
+        max_low = cute.arch.warp_redux_sync(max_low, "max")
     first = low // c.tile_n
     end = cute.ceil_div(high, c.tile_n)
     if high <= low:

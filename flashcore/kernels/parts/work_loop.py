@@ -46,11 +46,17 @@ class Item(NamedTuple):
 
 @cute.jit
 def work_row(mWork: cute.Tensor, index: Int32):
-    """A row of the work list in two 16-byte loads."""
+    """A row of the work list."""
     words = cute.make_rmem_tensor(FIELDS, Int32)
+    read_row(mWork, index, words)
+    return words
+
+
+@cute.jit
+def read_row(mWork: cute.Tensor, index: Int32, words: cute.Tensor):
+    """Read a row of the work list into `words` in two 16-byte loads."""
     row = cute.make_tensor((mWork.iterator + index * FIELDS).align(16), cute.make_layout(FIELDS))
     cute.autovec_copy(row, words)
-    return words
 
 
 @cute.jit
