@@ -200,6 +200,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu": ("cpu.json", cpu_table),
     "dense": ("dense_h100.json", dense_table),
     "paged": ("paged_h100.json", paged_table),
+    "serve": ("serve_h100.json", serve_table),
 }
 
 

@@ -145,7 +145,7 @@ def attention(
     if launch is not None:
         options = (causal, scale, window, softcap, max_seqlen_q, return_lse)
         if key is not None and launch.reusable and _all_plain(options):
-            _remember(_dense_launches, key, launch)
+            _remember(_dense_launches, key, launch, _MAX_LAUNCHES)
         out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
     else:
         out, lse = (ops.attention_op if _traced(q) else ops.attention_impl)(*arguments)
@@ -293,7 +293,7 @@ def paged_attention(
         if launch is not None:
             options = (causal, scale, window, softcap, return_lse)
             if key is not None and launch.reusable and _all_plain(options):
-                _remember(plan.launches, key, launch)
+                _remember(plan.launches, key, launch, _MAX_PLAN_LAUNCHES)
             result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, out)
             return result if lse is None else (result, lse)
     elif isinstance(plan, DevicePlan):
@@ -338,6 +338,7 @@ def paged_attention(
 # in a process.
 _dense_launches: dict[Hashable, Any] = {}
 _MAX_LAUNCHES = 4096  # beyond this the dictionary starts anew
+_MAX_PLAN_LAUNCHES = 64  # of one plan; they keep buffers
 
 
 def _wants_gradient(
@@ -356,8 +357,8 @@ def _all_plain(options: tuple[Any, ...]) -> bool:
     return all(x is None or isinstance(x, (bool, int, float, tuple)) for x in options)
 
 
-def _remember(launches: dict[Hashable, Any], key: Hashable, launch: Any) -> None:
-    if len(launches) >= _MAX_LAUNCHES:
+def _remember(launches: dict[Hashable, Any], key: Hashable, launch: Any, limit: int) -> None:
+    if len(launches) >= limit:
         launches.clear()
     launches[key] = launch
 

@@ -180,12 +180,26 @@ def test_buffers_are_kept_for_a_stream_and_a_thread(
     assert len({id(x) for x in (first, other_thread, other_stream, graph, other_graph)}) == 5
 
 
-def test_large_buffers_are_not_kept(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_paged, "_MAX_KEPT_BYTES", 1000)
+@pytest.mark.parametrize(("limit", "place"), [("_MAX_KEPT_PARTIALS", 5), ("_MAX_KEPT_LSE", 4)])
+def test_large_buffers_are_not_kept(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, limit: str, place: int
+) -> None:
     given = arguments(64)
     for _ in range(2):
         flashcore.paged_attention(**given)
-    assert recorder.calls[0][1][5] is not recorder.calls[2][1][5]
+    assert recorder.calls[0][1][place] is recorder.calls[2][1][place]
+    monkeypatch.setattr(launch_paged, limit, 8)
+    given = arguments(64)
+    for _ in range(2):
+        flashcore.paged_attention(**given)
+    assert recorder.calls[4][1][place] is not recorder.calls[6][1][place]
+
+
+def test_a_plan_remembers_a_bounded_number_of_launches(recorder: Recorder) -> None:
+    given = arguments(64)
+    for i in range(200):  # as prefills of so many lengths would on a device plan
+        flashcore.paged_attention(**given, scale=1.0 + i)
+    assert 0 < len(given["plan"].launches) <= 64
 
 
 @pytest.mark.parametrize(

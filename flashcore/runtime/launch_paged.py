@@ -36,7 +36,10 @@ from flashcore.runtime.launch import (
 from flashcore.runtime.load import CompiledFunction, prepared
 
 _ANY_WIDTH = 2**31 - 1
-_MAX_KEPT_BYTES = 32 << 20  # of partial results, per stream and set of options of a plan
+# Kept for a stream and a thread, by each remembered launch of a plan. A plan made ahead has few, all
+# for its own number of queries; a device plan has one for each number of rows that q has had.
+_MAX_KEPT_PARTIALS = 32 << 20  # bytes
+_MAX_KEPT_LSE = 256 << 10  # bytes; beyond it the allocation is small beside the attention
 
 # LSE (None: the caller's, made for each call), partial results, counter; as `prepared` has them
 _Buffers = tuple[Any, Any, Any, Any]
@@ -124,7 +127,7 @@ class PagedLaunch:
         return out, (lse if self.return_lse else None)
 
     def _buffers(self, stream: int | None) -> _Buffers:
-        """What is kept for a stream and a thread, unless the partial results are large.
+        """What is kept for a stream and a thread, unless it is large.
 
         What a thread launches on a stream runs one after the other; another thread's launches may
         fall between an attention kernel and its merge.
@@ -135,7 +138,8 @@ class PagedLaunch:
             partial_out, partial_lse = (self.allocate(*buffer) for buffer in self.partials)
         counter = scheduler_scratch(self.device.index) if scratch is None else prepared(scratch)
         buffers = prepared(lse), prepared(partial_out), prepared(partial_lse), counter
-        large = self.partials is not None and partial_out.nbytes > _MAX_KEPT_BYTES
+        large = self.partials is not None and partial_out.nbytes > _MAX_KEPT_PARTIALS
+        large |= lse is not None and lse.nbytes > _MAX_KEPT_LSE
         if stream is not None and not large:
             self.kept[stream, get_ident()] = buffers
         return buffers

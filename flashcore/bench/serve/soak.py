@@ -169,7 +169,8 @@ class _Soak:
 
     async def _request(self, kind: str, prompt: list[int], output: int) -> None:
         self._serial += 1
-        name, abort_after = f"soak-{self._serial}", self._traffic.abort_after()
+        # SGLang aborts every request whose id begins with the given one: all are equally long.
+        name, abort_after = f"soak-{self._serial:09d}", self._traffic.abort_after()
         sampling = {"max_new_tokens": output, "ignore_eos": True, "temperature": 1.0}
         if abort_after == 0:  # while it waits, or in its prefill
             asyncio.get_running_loop().call_later(0.02, self._engine.abort, name)
