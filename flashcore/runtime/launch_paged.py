@@ -36,7 +36,7 @@ from flashcore.runtime.launch import (
 from flashcore.runtime.load import CompiledFunction, prepared
 
 _ANY_WIDTH = 2**31 - 1
-# Kept for a stream and a thread, by each remembered launch of a plan. A plan made ahead has few, all
+# Kept for a stream and a thread, by each remembered launch of a plan. A plan made ahead has few,
 # for its own number of queries; a device plan has one for each number of rows that q has had.
 _MAX_KEPT_PARTIALS = 32 << 20  # bytes
 _MAX_KEPT_LSE = 256 << 10  # bytes; beyond it the allocation is small beside the attention
