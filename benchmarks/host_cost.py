@@ -21,6 +21,7 @@ import torch
 import flashcore
 from flashcore import api, device, ops
 from flashcore.bench.machine import describe_device, package_versions, source_commit
+from flashcore.remembered import Remembered
 from flashcore.runtime import launch, launch_paged
 from flashcore.runtime.allocate import allocator, contiguous
 from flashcore.runtime.cache import shared_cache
@@ -106,8 +107,8 @@ def launches_through(cache: Any, stub: bool) -> Iterator[None]:
     """New launches get their functions from `cache`; with `stub` CPU tensors pass for a GPU's."""
     with (
         _fresh_launches(),
-        mock.patch.multiple(api, _dense_launches={}),
-        mock.patch.multiple(launch, shared_cache=lambda: cache, _plans={}),
+        mock.patch.multiple(api, _dense_launches=Remembered(4096)),
+        mock.patch.multiple(launch, shared_cache=lambda: cache, _plans=Remembered(4096)),
         mock.patch.multiple(launch_paged, shared_cache=lambda: cache, _functions={}),
     ):
         if not stub:
@@ -119,7 +120,7 @@ def launches_through(cache: Any, stub: bool) -> Iterator[None]:
             launch: {
                 "sm_count": lambda _: 132,
                 "scheduler_scratch": lambda _: scratch,
-                "_current_device": lambda: None,
+                "current_device": lambda: None,
             },
             launch_paged: {
                 "sm_count": lambda _: 132,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from typing import Any, Literal, overload
 
 import torch
@@ -13,6 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from flashcore import ops, validate
 from flashcore.planner.device_plan import DevicePlan
 from flashcore.planner.types import Plan
+from flashcore.remembered import Remembered
 
 Window = tuple[int, int]
 
@@ -145,7 +145,7 @@ def attention(
     if launch is not None:
         options = (causal, scale, window, softcap, max_seqlen_q, return_lse)
         if key is not None and launch.reusable and _all_plain(options):
-            _remember(_dense_launches, key, launch, _MAX_LAUNCHES)
+            _dense_launches.remember(key, launch)
         out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
     else:
         out, lse = (ops.attention_op if _traced(q) else ops.attention_impl)(*arguments)
@@ -293,7 +293,7 @@ def paged_attention(
         if launch is not None:
             options = (causal, scale, window, softcap, return_lse)
             if key is not None and launch.reusable and _all_plain(options):
-                _remember(plan.launches, key, launch, _MAX_PLAN_LAUNCHES)
+                plan.launches.remember(key, launch)
             result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, out)
             return result if lse is None else (result, lse)
     elif isinstance(plan, DevicePlan):
@@ -336,9 +336,7 @@ def paged_attention(
 # function itself. Checks of the contents of a tensor are made on the CPU alone, where no launch is
 # remembered. An index is device enough: the CPU's is -1, and torch supports one kind of accelerator
 # in a process.
-_dense_launches: dict[Hashable, Any] = {}
-_MAX_LAUNCHES = 4096  # beyond this the dictionary starts anew
-_MAX_PLAN_LAUNCHES = 64  # of one plan; they keep buffers
+_dense_launches = Remembered(4096)
 
 
 def _wants_gradient(
@@ -355,12 +353,6 @@ def _wants_gradient(
 def _all_plain(options: tuple[Any, ...]) -> bool:
     """No option is an object that can change and keep its hash, such as a tensor."""
     return all(x is None or isinstance(x, (bool, int, float, tuple)) for x in options)
-
-
-def _remember(launches: dict[Hashable, Any], key: Hashable, launch: Any, limit: int) -> None:
-    if len(launches) >= limit:
-        launches.clear()
-    launches[key] = launch
 
 
 def _traced(q: torch.Tensor) -> bool:

@@ -17,6 +17,8 @@ from flashcore.bench.providers import Provider, UnsupportedError, dense_provider
 from flashcore.bench.report import format_table, plot, summarise
 from flashcore.bench.timing import Contestant, time_interleaved
 from flashcore.cli import bench as bench_command
+from tests import cli_calls
+from tests.cli_calls import assert_refused
 
 SMALL = DenseProblem(2, 2, 1, 40, 16, True, "bf16")
 
@@ -167,11 +169,7 @@ def test_absent_peers_are_named_with_a_reason() -> None:
 
 
 def parse(*words: str) -> Any:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    bench_command.add_arguments(parser)
-    return parser.parse_args(["dense", *words])
+    return cli_calls.parse(bench_command, "dense", *words)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +187,7 @@ def test_refusals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench_command.run(parse(*words)) == 2
-    assert message in capsys.readouterr().err
+    assert_refused(bench_command, parse(*words), message, capsys)
 
 
 def test_result_is_redrawn_without_a_gpu(

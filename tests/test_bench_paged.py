@@ -30,6 +30,8 @@ from flashcore.bench.paged_providers import PagedProvider, our_call, paged_provi
 from flashcore.bench.paged_report import format_table, plot, summarise
 from flashcore.cli import bench as bench_command
 from flashcore.reference import paged_attention_reference
+from tests import cli_calls
+from tests.cli_calls import assert_refused
 
 SMALL = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "page_tokens": 16}
 SHARED = PagedProblem("shared", 3, 128, prefix_tokens=96, **SMALL)
@@ -268,7 +270,7 @@ def test_turns_are_interleaved_shuffled_and_the_first_round_is_dropped() -> None
         number = float(len(order))
         return lambda: number
 
-    timings = time_graphs({name: name for name in "abc"}, rounds=31, start=start)  # type: ignore
+    timings = time_graphs({name: name for name in "abc"}, rounds=31, start=start)
     rounds = ["".join(order[at : at + 3]) for at in range(0, 96, 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
     assert {pair for turn in rounds for pair in (turn[:2], turn[1:])} == {
@@ -378,9 +380,7 @@ def test_absent_peers_are_named_with_a_reason() -> None:
 
 
 def parse(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    bench_command.add_arguments(parser)
-    return parser.parse_args(["paged", *words])
+    return cli_calls.parse(bench_command, "paged", *words)
 
 
 @pytest.mark.parametrize(
@@ -398,16 +398,15 @@ def test_refusals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench_command.run(parse(*words)) == 2
-    assert message in capsys.readouterr().err
+    assert_refused(bench_command, parse(*words), message, capsys)
 
 
 def test_unknown_kernel_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert bench_command.run(parse("--kernels", "fa3,fa9")) == 2
-    assert "unknown kernel 'fa9'; there are cascade_fa2," in capsys.readouterr().err
+    said = "unknown kernel 'fa9'; there are cascade_fa2,"
+    assert_refused(bench_command, parse("--kernels", "fa3,fa9"), said, capsys)
 
 
 @pytest.mark.parametrize("words", [("--random", "0"), ("--flush", "no"), ("--rounds", "x")])

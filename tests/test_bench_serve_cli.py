@@ -18,6 +18,8 @@ from flashcore.bench.serve import soak as soak_module
 from flashcore.bench.serve.logits import compare, comparison_prompts, format_comparison
 from flashcore.bench.serve.report import format_table, plot, summarise
 from flashcore.cli import bench_serve
+from tests import cli_calls
+from tests.cli_calls import assert_refused
 from tests.serve_fakes import fake_run
 
 VOCAB = 1000
@@ -76,9 +78,7 @@ def test_table_without_the_baseline() -> None:
 
 
 def parse(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    bench_serve.add_arguments(parser)
-    return parser.parse_args(words)
+    return cli_calls.parse(bench_serve, *words)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,7 @@ def test_refusals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert bench_serve.run(parse(*words)) == 2
-    assert message in capsys.readouterr().err
+    assert_refused(bench_serve, parse(*words), message, capsys)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +137,7 @@ def test_no_gpu_is_named(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench_serve.run(parse()) == 2
-    assert "torch sees no CUDA device" in capsys.readouterr().err
+    assert_refused(bench_serve, parse(), "torch sees no CUDA device", capsys)
 
 
 def test_results_are_redrawn_and_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,8 +172,7 @@ def test_result_that_cannot_be_read_is_named(
 ) -> None:
     path = tmp_path / "r.json"
     path.write_text(text)
-    assert bench_serve.run(parse("--from-json", str(path))) == 2
-    assert message in capsys.readouterr().err
+    assert_refused(bench_serve, parse("--from-json", str(path)), message, capsys)
 
 
 # Logits and soak

@@ -16,8 +16,8 @@ from flashcore.planner.device_plan import fill_defaults
 from flashcore.runtime import launch_paged
 from flashcore.runtime.cache import KernelCache
 from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
+from tests.pretend_gpu import no_gpu, pretend
 from tests.runtime_fixtures import needs_dsl
-from tests.test_runtime_launch import PretendCuda
 
 HEADS, KV_HEADS, DIM, PAGE_TOKENS, PAGES, MAX_Q = 8, 2, 64, 16, 30, 24
 
@@ -228,14 +228,12 @@ def test_merge_shares_lists_where_rows_are_few() -> None:
 
 
 @needs_dsl
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would launch on addresses of the host")
+@no_gpu
 @pytest.mark.parametrize("tree", [False, True])
 def test_compiled_functions_take_what_the_launch_passes(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, tree: bool
 ) -> None:
     """The functions check their arguments before they ask for a driver, which is not there."""
-    import tvm_ffi
-
     cache = KernelCache.open()
     mask = torch.ones(10, 5, dtype=torch.bool) if tree else None
     flashcore.paged_attention(**arguments(), tree_mask=mask)
@@ -245,9 +243,4 @@ def test_compiled_functions_take_what_the_launch_passes(
     ):
         compiled = cache.function(Kernel(family, config))
         with pytest.raises(RuntimeError, match="InsufficientDriver"):
-            compiled(
-                *(
-                    tvm_ffi.from_dlpack(PretendCuda(a)) if isinstance(a, torch.Tensor) else a
-                    for a in call
-                )
-            )
+            compiled(*pretend(call))

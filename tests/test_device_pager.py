@@ -37,8 +37,8 @@ from tests.device_pager_cases import (
 from tests.device_plan_cases import assert_same_plan, assert_same_stats
 from tests.pager_emulation import PagerEmulation
 from tests.planner_emulation import Emulation
+from tests.pretend_gpu import no_gpu, pretend
 from tests.runtime_fixtures import needs_disassembler, needs_dsl
-from tests.test_runtime_launch import PretendCuda
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -285,17 +285,8 @@ def test_page_tables_are_checked() -> None:
 # ---------------------------------------------------------------- the real functions
 
 
-def pretend(value: Any) -> Any:
-    """Tensors of GPU 0, in tuples too."""
-    import tvm_ffi
-
-    if isinstance(value, tuple):
-        return tuple(pretend(v) for v in value)
-    return tvm_ffi.from_dlpack(PretendCuda(value)) if isinstance(value, torch.Tensor) else value
-
-
 @needs_dsl
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would launch on addresses of the host")
+@no_gpu
 @pytest.mark.parametrize("kind", ["none", "bool", "words"])
 @pytest.mark.parametrize("form", ["map", "table", "plan of a table", "plan of a layout"])
 def test_compiled_functions_take_what_the_launch_passes(

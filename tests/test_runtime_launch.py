@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import pytest
@@ -12,9 +11,11 @@ import flashcore
 from flashcore import api, ops
 from flashcore.config.dense import DenseConfig
 from flashcore.device import Path
+from flashcore.remembered import Remembered
 from flashcore.runtime import launch
 from flashcore.runtime.cache import KernelCache
 from flashcore.runtime.kernel import DENSE, Kernel
+from tests.pretend_gpu import no_gpu, pretend
 from tests.runtime_fixtures import needs_dsl
 
 
@@ -36,10 +37,10 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """CPU tensors pass for tensors of the current GPU, which has 132 SMs."""
     recorder = Recorder()
     monkeypatch.setattr(launch, "shared_cache", lambda: recorder)
-    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "_plans", Remembered(4096))
     monkeypatch.setattr(launch, "sm_count", lambda device: 132)
     monkeypatch.setattr(launch, "scheduler_scratch", lambda index: "scratch")
-    monkeypatch.setattr(launch, "_current_device", lambda: None)
+    monkeypatch.setattr(launch, "current_device", lambda: None)
     return recorder
 
 
@@ -176,7 +177,7 @@ def test_packed_lengths_do_not_multiply_plans(recorder: Recorder) -> None:
 
 
 def test_plans_are_bounded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_MAX_PLANS", 3)
+    monkeypatch.setattr(launch, "_plans", Remembered(3))
     for length in range(1, 9):
         attend(*tensors(1, length, 1, 64))
     assert len(launch._plans) <= 3
@@ -189,7 +190,7 @@ def test_plans_are_bounded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) 
 def on_hopper(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """`flashcore.attention` takes CPU tensors for a Hopper GPU's."""
     monkeypatch.setattr(ops, "device_path", lambda device: Path("hopper", ""))
-    monkeypatch.setattr(api, "_dense_launches", {})
+    monkeypatch.setattr(api, "_dense_launches", Remembered(4096))
     return recorder
 
 
@@ -271,14 +272,14 @@ def test_repaired_strides_are_repaired_each_time(on_hopper: Recorder) -> None:
 
 
 def test_remembered_calls_are_bounded(on_hopper: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_MAX_LAUNCHES", 3)
+    monkeypatch.setattr(api, "_dense_launches", Remembered(3))
     for length in range(1, 9):
         flashcore.attention(*tensors(1, length, 1, 64))
     assert len(api._dense_launches) <= 3
 
 
 def test_cpu_calls_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_dense_launches", {})
+    monkeypatch.setattr(api, "_dense_launches", Remembered(4096))
     flashcore.attention(*tensors(1, 8, 2, 64))
     assert api._dense_launches == {}
 
@@ -369,29 +370,6 @@ def test_legal_views_are_passed_as_they_are(recorder: Recorder) -> None:
 # ---------------------------------------------------------------- the real function
 
 
-no_gpu = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="would launch on addresses of the host"
-)
-
-
-class PretendCuda:
-    """A CPU tensor that tells DLPack it lies on GPU 0."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self.value = value
-
-    def __dlpack__(self, **options: Any) -> Any:
-        capsule = self.value.__dlpack__()
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        # DLTensor: the data pointer, then the device type.
-        ctypes.c_int32.from_address(pointer(capsule, b"dltensor") + 8).value = 2
-        return capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
-
-
 class Checked(Recorder):
     """Calls the compiled function with CPU tensors that pass for a GPU's."""
 
@@ -400,18 +378,11 @@ class Checked(Recorder):
         self.cache = KernelCache.open()
 
     def function(self, kernel: Kernel) -> Any:
-        import tvm_ffi
-
         compiled = self.cache.function(kernel)
 
         def call(*arguments: Any) -> None:
             self.calls.append(arguments)
-            compiled(
-                *(
-                    tvm_ffi.from_dlpack(PretendCuda(a)) if isinstance(a, torch.Tensor) else a
-                    for a in arguments
-                )
-            )
+            compiled(*pretend(arguments))
 
         return call
 
@@ -421,13 +392,13 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> Checked:
     """The compiled function checks its arguments before it asks for a driver that is not there."""
     checked = Checked()
     monkeypatch.setattr(launch, "shared_cache", lambda: checked)
-    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "_plans", Remembered(4096))
     monkeypatch.setattr(launch, "sm_count", lambda device: 132)
     zeros = torch.zeros(2, dtype=torch.int32)
     monkeypatch.setattr(launch, "scheduler_scratch", lambda index: zeros)
-    monkeypatch.setattr(launch, "_current_device", lambda: None)
+    monkeypatch.setattr(launch, "current_device", lambda: None)
     monkeypatch.setattr(ops, "device_path", lambda device: Path("hopper", ""))
-    monkeypatch.setattr(api, "_dense_launches", {})
+    monkeypatch.setattr(api, "_dense_launches", Remembered(4096))
     return checked
 
 

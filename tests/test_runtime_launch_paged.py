@@ -15,8 +15,8 @@ from flashcore.device import Path
 from flashcore.runtime import launch_paged
 from flashcore.runtime.cache import KernelCache
 from flashcore.runtime.kernel import Kernel
+from tests.pretend_gpu import no_gpu, pretend
 from tests.runtime_fixtures import needs_dsl
-from tests.test_runtime_launch import PretendCuda, no_gpu
 
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 128, 64
 
@@ -41,18 +41,11 @@ class CheckedPaged(Recorder):
         self.cache = KernelCache.open()
 
     def function(self, kernel: Kernel) -> Any:
-        import tvm_ffi
-
         compiled = self.cache.function(kernel)
 
         def call(*arguments: Any) -> None:
             self.calls.append((kernel.family.name, arguments))
-            compiled(
-                *(
-                    tvm_ffi.from_dlpack(PretendCuda(a)) if isinstance(a, torch.Tensor) else a
-                    for a in arguments
-                )
-            )
+            compiled(*pretend(arguments))
 
         return call
 

@@ -101,7 +101,7 @@ def note(file: str, tests: list[str]) -> None:
         (torch.testing, {"assert_close": pass_over}),
         (compare, {"assert_close": pass_over}),
         (cache, {"_shared": noted}),
-        (launch, {"available": lambda device: (True, ""), "_current_device": lambda: None}),
+        (launch, {"available": lambda device: (True, ""), "current_device": lambda: None}),
         *((m, {"lasting_stream": lambda index: 0}) for m in (launch, launch_paged)),
         *((m, {"device_path": lambda _: DevicePath("hopper", "")}) for m in (device, ops)),
         *((m, {"device_path": lambda _: DevicePath("hopper", "")}) for m in (pager, planner)),

@@ -8,8 +8,9 @@ import torch
 
 from flashcore import validate
 from flashcore.planner.counters import Count, Fault, Stat
-from flashcore.planner.types import Launches
+from flashcore.planner.types import no_launches
 from flashcore.planner.work import FIELDS
+from flashcore.remembered import Remembered
 
 _MOST = validate.INT32_MAX // FIELDS  # rows of a table whose elements are counted in int32
 _DECODE_QUERIES = 1024
@@ -117,7 +118,7 @@ class DevicePlan:
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
     counter: torch.Tensor
-    launches: Launches = field(default_factory=Launches, init=False, repr=False)
+    launches: Remembered = field(default_factory=no_launches, init=False, repr=False)
 
     @property
     def device(self) -> torch.device:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 
 from flashcore.planner.stats import PlanStats, plan_stats
+from flashcore.remembered import Remembered
 
 
-class Launches(dict[Hashable, Any]):
-    """What calls with a plan have made ready, by all that they depend on besides the plan."""
-
-    def __reduce__(self) -> tuple[type[Launches], tuple[()]]:
-        return Launches, ()  # compiled functions cannot be copied: a copy of a plan starts anew
+def no_launches() -> Remembered:
+    """What calls with a plan have made ready, by all that they depend on besides the plan. Few:
+    launches keep buffers."""
+    return Remembered(64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +68,7 @@ class Plan:
     merge_offsets: torch.Tensor
     merge_partials: torch.Tensor
     decisions: torch.Tensor
-    launches: Launches = field(default_factory=Launches, init=False, repr=False)
+    launches: Remembered = field(default_factory=no_launches, init=False, repr=False)
 
     @property
     def device(self) -> torch.device:

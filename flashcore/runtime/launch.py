@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from flashcore.config.dense import DenseConfig, DenseProblem, choose, grid_size
+from flashcore.remembered import Remembered
 from flashcore.runtime.allocate import Allocate, Buffer, allocator, contiguous
 from flashcore.runtime.cache import shared_cache
 from flashcore.runtime.folder import default_folder
@@ -31,7 +32,6 @@ _HOPPER_CAPABILITY = (9, 0)
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TMA_BYTES = 16
 _TMA_ELEMENTS = 8  # of bf16 or fp16
-_MAX_PLANS = 4096  # varying lengths make new plans; beyond this the dictionary starts anew
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ _PlanKey = tuple[
     tuple[bool, bool],
     torch.device,
 ]
-_plans: dict[_PlanKey, _Plan] = {}
+_plans = Remembered(4096)  # _PlanKey -> _Plan
 _scratch: dict[tuple[int, int], Any] = {}  # by device index and stream handle
 # What torch.cuda.current_device() calls when CUDA is initialised, as it is once there are tensors.
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class DenseLaunch:
         cu_seqlens_k: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(out, LSE or None), made anew."""
-        if self.other_devices and self.device.index != _current_device():
+        if self.other_devices and self.device.index != current_device():
             with torch.cuda.device(self.device):
                 return self(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
         if not self.reusable:
@@ -179,7 +179,7 @@ def dense_launch(
             (batch is not None, return_lse),
             q.device,
         )
-        plan = _plans.get(what) or _remember(what)
+        plan = _plans.get(what) or _plan_of(what)
     # A causal window is a window that ends at the query itself.
     right = 0 if causal else window_right
     return DenseLaunch(
@@ -287,7 +287,7 @@ def _available(index: int) -> tuple[bool, str]:
     )
 
 
-def _remember(what: _PlanKey) -> _Plan:
+def _plan_of(what: _PlanKey) -> _Plan:
     """Make the plan of a launch: choose, load or compile, size the grid."""
     sizes, options, packing, device = what
     if sizes[0] not in DTYPE_NAMES:
@@ -299,9 +299,7 @@ def _remember(what: _PlanKey) -> _Plan:
         needs_scratch=config.dynamic,
         num_ctas=grid_size(config, problem, sm_count(device)),
     )
-    if len(_plans) >= _MAX_PLANS:
-        _plans.clear()
-    _plans[what] = plan
+    _plans.remember(what, plan)
     return plan
 
 

@@ -28,6 +28,7 @@ from flashcore.runtime.cache import shared_cache
 from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
 from flashcore.runtime.launch import (
     DTYPE_NAMES,
+    current_device,
     lasting_stream,
     scheduler_scratch,
     sm_count,
@@ -83,7 +84,7 @@ class PagedLaunch:
         out: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(out, LSE or None)."""
-        if self.other_devices and self.device.index != torch.cuda.current_device():
+        if self.other_devices and self.device.index != current_device():
             with torch.cuda.device(self.device):
                 return self(q, k_pages, v_pages, sinks, tree_mask, out)
         if not self.reusable:
