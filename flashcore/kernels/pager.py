@@ -19,7 +19,7 @@ from cutlass import Int32, Int64, const_expr
 
 from flashcore.config.pager import PagerConfig, Ranges, Tiles, illegal_reason
 from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, WARPS
-from flashcore.kernels.planner_block import block_scan, last_at_most
+from flashcore.kernels.planner_block import block_scan, first_and_stride, last_at_most
 from flashcore.kernels.planner_sharing import await_count, publish_count
 from flashcore.pager.counters import Fault, PagerCount
 
@@ -327,15 +327,6 @@ def cut(tokens: Int32, page_tokens: Int32):
 def slot_word(stamp: Int32, e: Int32):
     """Smaller for later updates, so that nothing need be cleared, then for smaller entries."""
     return (Int64(2**31 - 1 - stamp) << 32) | Int64(e)
-
-
-@cute.jit
-def first_and_stride():
-    """This thread's first element and the distance to its next."""
-    tid, _, _ = cute.arch.thread_idx()
-    bid, _, _ = cute.arch.block_idx()
-    grid, _, _ = cute.arch.grid_dim()
-    return bid * ENTRY_THREADS + tid, grid * ENTRY_THREADS
 
 
 @cute.jit

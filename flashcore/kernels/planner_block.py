@@ -1,4 +1,5 @@
-"""What one CTA of SCAN_THREADS threads can do together: scans, sums, a stable radix sort."""
+"""What one CTA of SCAN_THREADS threads can do together: scans, sums, a stable radix sort; and how
+CTAs of ENTRY_THREADS share a list."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
-from flashcore.config.planner import RADIX_BINS, RADIX_BITS, SCAN_THREADS, WARPS, Sort
+from flashcore.config.planner import (
+    ENTRY_THREADS,
+    RADIX_BINS,
+    RADIX_BITS,
+    SCAN_THREADS,
+    WARPS,
+    Sort,
+)
 
 
 class Shared(NamedTuple):
@@ -18,6 +26,15 @@ class Shared(NamedTuple):
     wide: cute.Tensor  # int64 (WARPS,)
     bins: cute.Tensor  # int32 (RADIX_BINS,)
     warp_bins: cute.Tensor  # int32 (RADIX_BINS * WARPS,), bins of a warp together
+
+
+@cute.jit
+def first_and_stride():
+    """First element of this thread, one of ENTRY_THREADS in its CTA, and the distance to its next."""
+    tid, _, _ = cute.arch.thread_idx()
+    bid, _, _ = cute.arch.block_idx()
+    grid, _, _ = cute.arch.grid_dim()
+    return bid * ENTRY_THREADS + tid, grid * ENTRY_THREADS
 
 
 @cute.jit

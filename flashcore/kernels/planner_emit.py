@@ -9,22 +9,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-from flashcore.config.planner import ENTRY_THREADS, Rows, Sort
+from flashcore.config.planner import Rows, Sort
 from flashcore.config.planner import Segments as S
-from flashcore.kernels.planner_block import last_at_most
+from flashcore.kernels.planner_block import first_and_stride, last_at_most
 from flashcore.kernels.planner_groups import queries_of, row_blocks
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.planner.counters import INVALID, Count
 from flashcore.planner.work import DIRECT, FIELDS, Group, Work
-
-
-@cute.jit
-def first_and_stride():
-    """This thread's first element and the distance to its next."""
-    tid, _, _ = cute.arch.thread_idx()
-    bid, _, _ = cute.arch.block_idx()
-    grid, _, _ = cute.arch.grid_dim()
-    return bid * ENTRY_THREADS + tid, grid * ENTRY_THREADS
 
 
 @cute.jit
