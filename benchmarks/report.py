@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flashcore.bench.rows import by_workload
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 
@@ -96,10 +98,7 @@ def paged_table(data: dict[str, Any]) -> str:
     }
     head += [*ratios.values(), "FA3 / flashcore", "best peer / flashcore"]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    workloads: dict[str, dict[str, Any]] = {}
-    for row in data["rows"]:
-        workloads.setdefault(row["workload"], {})[row["kernel"]] = row
-    for kernels in workloads.values():
+    for kernels in by_workload(data["rows"]).values():
         ours = kernels.get("flashcore")
         if ours is None:
             continue
@@ -155,9 +154,7 @@ PAGED_KERNELS = {
 
 def serve_table(data: dict[str, Any]) -> str:
     """Figures of serve_h100.json as Markdown: tokens/s and decode step, ours over each other's."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in data["rows"]:
-        found.setdefault(row["workload"], {})[row["backend"]] = row
+    found = by_workload(data["rows"], "backend")
     backends = [b for b in BACKENDS if any(b in by_backend for by_backend in found.values())]
     others = [b for b in backends if b != "flashcore"]
     head = ["workload", "model", *backends, *(f"flashcore / {b}" for b in others)]

@@ -21,9 +21,8 @@ from flashcore.bench.machine import read_clocks
 from flashcore.bench.paged_accuracy import Sample, relative_distance
 from flashcore.bench.paged_problems import PagedInputs, PagedProblem, make_inputs
 from flashcore.bench.paged_providers import OURS, PagedProvider, our_call, plan_of
+from flashcore.bench.rows import Row
 from flashcore.bench.timing import Timing
-
-Row = dict[str, Any]
 
 WRONG = 1e-2
 """Relative error of a query token's output from which a kernel counts as wrong: four times what

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flashcore.bench.paged_providers import OURS
-
-Row = dict[str, Any]
+from flashcore.bench.rows import Row, by_workload
 
 TIME_OVER_BOUND = {
     "8x131072-70": (1.04, 1.01),
@@ -38,14 +37,6 @@ PLAN_US = 40.0
 RANDOM_MEDIAN, RANDOM_WORST = 1.0, 1.05
 ERROR_OVER_FA3 = 1.5
 DISTANCE_OVER_ERROR = 2.0
-
-
-def by_workload(rows: list[Row]) -> dict[str, dict[str, Row]]:
-    """Workload -> kernel -> row, in the order of the run."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault(row["workload"], {})[row["kernel"]] = row
-    return found
 
 
 def bars_of(result: dict[str, Any]) -> list[Row]:

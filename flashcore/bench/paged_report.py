@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flashcore.bench.paged_bars import by_workload, format_bars
+from flashcore.bench.paged_bars import format_bars
 from flashcore.bench.paged_providers import OURS
-
-Row = dict[str, Any]
+from flashcore.bench.rows import Row, by_workload
 
 LABELS = {
     OURS: "flashcore",

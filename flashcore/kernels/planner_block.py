@@ -30,7 +30,7 @@ class Shared(NamedTuple):
 
 @cute.jit
 def first_and_stride():
-    """First element of this thread, one of ENTRY_THREADS in its CTA, and the distance to its next."""
+    """First element of this thread of ENTRY_THREADS, and the distance to its next."""
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     grid, _, _ = cute.arch.grid_dim()

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flashcore.bench.rows import Row, by_workload
+
 OURS, BASELINE = "flashcore", "fa3"
 ORDER = (OURS, BASELINE, "flashinfer", "triton")
 _COLOURS = dict(zip(ORDER, ("#1b6ca8", "#c8553d", "#e0a030", "#5a9367"), strict=True))
 
-Row = dict[str, Any]
 
-
-def by_workload(rows: list[Row]) -> dict[str, dict[str, Row]]:
+def _by_backend(rows: list[Row]) -> dict[str, dict[str, Row]]:
     """Workload -> backend -> row, backends in their usual order, others after them."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault(row["workload"], {})[row["backend"]] = row
-    return {name: {b: backends[b] for b in _ordered(backends)} for name, backends in found.items()}
+    return {
+        name: {b: backends[b] for b in _ordered(backends)}
+        for name, backends in by_workload(rows, "backend").items()
+    }
 
 
 def speed(row: Row) -> float:
@@ -30,7 +30,7 @@ def speed(row: Row) -> float:
 def summarise(rows: list[Row]) -> list[dict[str, Any]]:
     """For each workload: every backend's speed over fa3's, and ours over every other's."""
     summary = []
-    for name, backends in by_workload(rows).items():
+    for name, backends in _by_backend(rows).items():
         entry: dict[str, Any] = {"workload": name, "spec": next(iter(backends.values()))["spec"]}
         if BASELINE in backends:
             base = speed(backends[BASELINE])
@@ -49,7 +49,7 @@ def format_table(result: dict[str, Any]) -> str:
     head = ("workload", "backend", "tokens/s", "step ms", "TTFT ms", "/ fa3", "GB/step", "reuse")
     lines = [f"{head[0]:<44}{head[1]:<12}" + "".join(f"{word:>10}" for word in head[2:])]
     over = {entry["workload"]: entry.get("speed_over_fa3", {}) for entry in result["summary"]}
-    for name, backends in by_workload(result["rows"]).items():
+    for name, backends in _by_backend(result["rows"]).items():
         for backend, row in backends.items():
             label = name if name == row["spec"] else f"{name} ({row['spec']})"
             figures = (
@@ -75,7 +75,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = by_workload(result["rows"])
+    found = _by_backend(result["rows"])
     backends = _ordered({row["backend"]: row for row in result["rows"]})
     figure, axes = pyplot.subplots(figsize=(1.5 * len(found) + 3, 4.8), layout="constrained")
     width = 0.84 / max(1, len(backends))

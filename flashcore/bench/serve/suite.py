@@ -18,12 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from flashcore.bench.rows import Row
 from flashcore.bench.serve.engine import ENVIRONMENT, EngineOptions
 from flashcore.bench.serve.measure import Sample
 from flashcore.bench.serve.shapes import ModelShape, model_shape
 from flashcore.bench.serve.workloads import Workload
 
-Row = dict[str, Any]
 START_TIMEOUT_S = 540.0
 MEASURE_TIMEOUT_S = 400.0
 _TAIL_LINES = 25
