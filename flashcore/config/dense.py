@@ -37,7 +37,7 @@ class DenseConfig:
     cluster_m: int = 1  # CTAs with neighbouring row tiles that share K/V by TMA multicast
     dynamic: bool = False  # tiles from an atomic counter, longest first: needs scheduler_scratch
     ping_pong: bool = True  # warpgroups take turns at the tensor cores
-    own_blocks: bool = False  # a warpgroup passes over blocks that only the others' rows see
+    own_blocks: bool = False  # a warpgroup passes over blocks that none of its rows sees
     rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
     producer_registers: int = 24
     consumer_registers: int = 240
@@ -145,14 +145,16 @@ def choose(problem: DenseProblem) -> DenseConfig:
         varlen=p.varlen,
         pack_gqa=_pack_gqa(p, WARPGROUP_ROWS * warpgroups),
         return_lse=p.return_lse,
-        # Equal tiles need no counter: static order measured the same within 1 %.
-        dynamic=not full or p.varlen or long_64,
+        # Equal tiles need no counter: static order measured the same within 1 %. With 192 rows the
+        # last tile of a head is often shorter, and the counter evens that out.
+        dynamic=not full or p.varlen or warpgroups == 3,
         # Turns pay where softmax takes longer than the products (hd 64: 471 against 435 TFLOP/s
         # without) and cost 1 % at hd 96 and 128.
         ping_pong=head_dim not in (96, 128),
-        # Of 192 rows a third to two thirds see nothing of the tile's last block of 128 keys: 423
-        # against 390 (2K), 509 against 492 (8K). At hd 256 (64 keys) it gained nothing.
-        own_blocks=warpgroups == 3 and not full,
+        # Of 192 rows a third to two thirds see nothing of the tile's last block of 128 keys: causal
+        # 423 against 390 (2K), 509 against 492 (8K). At hd 256 (64 keys) it gained nothing. And of
+        # 2K rows the last tile has 128: full 480 against 462; with more keys it weighs too little.
+        own_blocks=warpgroups == 3 and not long_64,
         # Three consumer warpgroups leave 160 registers each; the varlen scheduler needs 40.
         producer_registers=32 if warpgroups == 3 else (40 if p.varlen else 24),
         consumer_registers=160 if warpgroups == 3 else (232 if p.varlen else 240),

@@ -248,19 +248,26 @@ class DenseAttention:
             frag.accO.fill(0.0)
             frag.row_max.fill(-Float32.inf)
             frag.row_sum.fill(0.0)
-            if high > low:
-                if const_expr(c.own_blocks):
-                    tile_high = high
+            if const_expr(c.own_blocks):
+                # Of rows that see no key a block, all masked; of no rows nothing.
+                tile_high, first_row = high, m_block * c.tile_m + wg * WARPGROUP_ROWS
+                if const_expr(c.causal or c.local):
                     _, high, full_high, full_low = key_blocks(
-                        c, m_block * c.tile_m + wg * WARPGROUP_ROWS, WARPGROUP_ROWS,
-                        tile.seqlen_q, tile.seqlen_k, window_left, window_right,
+                        c, first_row, WARPGROUP_ROWS, tile.seqlen_q, tile.seqlen_k,
+                        window_left, window_right,
                     )  # fmt: skip
-                    high = max(high, low + 1)  # of rows that see no key a block, all masked
-                    for _ in cutlass.range(tile_high - high, unroll=1):
-                        pipelines.pass_over(ring_k, k_state, wg, self.turns)
-                        k_state.advance()
-                        pipelines.pass_over(ring_v, v_state, wg, 1)
-                        v_state.advance()
+                    high = min(tile_high, max(high, low + 1))
+                absent = first_row >= tile.seqlen_q * c.pack_gqa
+                high = min(high, low) if absent else high
+                for _ in cutlass.range(tile_high - high, unroll=1):
+                    pipelines.pass_over(ring_k, k_state, wg, self.turns)
+                    k_state.advance()
+                    pipelines.pass_over(ring_v, v_state, wg, 1)
+                    v_state.advance()
+                if high <= low and low < tile_high:
+                    pipelines.pass_over(ring_q, q_state, wg, 1)
+                    q_state.advance()
+            if high > low:
                 pipelines.await_stage(ring_q, q_state)
                 self.first_block(frag, view, scale, q_state, ring_k, k_state, wg, high - 1)
                 k_state.advance()

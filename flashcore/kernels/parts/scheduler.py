@@ -148,7 +148,8 @@ def locate_dense(config: cutlass.Constexpr[DenseConfig], index: Int32, extent: E
     m_block = Int32(-1)
     pair = Int32(0)
     if index < pairs * extent.m_blocks:
-        if const_expr(not (config.causal or config.local)):
+        full = const_expr(not (config.causal or config.local))
+        if const_expr(full and not config.own_blocks):
             # Equal tiles: CTAs that run together share a head's K and V.
             m_block = index % extent.m_blocks
             pair = index // extent.m_blocks
@@ -159,8 +160,16 @@ def locate_dense(config: cutlass.Constexpr[DenseConfig], index: Int32, extent: E
             start = index // (section * extent.m_blocks) * section
             width = min(section, pairs - start)
             rest = index - start * extent.m_blocks
-            m_block = extent.m_blocks - 1 - rest // width
-            pair = start + rest % width
+            if const_expr(full):
+                # Only a head's last tile is shorter; the others run together as above.
+                equal = max(extent.m_blocks - 1, 1)
+                m_block, pair = rest % equal, start + rest // equal
+                if rest >= width * (extent.m_blocks - 1):
+                    m_block = extent.m_blocks - 1
+                    pair = start + rest - width * m_block
+            else:
+                m_block = extent.m_blocks - 1 - rest // width
+                pair = start + rest % width
     return m_block, pair % extent.heads, pair // extent.heads
 
 
