@@ -12,7 +12,7 @@ from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA
 
 SCAN_THREADS = 1024  # of CTAs that scan: one element a thread
 ENTRY_THREADS = 256  # of CTAs that only visit entries or write the plan
-WARPS = SCAN_THREADS // 32
+GROUP_THREADS = 1024  # of CTAs that look at groups and segments alone
 RADIX_BITS = 8
 RADIX_BINS = 1 << RADIX_BITS
 ROW_CAPACITIES = (1024, 8192, 32768)

@@ -18,8 +18,13 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
 from flashcore.config.pager import PagerConfig, Ranges, Tiles, illegal_reason
-from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, WARPS
-from flashcore.kernels.planner_block import block_scan, first_and_stride, last_at_most
+from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS
+from flashcore.kernels.planner_block import (
+    block_scan,
+    first_and_stride,
+    last_at_most,
+    scan_memory,
+)
 from flashcore.kernels.planner_sharing import await_count, publish_count
 from flashcore.pager.counters import Fault, PagerCount
 
@@ -123,7 +128,7 @@ class Pager:
         tid, _, _ = cute.arch.thread_idx()
         total = batch.mPages.shape[0]
         begin, stretch = my_stretch(total)
-        sums = SmemAllocator().allocate_tensor(Int32, cute.make_layout(const_expr(WARPS)))
+        sums = scan_memory(SmemAllocator(), SCAN_THREADS)
         mine = Int32(0)
         for offset in cutlass.range(tid, stretch, SCAN_THREADS, unroll=4):
             mine = mine + is_change(batch.mPages, begin + offset, total)
@@ -146,7 +151,7 @@ class Pager:
         total = batch.mPages.shape[0]
         changes = layout.mCounts[int(PagerCount.CHANGES)]
         begin, stretch = my_stretch(changes)
-        sums = SmemAllocator().allocate_tensor(Int32, cute.make_layout(const_expr(WARPS)))
+        sums = scan_memory(SmemAllocator(), SCAN_THREADS)
         mine = Int32(0)
         for offset in cutlass.range(tid, stretch, SCAN_THREADS, unroll=1):
             mine = mine + run_pieces(scratch, begin + offset, changes, total, page_tokens)
@@ -169,7 +174,7 @@ class Pager:
         cute.arch.griddepcontrol_launch_dependents()
         tid, _, _ = cute.arch.thread_idx()
         smem = SmemAllocator()
-        sums = smem.allocate_tensor(Int32, cute.make_layout(const_expr(WARPS)))
+        sums = scan_memory(smem, SCAN_THREADS)
         fits = smem.allocate_tensor(Int32, cute.make_layout(1))
         if tid == 0:
             fits[0] = Int32(0)
@@ -287,7 +292,7 @@ class Pager:
         tid, _, _ = cute.arch.thread_idx()
         nnz = layout.mCounts[int(PagerCount.NNZ)]
         begin, stretch = my_stretch(nnz)
-        sums = SmemAllocator().allocate_tensor(Int32, cute.make_layout(const_expr(WARPS)))
+        sums = scan_memory(SmemAllocator(), SCAN_THREADS)
         mine = Int32(0)
         for offset in cutlass.range(tid, stretch, SCAN_THREADS, unroll=1):
             mine = mine + self.is_staged(batch, layout, scratch, begin + offset, nnz)

@@ -15,9 +15,9 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
-from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, WARPS, PlannerConfig
+from flashcore.config.planner import ENTRY_THREADS, GROUP_THREADS, SCAN_THREADS, PlannerConfig
 from flashcore.kernels.planner_adopt import adopt_layout
-from flashcore.kernels.planner_block import shared_memory
+from flashcore.kernels.planner_block import scan_memory, shared_memory
 from flashcore.kernels.planner_emit import emit_gathered, emit_merge, emit_tokens, emit_work
 from flashcore.kernels.planner_groups import find_groups, unshare
 from flashcore.kernels.planner_layout import build_layout
@@ -68,10 +68,11 @@ class Planner:
         self.claim(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
         self.link(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
         self.segments(plan, scratch).launch(grid=[scans, 1, 1], **scan)
+        alone = {"block": [GROUP_THREADS, 1, 1], "stream": stream, "use_pdl": True}
         # Told that one CTA on an SM will do, ptxas takes the registers that it needs.
         roomy = {"min_blocks_per_mp": 1}
-        self.groups(plan, scratch, problem).launch(grid=[1, 1, 1], **scan, **roomy)
-        self.places(mQLens, plan, scratch, problem).launch(grid=[3, 1, 1], **scan, **roomy)
+        self.groups(plan, scratch, problem).launch(grid=[1, 1, 1], **alone, **roomy)
+        self.places(mQLens, plan, scratch, problem).launch(grid=[3, 1, 1], **alone, **roomy)
         self.lists(mQLens, plan, scratch, problem).launch(grid=[num_sms, 4, 1], **visit, **roomy)
 
     @cute.kernel
@@ -85,7 +86,7 @@ class Planner:
         problem: Problem,
     ):
         smem = SmemAllocator()
-        sums = smem.allocate_tensor(Int32, cute.make_layout(const_expr(WARPS)))
+        sums = scan_memory(smem, SCAN_THREADS)
         ends = smem.allocate_tensor(
             Int32, cute.make_layout(const_expr(self.config.row_capacity + 1))
         )
@@ -94,7 +95,7 @@ class Planner:
 
     @cute.kernel
     def adopt(self, mQLens: cute.Tensor, source: Source, plan: Plan, scratch: Scratch):
-        sums = SmemAllocator().allocate_tensor(Int32, cute.make_layout(const_expr(WARPS)))
+        sums = scan_memory(SmemAllocator(), SCAN_THREADS)
         cute.arch.griddepcontrol_launch_dependents()
         adopt_layout(mQLens, source, plan, scratch, sums)
 
@@ -113,7 +114,7 @@ class Planner:
     @cute.kernel
     def segments(self, plan: Plan, scratch: Scratch):
         self.take_over()
-        sums = SmemAllocator().allocate_tensor(Int32, cute.make_layout(const_expr(WARPS)))
+        sums = scan_memory(SmemAllocator(), SCAN_THREADS)
         number_segments(plan, scratch, sums)
 
     @cute.kernel

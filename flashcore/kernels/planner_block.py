@@ -1,5 +1,9 @@
-"""What one CTA of SCAN_THREADS threads can do together: scans, sums, a stable radix sort; and how
-CTAs of ENTRY_THREADS share a list."""
+"""What the threads of one CTA can do together: scans, sums, a stable sort; and how CTAs of
+ENTRY_THREADS share a list.
+
+Every thread of the CTA takes part in what is named block_*, every lane of a warp in what is named
+warp_*. warp_idx is itself a shuffle of the whole warp: never under a condition on the lane.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,22 @@ from cutlass import Int32, Int64, const_expr
 
 from flashcore.config.planner import (
     ENTRY_THREADS,
+    GROUP_THREADS,
     RADIX_BINS,
     RADIX_BITS,
-    SCAN_THREADS,
-    WARPS,
     Sort,
 )
 
+TOGETHER = 3  # numbers that are scanned or summed at once
+
 
 class Shared(NamedTuple):
-    """Shared memory of a CTA that scans and sorts."""
+    """Shared memory of a CTA of GROUP_THREADS that scans and sorts."""
 
-    sums: cute.Tensor  # int32 (WARPS,)
-    wide: cute.Tensor  # int64 (WARPS,)
+    sums: cute.Tensor  # int32 (TOGETHER, warps)
+    wide: cute.Tensor  # int64 (TOGETHER, warps + 1), the last for sums of all
     bins: cute.Tensor  # int32 (RADIX_BINS,)
-    warp_bins: cute.Tensor  # int32 (RADIX_BINS * WARPS,), bins of a warp together
+    warp_bins: cute.Tensor  # int32 (RADIX_BINS * warps,), bins of a warp together
 
 
 @cute.jit
@@ -49,62 +54,128 @@ def warp_scan(x: Int32):
 
 
 @cute.jit
-def block_scan(x: Int32, sums: cute.Tensor):
-    """Exclusive prefix sum over the CTA's threads, and the sum of all. Every thread takes part."""
+def warp_sum(x: Int64):
+    """Sum over the lanes of a warp: 32 numbers of 22 bits do not overflow one of 32."""
+    low, middle = (x & Int64(0x3FFFFF)).to(Int32), ((x >> 22) & Int64(0x3FFFFF)).to(Int32)
+    low = Int64(cute.arch.warp_redux_sync(low, "add"))
+    middle = Int64(cute.arch.warp_redux_sync(middle, "add"))
+    high = Int64(cute.arch.warp_redux_sync((x >> 44).to(Int32), "add"))
+    return low + (middle << 22) + (high << 44)
+
+
+@cute.jit
+def of_warp(line: cute.Tensor, warps: cutlass.Constexpr[int], lane: Int32):
+    """The number of warp `lane`, 0 past the last."""
+    x = line.element_type(0)
+    if const_expr(warps == 32):
+        x = line[lane]
+    else:
+        if lane < warps:
+            x = line[lane]
+    return x
+
+
+@cute.jit
+def sums_of_warps(line: cute.Tensor):
+    """Sums over the warps before this one and over all."""
     lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
-    inclusive = warp_scan(x)
+    x = of_warp(line, const_expr(cute.size(line)), lane)
+    before = cute.arch.warp_redux_sync(x if lane < warp else Int32(0), "add")
+    return before, cute.arch.warp_redux_sync(x, "add")
+
+
+@cute.jit
+def block_scan(x: Int32, sums: cute.Tensor):
+    """Exclusive prefix sum over the CTA's threads, and the sum of all."""
+    before, totals = block_scans((x,), sums)
+    return before[0], totals[0]
+
+
+@cute.jit
+def block_scans(numbers: tuple[Int32, ...], sums: cute.Tensor):
+    """`block_scan` of up to TOGETHER numbers: their prefix sums, their totals."""
+    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+    inclusive = [warp_scan(x) for x in numbers]
     if lane == 31:
-        sums[warp] = inclusive
+        for k in cutlass.range_constexpr(len(numbers)):
+            sums[k, warp] = inclusive[k]
     cute.arch.sync_threads()
-    totals = warp_scan(sums[lane])
-    total = cute.arch.shuffle_sync(totals, 31)
-    before = cute.arch.shuffle_sync(totals, (warp + 31) % 32)
-    before = before if warp > 0 else Int32(0)
+    found = [sums_of_warps(sums[k, None]) for k in range(len(numbers))]
     cute.arch.sync_threads()
-    return before + inclusive - x, total
+    before = [found[k][0] + inclusive[k] - numbers[k] for k in range(len(numbers))]
+    return before, [total for _, total in found]
+
+
+@cute.jit
+def block_counts(flags: tuple[Int32, ...], sums: cute.Tensor):
+    """`block_scans` of flags, 0 or 1, for less."""
+    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+    ones = [cute.arch.vote_ballot_sync(flag != 0) for flag in flags]
+    if lane == 0:
+        for k in cutlass.range_constexpr(len(flags)):
+            sums[k, warp] = cute.arch.popc(ones[k])
+    cute.arch.sync_threads()
+    found = [sums_of_warps(sums[k, None]) for k in range(len(flags))]
+    cute.arch.sync_threads()
+    lower = (Int32(1) << lane) - 1
+    before = [found[k][0] + cute.arch.popc(ones[k] & lower) for k in range(len(flags))]
+    return before, [total for _, total in found]
 
 
 @cute.jit
 def block_sum(x: Int64, wide: cute.Tensor):
     """Sum over the CTA's threads in 64 bits."""
-    # warp_idx is itself a shuffle of the whole warp: never under a condition on the lane.
-    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
-    x = warp_sum(x)
-    if lane == 0:
-        wide[warp] = x
-    cute.arch.sync_threads()
-    # Shuffles of all warps take longer than one more barrier.
-    if warp == 0:
-        total = warp_sum(wide[lane])
-        if lane == 0:
-            wide[0] = total
-    cute.arch.sync_threads()
-    total = wide[0]
-    cute.arch.sync_threads()
-    return total
+    return block_sums((x,), wide)[0]
 
 
 @cute.jit
-def warp_sum(x: Int64):
-    """Sum over the lanes of a warp; shuffles move 32 bits."""
-    for k in cutlass.range_constexpr(5):
-        low = cute.arch.shuffle_sync_bfly((x & Int64(0xFFFFFFFF)).to(Int32), 1 << k)
-        high = cute.arch.shuffle_sync_bfly((x >> 32).to(Int32), 1 << k)
-        x = x + ((Int64(high) << 32) | (Int64(low) & Int64(0xFFFFFFFF)))
-    return x
+def block_sums(numbers: tuple[Int64, ...], wide: cute.Tensor):
+    """Sums of up to TOGETHER numbers over the CTA's threads, in 64 bits."""
+    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+    warps = const_expr(cute.size(wide, mode=[1]) - 1)
+    for k in cutlass.range_constexpr(len(numbers)):
+        of_one = warp_sum(numbers[k])
+        if lane == 0:
+            wide[k, warp] = of_one
+    cute.arch.sync_threads()
+    # Warps that all add up take longer than one more barrier.
+    for k in cutlass.range_constexpr(len(numbers)):
+        if warp == k:
+            of_all = warp_sum(of_warp(wide[k, None], warps, lane))
+            if lane == 0:
+                wide[k, warps] = of_all
+    # Totals have places of their own: who writes the next ones has passed another barrier first.
+    cute.arch.sync_threads()
+    return [wide[k, warps] for k in range(len(numbers))]
+
+
+@cute.jit
+def block_reduce(
+    numbers: tuple[Int32, ...], kinds: cutlass.Constexpr[tuple[str, ...]], sums: cute.Tensor
+):
+    """Each number's "max", "min", "or" or "add" over the CTA's threads."""
+    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+    warps = const_expr(cute.size(sums, mode=[1]))
+    for k in cutlass.range_constexpr(len(kinds)):
+        of_one = cute.arch.warp_redux_sync(numbers[k], kinds[k])
+        if lane == 0:
+            sums[k, warp] = of_one
+    cute.arch.sync_threads()
+    found = []
+    for k in cutlass.range_constexpr(len(kinds)):
+        # Lanes past the last warp add nothing, or take its number once more.
+        x = of_warp(sums[k, None], warps, lane)
+        if const_expr(kinds[k] != "add"):
+            x = sums[k, lane if lane < warps else warps - 1]
+        found.append(cute.arch.warp_redux_sync(x, kinds[k]))
+    cute.arch.sync_threads()
+    return found
 
 
 @cute.jit
 def block_any(x: Int32, sums: cute.Tensor):
-    """Whether x is not 0 in some thread, as 0 or 1."""
-    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
-    mine = cute.arch.vote_ballot_sync(x != 0)
-    if lane == 0:
-        sums[warp] = mine
-    cute.arch.sync_threads()
-    found = cute.arch.vote_ballot_sync(sums[lane] != 0)
-    cute.arch.sync_threads()
-    return Int32(1) if found != 0 else Int32(0)
+    """0 if x is 0 in every thread, else something else."""
+    return block_reduce((x,), ("or",), sums)[0]
 
 
 @cute.jit
@@ -130,7 +201,7 @@ def radix_sort(mSort: cute.Tensor, n: Int32, largest: Int32, shared: Shared):
         if tid < RADIX_BINS:
             shared.bins[tid] = Int32(0)
         cute.arch.sync_threads()
-        for i in cutlass.range(tid, n, SCAN_THREADS, unroll=1):
+        for i in cutlass.range(tid, n, GROUP_THREADS, unroll=1):
             digit = (mSort[2 * source + Sort.KEY, i] >> shift) & (RADIX_BINS - 1)
             cute.arch.atomic_add(shared.bins.iterator + digit, Int32(1), sem="relaxed", scope="cta")
         cute.arch.sync_threads()
@@ -138,7 +209,7 @@ def radix_sort(mSort: cute.Tensor, n: Int32, largest: Int32, shared: Shared):
         before, _ = block_scan(count, shared.sums)
         if tid < RADIX_BINS:
             shared.bins[tid] = before
-        for base in cutlass.range(0, n, SCAN_THREADS, unroll=1):
+        for base in cutlass.range(0, n, GROUP_THREADS, unroll=1):
             radix_tile(mSort, source, base, n, shift, shared)
         source = 1 - source
         shift = shift + RADIX_BITS
@@ -150,7 +221,7 @@ def radix_sort(mSort: cute.Tensor, n: Int32, largest: Int32, shared: Shared):
 def radix_tile(
     mSort: cute.Tensor, source: Int32, base: Int32, n: Int32, shift: Int32, shared: Shared
 ):
-    """Move one tile of SCAN_THREADS pairs to its places; `bins` holds where each digit goes on."""
+    """Move one tile of GROUP_THREADS pairs to its places; `bins` holds where each digit goes on."""
     tid, _, _ = cute.arch.thread_idx()
     lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
     i = base + tid
@@ -160,8 +231,8 @@ def radix_tile(
         key = mSort[2 * source + Sort.KEY, i]
         value = mSort[2 * source + Sort.VALUE, i]
     digit = (key >> shift) & (RADIX_BINS - 1)
-    for k in cutlass.range_constexpr(RADIX_BINS * WARPS // SCAN_THREADS):
-        shared.warp_bins[k * SCAN_THREADS + tid] = Int32(0)
+    for k in cutlass.range_constexpr(RADIX_BINS // 32):
+        shared.warp_bins[k * GROUP_THREADS + tid] = Int32(0)
     cute.arch.sync_threads()
     same = cute.arch.vote_ballot_sync(there)
     for k in cutlass.range_constexpr(RADIX_BITS):
@@ -175,7 +246,7 @@ def radix_tile(
     cute.arch.sync_threads()
     if tid < RADIX_BINS:
         place = shared.bins[tid]
-        for w in cutlass.range(WARPS, unroll=8):
+        for w in cutlass.range(const_expr(GROUP_THREADS // 32), unroll=8):
             count = shared.warp_bins[w * RADIX_BINS + tid]
             shared.warp_bins[w * RADIX_BINS + tid] = place
             place = place + count
@@ -189,8 +260,18 @@ def radix_tile(
 
 
 @cute.jit
+def scan_memory(smem, threads: cutlass.Constexpr[int]):
+    """Allocate what `block_scans` of so many threads needs."""
+    return smem.allocate_tensor(Int32, cute.make_ordered_layout((TOGETHER, threads // 32), (1, 0)))
+
+
+@cute.jit
 def shared_memory(smem) -> Shared:
     """Allocate `Shared`."""
-    int32 = lambda n: smem.allocate_tensor(Int32, cute.make_layout(n))  # noqa: E731
-    wide = smem.allocate_tensor(Int64, cute.make_layout(const_expr(WARPS)))
-    return Shared(int32(WARPS), wide, int32(RADIX_BINS), int32(RADIX_BINS * WARPS))
+    warps = const_expr(GROUP_THREADS // 32)
+    sums = scan_memory(smem, GROUP_THREADS)
+    wide = smem.allocate_tensor(Int64, cute.make_ordered_layout((TOGETHER, warps + 1), (1, 0)))
+    bins = smem.allocate_tensor(Int32, cute.make_layout(RADIX_BINS))
+    return Shared(
+        sums, wide, bins, smem.allocate_tensor(Int32, cute.make_layout(RADIX_BINS * warps))
+    )

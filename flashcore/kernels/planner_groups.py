@@ -9,11 +9,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from flashcore.config.planner import SCAN_THREADS, Reason, State
+from flashcore.config.planner import GROUP_THREADS, Reason, State
 from flashcore.config.planner import Entries as E
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
-from flashcore.kernels.planner_block import Shared, block_any, block_scan, block_sum
+from flashcore.kernels.planner_block import Shared, block_any, block_counts, block_sum, block_sums
 from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.planner.counters import Count
@@ -48,7 +48,7 @@ def collect_groups(plan: Plan, scratch: Scratch, problem: Problem, num_segments:
     """Sums over the members of each group, and the groups before it."""
     tid, _, _ = cute.arch.thread_idx()
     segments, found = scratch.mSegments, scratch.mFound
-    for s in cutlass.range(tid, num_segments, SCAN_THREADS, unroll=1):
+    for s in cutlass.range(tid, num_segments, GROUP_THREADS, unroll=1):
         entry, row, owner = segments[S.ENTRY, s], segments[S.ROW, s], segments[S.OWNER, s]
         g = scratch.mEntries[E.GROUP, owner]
         end, last = segment_end(plan, scratch, s, num_segments)
@@ -83,13 +83,19 @@ def add_to(matrix: cute.Tensor, line: cutlass.Constexpr[int], index: Int32, valu
 
 
 @cute.jit
+def parent_of(scratch: Scratch, g: Int32):
+    """The group just before a group in all of its members, or -1."""
+    low = scratch.mFound[G.LOW, g]
+    return low if low == scratch.mFound[G.HIGH, g] else Int32(-1)
+
+
+@cute.jit
 def find_parents(scratch: Scratch, problem: Problem, num_found: Int32):
-    """The group just before a group in all of its members, or -1; what it has of children."""
+    """Parent of each group; what it has of children."""
     tid, _, _ = cute.arch.thread_idx()
     found = scratch.mFound
-    for g in cutlass.range(tid, num_found, SCAN_THREADS, unroll=1):
-        low = found[G.LOW, g]
-        parent = low if low == found[G.HIGH, g] else Int32(-1)
+    for g in cutlass.range(tid, num_found, GROUP_THREADS, unroll=1):
+        parent = parent_of(scratch, g)
         found[G.PARENT, g] = parent
         if parent >= 0:
             add_to(found, G.CHILDREN, parent, Int32(1))
@@ -102,26 +108,31 @@ def find_strays(scratch: Scratch, num_segments: Int32):
     """Mark groups that some following group has not as its parent."""
     tid, _, _ = cute.arch.thread_idx()
     segments, found = scratch.mSegments, scratch.mFound
-    for s in cutlass.range(tid, num_segments - 1, SCAN_THREADS, unroll=1):
+    for s in cutlass.range(tid, num_segments - 1, GROUP_THREADS, unroll=1):
         if segments[S.ROW, s] == segments[S.ROW, s + 1]:
             g = segments[S.GROUP, s]
-            if found[G.PARENT, segments[S.GROUP, s + 1]] != g:
+            if parent_of(scratch, segments[S.GROUP, s + 1]) != g:
                 found[G.STRAYS, g] = Int32(1)
 
 
 @cute.jit
 def judge_groups(plan: Plan, scratch: Scratch, problem: Problem, kv_cost: Int32, num_found: Int32):
-    """Reasons before any fold; small groups that may be folded stay undecided."""
+    """Reasons before any fold; small groups that may be folded stay undecided.
+
+    Returns, of this thread's groups, what those that are worth it save, and how many are undecided.
+    """
     tid, _, _ = cute.arch.thread_idx()
     found = scratch.mFound
-    for g in cutlass.range(tid, num_found, SCAN_THREADS, unroll=1):
+    gains, undecided = Int64(0), Int64(0)
+    for g in cutlass.range(tid, num_found, GROUP_THREADS, unroll=1):
         members, tokens, children = found[G.MEMBERS, g], found[G.TOKENS, g], found[G.CHILDREN, g]
         state, reason = Int32(State.KEPT), Int32(Reason.PRIVATE)
         if members > 1:
             reason = Int32(Reason.KEPT_ALL)
             if problem.fold != 0:
                 state, reason = Int32(State.WORTH), Int32(Reason.KEPT)
-                small = gain(scratch, problem, kv_cost, g, tokens) <= 0
+                saves = gain(scratch, problem, kv_cost, g, tokens)
+                small = saves <= 0
                 if small:
                     state = Int32(State.UNDECIDED)
                 if found[G.STRAYS, g] != 0:
@@ -133,11 +144,14 @@ def judge_groups(plan: Plan, scratch: Scratch, problem: Problem, kv_cost: Int32,
                 if tokens != found[G.ENTRIES, g] * problem.page_tokens:
                     state = Int32(State.KEPT)
                     reason = Int32(Reason.KEPT_PARTIAL_PAGE) if small else reason
+                gains = gains + (saves if state == State.WORTH else Int64(0))
+                undecided = undecided + (Int64(1) if state == State.UNDECIDED else Int64(0))
         found[G.STATE, g] = state
         plan.mDecisions[g, 0] = tokens
         plan.mDecisions[g, 1] = members
         plan.mDecisions[g, 2] = children
         plan.mDecisions[g, 3] = reason
+    return gains, undecided
 
 
 @cute.jit
@@ -156,13 +170,13 @@ def fold_groups(
     shared: Shared,
 ):  # fmt: skip
     """Decide from the root down. A parent has a smaller number than its children, so groups are
-    taken by SCAN_THREADS in their order, each as soon as its parent is decided.
+    taken by GROUP_THREADS in their order, each as soon as its parent is decided.
 
     Returns what the groups that could be folded and are not save together."""
     tid, _, _ = cute.arch.thread_idx()
     found = scratch.mFound
     gains = Int64(0)
-    for base in cutlass.range(0, num_found, SCAN_THREADS, unroll=1):
+    for base in cutlass.range(0, num_found, GROUP_THREADS, unroll=1):
         g = base + tid
         waits = Int32(1) if g < num_found else Int32(0)
         waiting = Int32(1)
@@ -212,37 +226,44 @@ def number_groups(scratch: Scratch, num_found: Int32, shared: Shared):
     tid, _, _ = cute.arch.thread_idx()
     found = scratch.mFound
     kept_before = Int32(0)
-    for base in cutlass.range(0, num_found, SCAN_THREADS, unroll=1):
+    for base in cutlass.range(0, num_found, GROUP_THREADS, unroll=1):
         g = base + tid
         keep = Int32(0)
         if g < num_found:
             keep = Int32(0) if found[G.STATE, g] == State.FOLDED else Int32(1)
-        number, kept = block_scan(keep, shared.sums)
+        number, kept = block_counts((keep,), shared.sums)
         if g < num_found:
-            found[G.NUMBER, g] = kept_before + number if keep == 1 else Int32(-1)
-        kept_before = kept_before + kept
+            found[G.NUMBER, g] = kept_before + number[0] if keep == 1 else Int32(-1)
+        kept_before = kept_before + kept[0]
     cute.arch.sync_threads()
     return kept_before
 
 
 @cute.jit
-def keep_segments(plan: Plan, scratch: Scratch, num_segments: Int32, shared: Shared):
+def keep_segments(
+    plan: Plan, scratch: Scratch, num_segments: Int32, folding: Int32, shared: Shared
+):
     """Segments of the groups that stay, with the pages that folded ancestors leave them; how many.
+    All stay as they are where nothing was folded.
 
     The owner of each group writes its run into the group table.
     """
     tid, _, _ = cute.arch.thread_idx()
     segments, found = scratch.mSegments, scratch.mFound
     kept_before = Int32(0)
-    for base in cutlass.range(0, num_segments, SCAN_THREADS, unroll=1):
+    for base in cutlass.range(0, num_segments, GROUP_THREADS, unroll=1):
         s = base + tid
-        g, h = Int32(0), Int32(-1)
+        g, h, place = Int32(0), Int32(-1), s
         if s < num_segments:
             g = segments[S.GROUP, s]
-            h = found[G.NUMBER, g]
-        place, kept = block_scan(Int32(1) if h >= 0 else Int32(0), shared.sums)
+            h = g
+        if folding != 0:
+            if s < num_segments:
+                h = found[G.NUMBER, g]
+            before, kept = block_counts((Int32(1) if h >= 0 else Int32(0),), shared.sums)
+            place = kept_before + before[0]
+            kept_before = kept_before + kept[0]
         if h >= 0:
-            place = kept_before + place
             entry, row = segments[S.ENTRY, s], segments[S.ROW, s]
             extra = found[G.EXTRA_ENTRIES, g]
             segments[S.KEPT_ROW, place] = row
@@ -257,9 +278,8 @@ def keep_segments(plan: Plan, scratch: Scratch, num_segments: Int32, shared: Sha
                 )
                 plan.mGroups[h, int(Group.NUM_Q)] = found[G.QUERIES, g]
                 plan.mMemberOffsets[h] = found[G.MEMBERS, g]
-        kept_before = kept_before + kept
     cute.arch.sync_threads()
-    return kept_before
+    return kept_before if folding != 0 else num_segments
 
 
 @cute.jit
@@ -271,21 +291,25 @@ def find_groups(
     collect_groups(plan, scratch, problem, num_segments)
     cute.arch.sync_threads()
     find_parents(scratch, problem, num_found)
-    cute.arch.sync_threads()
     find_strays(scratch, num_segments)
     cute.arch.sync_threads()
     # Once more, with reading again for nothing, where all groups together save too little.
-    kv_cost, undecided = problem.kv_token_cost, Int32(1)
-    while undecided != 0:
-        undecided = Int32(0)
-        judge_groups(plan, scratch, problem, kv_cost, num_found)
-        cute.arch.sync_threads()
+    kv_cost, again, folding = problem.kv_token_cost, Int32(1), Int32(0)
+    while again != 0:
+        again = Int32(0)
+        worth, undecided = judge_groups(plan, scratch, problem, kv_cost, num_found)
         if problem.fold != 0:
-            gains = fold_groups(plan, scratch, problem, kv_cost, num_found, shared)
+            sums = block_sums((worth, undecided), shared.wide)
+            gains = sums[0]
+            if sums[1] > 0:
+                folding = Int32(1)
+                gains = fold_groups(plan, scratch, problem, kv_cost, num_found, shared)
             if gains > 0 and gains <= Int64(problem.least_gain):
-                kv_cost, undecided = Int32(0), Int32(1)
-    num_groups = number_groups(scratch, num_found, shared)
-    num_kept = keep_segments(plan, scratch, num_segments, shared)
+                kv_cost, again = Int32(0), Int32(1)
+    num_groups = num_found
+    if folding != 0:
+        num_groups = number_groups(scratch, num_found, shared)
+    num_kept = keep_segments(plan, scratch, num_segments, folding, shared)
     return num_groups, num_kept
 
 
@@ -296,7 +320,7 @@ def unshare(plan: Plan, scratch: Scratch, problem: Problem, shared: Shared):
     num_groups = number_stretches(plan, scratch, problem, shared)
     tid, _, _ = cute.arch.thread_idx()
     segments = scratch.mSegments
-    for s in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
+    for s in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
         entry, row = segments[S.ENTRY, s], segments[S.ROW, s]
         end, last = segment_end(plan, scratch, s, num_groups)
         tokens = (end - 1 - entry) * problem.page_tokens + plan.mTokenCounts[end - 1]
@@ -325,7 +349,7 @@ def number_stretches(plan: Plan, scratch: Scratch, problem: Problem, shared: Sha
     """First entry and row of each stretch, in the order of entries; how many there are."""
     tid, _, _ = cute.arch.thread_idx()
     nnz, before = plan.mCounts[int(Count.NNZ)], Int32(0)
-    for base in cutlass.range(0, nnz, SCAN_THREADS, unroll=1):
+    for base in cutlass.range(0, nnz, GROUP_THREADS, unroll=1):
         e = base + tid
         begins, row = Int32(0), Int32(0)
         if e < nnz:
@@ -335,10 +359,10 @@ def number_stretches(plan: Plan, scratch: Scratch, problem: Problem, shared: Sha
                 if e > plan.mRowOffsets[row]:
                     if plan.mTokenCounts[e - 1] == problem.page_tokens:
                         begins = Int32(0)
-        number, found = block_scan(begins, shared.sums)
+        number, found = block_counts((begins,), shared.sums)
         if begins == 1:
-            scratch.mSegments[S.ENTRY, before + number] = e
-            scratch.mSegments[S.ROW, before + number] = row
-        before = before + found
+            scratch.mSegments[S.ENTRY, before + number[0]] = e
+            scratch.mSegments[S.ROW, before + number[0]] = row
+        before = before + found[0]
     cute.arch.sync_threads()
     return before

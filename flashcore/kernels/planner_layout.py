@@ -8,7 +8,7 @@ from cutlass import Int32, Int64
 
 from flashcore.config.planner import SCAN_THREADS, Rows
 from flashcore.config.planner import Entries as E
-from flashcore.kernels.planner_block import block_scan, last_at_most
+from flashcore.kernels.planner_block import block_reduce, block_scans, last_at_most
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.planner.counters import Count, Fault, Stat
 
@@ -44,21 +44,21 @@ def scan_rows(
     problem: Problem, sEnds: cute.Tensor, sums: cute.Tensor,
 ):  # fmt: skip
     """sEnds[b + 1]: pages of sequences 0 .. b. Every CTA finds them for itself; the first one
-    writes what the plan says of sequences."""
+    writes what the plan says of sequences. Returns the entries of the sequences that fit."""
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     batch = mSeqLens.shape[0]
     max_entries, max_q = plan.mCols.shape[0], plan.mQIndex.shape[0]
-    pages_before, queries_before = Int32(0), Int32(0)
+    pages_before, queries_before, nnz = Int32(0), Int32(0), Int32(0)
     for base in cutlass.range(0, batch, SCAN_THREADS, unroll=1):
         b = base + tid
         pages, queries, faults = row_need(mTable, mSeqLens, mQLens, b, problem, max_q)
-        before, all_pages = block_scan(pages, sums)
-        q_before, all_queries = block_scan(queries, sums)
-        end = pages_before + before + pages
-        q_end = queries_before + q_before + queries
+        before, totals = block_scans((pages, queries), sums)
+        end = pages_before + before[0] + pages
+        q_end = queries_before + before[1] + queries
         if b < batch:
             sEnds[b + 1] = end
+            nnz = end if end <= max_entries else nnz
             if bid == 0:
                 if pages > 0 and end > max_entries:
                     faults = faults | int(Fault.ENTRIES)
@@ -67,33 +67,15 @@ def scan_rows(
                 plan.mQOffsets[b + 1] = q_end if q_end <= max_q else max_q
                 plan.mKvLens[b] = mSeqLens[b] if faults == 0 else Int32(0)
                 scratch.mRows[Rows.FAULTS, b] = faults
-        pages_before = pages_before + all_pages
-        queries_before = queries_before + all_queries
+        pages_before = pages_before + totals[0]
+        queries_before = queries_before + totals[1]
     if tid == 0:
         sEnds[0] = Int32(0)
         if bid == 0:
             plan.mQOffsets[0] = Int32(0)
             plan.mRowOffsets[0] = Int32(0)
             plan.mStats[int(Stat.TOKENS_UNIQUE)] = Int64(0)  # the next steps add to it
-    cute.arch.sync_threads()
-
-
-@cute.jit
-def entries_that_fit(sEnds: cute.Tensor, batch: Int32, max_entries: Int32, sums: cute.Tensor):
-    """Entries of the sequences that fit: the largest of the ascending ends up to the capacity."""
-    tid, _, _ = cute.arch.thread_idx()
-    if tid == 0:
-        sums[0] = Int32(0)
-    cute.arch.sync_threads()
-    for b in cutlass.range(tid, batch, SCAN_THREADS, unroll=1):
-        end = sEnds[b + 1]
-        following = max_entries + 1
-        if b + 1 < batch:
-            following = sEnds[b + 2]
-        if end <= max_entries and following > max_entries:
-            sums[0] = end
-    cute.arch.sync_threads()
-    return sums[0]
+    return block_reduce((nnz,), ("max",), sums)[0]
 
 
 @cute.jit
@@ -131,8 +113,7 @@ def build_layout(
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     batch = mSeqLens.shape[0]
-    scan_rows(mTable, mSeqLens, mQLens, plan, scratch, problem, sEnds, sums)
-    nnz = entries_that_fit(sEnds, batch, plan.mCols.shape[0], sums)
+    nnz = scan_rows(mTable, mSeqLens, mQLens, plan, scratch, problem, sEnds, sums)
     if bid == 0:
         for b in cutlass.range(tid, batch, SCAN_THREADS, unroll=1):
             end = sEnds[b + 1]

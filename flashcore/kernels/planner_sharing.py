@@ -14,7 +14,7 @@ from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, UNUSED, Slots,
 from flashcore.config.planner import Entries as E
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
-from flashcore.kernels.planner_block import block_scan, warp_sum
+from flashcore.kernels.planner_block import block_counts, block_reduce, warp_sum
 from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.planner.counters import Count, Stat
@@ -129,22 +129,24 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
     nnz = plan.mCounts[int(Count.NNZ)]
     stretch = cute.ceil_div(cute.ceil_div(nnz, grid), SCAN_THREADS) * SCAN_THREADS
     begin = bid * stretch
-    segment, group, segments, groups = Int32(0), Int32(0), Int32(0), Int32(0)
-    for offset in cutlass.range(0, stretch, SCAN_THREADS, unroll=1):
-        segment, group = begins_segment(scratch, begin + offset + tid, nnz)
-        segments, groups = segments + segment, groups + group
-    _, segments = block_scan(segments, sums)
-    _, groups = block_scan(groups, sums)
-    segments_before, groups_before = exchange_counts(plan, scratch, segments, groups, sums)
+    segment, group = begins_segment(scratch, begin + tid, nnz)
+    places, totals = block_counts((segment, group), sums)
+    all_segments, all_groups = totals[0], totals[1]
+    for offset in cutlass.range(SCAN_THREADS, stretch, SCAN_THREADS, unroll=1):
+        more_segments, more_groups = begins_segment(scratch, begin + offset + tid, nnz)
+        more = block_reduce((more_segments, more_groups), ("add", "add"), sums)
+        all_segments, all_groups = all_segments + more[0], all_groups + more[1]
+    segments_before, groups_before = exchange_counts(plan, scratch, all_segments, all_groups, sums)
     if bid == grid - 1 and tid == 0:
-        plan.mCounts[int(Count.SEGMENTS)] = segments_before + segments
-        plan.mCounts[int(Count.FOUND)] = groups_before + groups
+        plan.mCounts[int(Count.SEGMENTS)] = segments_before + all_segments
+        plan.mCounts[int(Count.FOUND)] = groups_before + all_groups
+    s, g, tile_segments, tile_groups = places[0], places[1], totals[0], totals[1]
     for offset in cutlass.range(0, stretch, SCAN_THREADS, unroll=1):
         e = begin + offset + tid
-        if stretch > SCAN_THREADS:  # else both are known from above
+        if offset > 0:  # else all of this is known from above
             segment, group = begins_segment(scratch, e, nnz)
-        s, all_segments = block_scan(segment, sums)
-        g, all_groups = block_scan(group, sums)
+            places, totals = block_counts((segment, group), sums)
+            s, g, tile_segments, tile_groups = places[0], places[1], totals[0], totals[1]
         if segment == 1:
             scratch.mSegments[S.ENTRY, segments_before + s] = e
             scratch.mSegments[S.ROW, segments_before + s] = scratch.mEntries[E.ROW, e]
@@ -154,8 +156,8 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
             clear_group(scratch, groups_before + g)
         if e < nnz:
             release_page(plan, scratch, e)
-        segments_before = segments_before + all_segments
-        groups_before = groups_before + all_groups
+        segments_before = segments_before + tile_segments
+        groups_before = groups_before + tile_groups
 
 
 @cute.jit
@@ -174,9 +176,8 @@ def exchange_counts(
     if tid < bid:
         segments_there = await_count(tiles + Tiles.SEGMENTS * SCAN_THREADS + tid, stamp)
         groups_there = await_count(tiles + Tiles.GROUPS * SCAN_THREADS + tid, stamp)
-    _, segments_before = block_scan(segments_there, sums)
-    _, groups_before = block_scan(groups_there, sums)
-    return segments_before, groups_before
+    before = block_reduce((segments_there, groups_there), ("add", "add"), sums)
+    return before[0], before[1]
 
 
 @cute.jit

@@ -11,10 +11,18 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from flashcore.config.planner import SCAN_THREADS, Rows, Sort
+from flashcore.config.planner import GROUP_THREADS, Rows, Sort
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
-from flashcore.kernels.planner_block import Shared, block_any, block_scan, block_sum, radix_sort
+from flashcore.kernels.planner_block import (
+    Shared,
+    block_reduce,
+    block_scan,
+    block_scans,
+    block_sum,
+    block_sums,
+    radix_sort,
+)
 from flashcore.kernels.planner_groups import queries_of, row_blocks
 from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
@@ -22,29 +30,33 @@ from flashcore.planner.counters import Count, Fault, Stat
 from flashcore.planner.split import COST_UNIT, LONGEST_FIRST, token_cost
 from flashcore.planner.work import DIRECT, Group
 
+# What some group is, in `split_share`.
+LONG = 1  # longer than a worker's share of all work
+UNLIKE = 2  # not as long as the first
+
 
 @cute.jit
 def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared):
     """`split.split_share` of all groups."""
     tid, _, _ = cute.arch.thread_idx()
     total = Int64(0)
-    for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
+    for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
         blocks = row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)])
         total = total + Int64(plan.mGroups[h, int(Group.NUM_TOKENS)]) * Int64(token_cost(blocks))
     total = block_sum(total, shared.wide) * Int64(problem.kv_heads)
-    workers, long, unlike = Int64(problem.num_workers), Int32(0), Int32(0)
+    workers, found = Int64(problem.num_workers), Int32(0)
     first = run_cost(plan, problem, Int32(0))
-    for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
+    for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
         cost = run_cost(plan, problem, h)
         if 4 * cost * workers > 5 * total:
-            long = Int32(1)
+            found = found | LONG
         if cost != first:
-            unlike = Int32(1)
-    long, unlike = block_any(long, shared.sums), block_any(unlike, shared.sums)
+            found = found | UNLIKE
+    found = block_reduce((found,), ("or",), shared.sums)[0]
     share = Int64(0)
-    if problem.num_workers > 1 and long == 1:
+    if problem.num_workers > 1 and (found & LONG) != 0:
         share = (total + workers - 1) // workers
-        if unlike == 1:
+        if (found & UNLIKE) != 0:
             two = (total + 2 * workers - 1) // (2 * workers)
             four = (total + 4 * workers - 1) // (4 * workers)
             most = Int64(COST_UNIT) * Int64(problem.long_split_tokens)
@@ -77,7 +89,7 @@ def cut_groups(
     tid, _, _ = cute.arch.thread_idx()
     unit = Int64(problem.split_unit // problem.page_tokens)
     gathered, partials, items = Int64(0), Int64(0), Int64(0)
-    for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
+    for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
         pages, queries = (
             Int64(plan.mGroups[h, int(Group.NUM_ENTRIES)]),
             plan.mGroups[h, int(Group.NUM_Q)],
@@ -98,8 +110,8 @@ def cut_groups(
         if is_direct(plan, scratch, h) == 0:
             partials = partials + splits * Int64(queries)
         items = items + splits * blocks * Int64(problem.kv_heads)
-    gathered, partials = block_sum(gathered, shared.wide), block_sum(partials, shared.wide)
-    return gathered, partials, block_sum(items, shared.wide)
+    sums = block_sums((gathered, partials, items), shared.wide)
+    return sums[0], sums[1], sums[2]
 
 
 @cute.jit
@@ -107,7 +119,7 @@ def find_company(scratch: Scratch, num_kept: Int32):
     """Mark groups with a member whose row has other segments: their results are merged."""
     tid, _, _ = cute.arch.thread_idx()
     segments = scratch.mSegments
-    for k in cutlass.range(tid, num_kept, SCAN_THREADS, unroll=1):
+    for k in cutlass.range(tid, num_kept, GROUP_THREADS, unroll=1):
         row = segments[S.KEPT_ROW, k]
         company = Int32(0)
         if k > 0:
@@ -130,13 +142,13 @@ def is_direct(plan: Plan, scratch: Scratch, h: Int32):
 
 
 @cute.jit
-def tokens_read(plan: Plan, num_groups: Int32, shared: Shared):
-    """KV tokens of all groups, in 64 bits."""
+def tokens_read(plan: Plan, num_groups: Int32):
+    """KV tokens of this thread's groups, in 64 bits."""
     tid, _, _ = cute.arch.thread_idx()
     tokens = Int64(0)
-    for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
+    for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
         tokens = tokens + Int64(plan.mGroups[h, int(Group.NUM_TOKENS)])
-    return block_sum(tokens, shared.wide)
+    return tokens
 
 
 @cute.jit
@@ -150,7 +162,7 @@ def place_groups(
     """
     tid, _, _ = cute.arch.thread_idx()
     members_before, queries_before, partials_before = Int32(0), Int32(0), Int32(0)
-    for base in cutlass.range(0, num_groups, SCAN_THREADS, unroll=1):
+    for base in cutlass.range(0, num_groups, GROUP_THREADS, unroll=1):
         h = base + tid
         members, queries, partial, direct = Int32(0), Int32(0), Int32(0), Int32(0)
         if h < num_groups:
@@ -161,17 +173,15 @@ def place_groups(
             if direct == 0:
                 partial = splits * queries
             enter_classes(plan, scratch, problem, h, splits, longest)
-        member_begin, all_members = block_scan(members, shared.sums)
-        query_begin, all_queries = block_scan(queries, shared.sums)
-        partial_begin, all_partials = block_scan(partial, shared.sums)
+        before, totals = block_scans((members, queries, partial), shared.sums)
         if h < num_groups:
-            plan.mMemberOffsets[h] = members_before + member_begin
-            plan.mGroups[h, int(Group.Q_BEGIN)] = queries_before + query_begin
-            first = partials_before + partial_begin
+            plan.mMemberOffsets[h] = members_before + before[0]
+            plan.mGroups[h, int(Group.Q_BEGIN)] = queries_before + before[1]
+            first = partials_before + before[2]
             plan.mGroups[h, int(Group.PARTIAL)] = first if direct == 0 else Int32(DIRECT)
-        members_before = members_before + all_members
-        queries_before = queries_before + all_queries
-        partials_before = partials_before + all_partials
+        members_before = members_before + totals[0]
+        queries_before = queries_before + totals[1]
+        partials_before = partials_before + totals[2]
     if tid == 0:
         plan.mMemberOffsets[num_groups] = members_before
     cute.arch.sync_threads()
@@ -206,21 +216,15 @@ def run_lengths(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared)
     """No split has more tokens than the first number, and none fewer than the second, as the order
     of the work list counts them."""
     tid, _, _ = cute.arch.thread_idx()
-    if tid == 0:
-        shared.bins[0] = Int32(0)
-        shared.bins[1] = Int32(2**31 - 1)
-    cute.arch.sync_threads()
-    for h in cutlass.range(tid, num_groups, SCAN_THREADS, unroll=1):
+    longest, shortest = Int32(0), Int32(2**31 - 1)
+    for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
         full = plan.mGroups[h, int(Group.SPLIT_ENTRIES)] * problem.page_tokens
         splits = plan.mGroups[h, int(Group.NUM_SPLITS)]
         last = plan.mGroups[h, int(Group.NUM_TOKENS)] - (splits - 1) * full
         weight = order_weight(plan, problem, h)
-        cute.arch.atomic_max(shared.bins.iterator, weight * full, sem="relaxed", scope="cta")
-        cute.arch.atomic_min(shared.bins.iterator + 1, weight * last, sem="relaxed", scope="cta")
-    cute.arch.sync_threads()
-    longest, shortest = shared.bins[0], shared.bins[1]
-    cute.arch.sync_threads()
-    return longest, shortest
+        longest, shortest = max(longest, weight * full), min(shortest, weight * last)
+    found = block_reduce((longest, shortest), ("max", "min"), shared.sums)
+    return found[0], found[1]
 
 
 @cute.jit
@@ -233,7 +237,7 @@ def place_classes(
     tid, _, _ = cute.arch.thread_idx()
     buffer = radix_sort(scratch.mClasses, 2 * num_groups, largest, shared)
     items_before = Int32(0)
-    for base in cutlass.range(0, 2 * num_groups, SCAN_THREADS, unroll=1):
+    for base in cutlass.range(0, 2 * num_groups, GROUP_THREADS, unroll=1):
         i = base + tid
         items = Int32(0)
         if i < 2 * num_groups:
@@ -256,14 +260,14 @@ def place_members(plan: Plan, scratch: Scratch, num_kept: Int32, num_groups: Int
     tokens."""
     tid, _, _ = cute.arch.thread_idx()
     segments = scratch.mSegments
-    for k in cutlass.range(tid, num_kept, SCAN_THREADS, unroll=1):
+    for k in cutlass.range(tid, num_kept, GROUP_THREADS, unroll=1):
         scratch.mMembers[Sort.KEY, k] = segments[S.KEPT_GROUP, k]
         scratch.mMembers[Sort.VALUE, k] = k
     cute.arch.sync_threads()
     largest = num_groups - 1 if num_groups > 0 else Int32(0)
     buffer = radix_sort(scratch.mMembers, num_kept, largest, shared)
     queries_before = Int32(0)
-    for base in cutlass.range(0, num_kept, SCAN_THREADS, unroll=1):
+    for base in cutlass.range(0, num_kept, GROUP_THREADS, unroll=1):
         i = base + tid
         k, row, queries = Int32(0), Int32(0), Int32(0)
         if i < num_kept:
@@ -286,7 +290,7 @@ def place_splits(plan: Plan, scratch: Scratch, num_kept: Int32, shared: Shared):
     tid, _, _ = cute.arch.thread_idx()
     segments, rows = scratch.mSegments, scratch.mRows
     splits_before = Int32(0)
-    for base in cutlass.range(0, num_kept, SCAN_THREADS, unroll=1):
+    for base in cutlass.range(0, num_kept, GROUP_THREADS, unroll=1):
         k = base + tid
         splits, row = Int32(0), Int32(0)
         if k < num_kept:
@@ -315,15 +319,11 @@ def place_lists(
     shared: Shared,
 ):  # fmt: skip
     """Length of each sequence's merge lists and where they begin; sequences with a fault get lists
-    of one element. Returns the elements of all lists; leaves the longest query in bins[0] and all
-    faults in bins[1]."""
+    of one element. Returns the elements of all lists, the longest query, and all faults."""
     tid, _, _ = cute.arch.thread_idx()
     rows = scratch.mRows
     elements_before, longest, faults = Int32(0), Int32(0), Int32(0)
-    if tid < 2:
-        shared.bins[tid] = Int32(0)
-    cute.arch.sync_threads()
-    for base in cutlass.range(0, batch, SCAN_THREADS, unroll=1):
+    for base in cutlass.range(0, batch, GROUP_THREADS, unroll=1):
         b = base + tid
         elements, length = Int32(0), Int32(0)
         if b < batch:
@@ -345,10 +345,8 @@ def place_lists(
             rows[Rows.LIST_LENGTH, b] = length
             rows[Rows.MERGE_BEGIN, b] = elements_before + begin
         elements_before = elements_before + all_elements
-    cute.arch.atomic_max(shared.bins.iterator, longest, sem="relaxed", scope="cta")
-    cute.arch.atomic_or(shared.bins.iterator + 1, faults, sem="relaxed", scope="cta")
-    cute.arch.sync_threads()
-    return elements_before
+    found = block_reduce((longest, faults), ("max", "or"), shared.sums)
+    return elements_before, found[0], found[1]
 
 
 @cute.jit
@@ -368,17 +366,18 @@ def close_row(plan: Plan, scratch: Scratch, b: Int32, queries: Int32, failed: In
 
 
 @cute.jit
-def clear_rows(plan: Plan, scratch: Scratch, batch: Int32, shared: Shared):
-    """No sequence has segments yet. Returns KV tokens of those that take part, in 64 bits."""
+def clear_rows(plan: Plan, scratch: Scratch, batch: Int32):
+    """No sequence has segments yet. Returns KV tokens of this thread's sequences that take part, in
+    64 bits."""
     tid, _, _ = cute.arch.thread_idx()
     rows = scratch.mRows
     tokens = Int64(0)
-    for b in cutlass.range(tid, batch, SCAN_THREADS, unroll=1):
+    for b in cutlass.range(tid, batch, GROUP_THREADS, unroll=1):
         rows[Rows.FIRST_SEGMENT, b] = Int32(0)
         rows[Rows.END_SEGMENT, b] = Int32(0)
         if is_active(plan, scratch, b):
             tokens = tokens + Int64(plan.mKvLens[b])
-    return block_sum(tokens, shared.wide)
+    return tokens
 
 
 @cute.jit
@@ -429,24 +428,27 @@ def place_results(
 ):  # fmt: skip
     """Merge lists, and all counts; nothing of the lists where one does not fit."""
     tid, _, _ = cute.arch.thread_idx()
-    per_sequence = clear_rows(plan, scratch, batch, shared)
+    # Before lengths are taken back for faults, and before segments are entered.
+    mine = (clear_rows(plan, scratch, batch), tokens_read(plan, num_groups))
+    tokens = block_sums(mine, shared.wide)
     num_splits = place_splits(plan, scratch, num_kept, shared)
-    once = tokens_read(plan, num_groups, shared)
     fits = plan.mCounts[int(Count.FITS)]
-    merge = place_lists(plan, scratch, batch, num_kept, num_splits, 1 - fits, shared)
+    merge, longest, faults = place_lists(
+        plan, scratch, batch, num_kept, num_splits, 1 - fits, shared
+    )
     if tid == 0:
         kept = Int64(fits)
         counts = plan.mCounts
         counts[int(Count.TOTAL_Q)] = plan.mQOffsets[batch]
         counts[int(Count.MERGE)] = merge
-        counts[int(Count.MAX_Q_LEN)] = shared.bins[0]
-        counts[int(Count.FAULTS)] = shared.bins[1]
+        counts[int(Count.MAX_Q_LEN)] = longest
+        counts[int(Count.FAULTS)] = faults
         counts[int(Count.STAMP)] = counts[int(Count.STAMP)] + 1
         stats = plan.mStats
         stats[int(Stat.TOKENS_UNIQUE)] = stats[int(Stat.TOKENS_UNIQUE)] * kept
-        stats[int(Stat.TOKENS_ONCE)] = once * kept
-        stats[int(Stat.TOKENS_PER_SEQUENCE)] = per_sequence * kept
+        stats[int(Stat.TOKENS_ONCE)] = tokens[1] * kept
+        stats[int(Stat.TOKENS_PER_SEQUENCE)] = tokens[0] * kept
         stats[int(Stat.NUM_GROUPS)] = Int64(num_groups) * kept
         stats[int(Stat.NUM_FOLDED)] = Int64(counts[int(Count.FOUND)] - num_groups) * kept
         stats[int(Stat.UNSHARED)] = stats[int(Stat.UNSHARED)] * kept
-        stats[int(Stat.FAULTS)] = Int64(shared.bins[1])
+        stats[int(Stat.FAULTS)] = Int64(faults)
