@@ -12,8 +12,8 @@ from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA
 
 SCAN_THREADS = 1024  # of CTAs that scan: one element a thread
 ENTRY_THREADS = 256  # of CTAs that only visit entries or write the plan
-GROUP_THREADS = 1024  # of CTAs that look at groups and segments alone
-RADIX_BITS = 8
+GROUP_THREADS = 512  # of CTAs that look at groups and segments alone
+RADIX_BITS = 9
 RADIX_BINS = 1 << RADIX_BITS
 ROW_CAPACITIES = (1024, 8192, 32768)
 UNUSED = 2**31 - 1  # owner of a page that no entry has claimed
