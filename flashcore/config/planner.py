@@ -15,6 +15,7 @@ ENTRY_THREADS = 256  # of CTAs that only visit entries or write the plan
 GROUP_THREADS = 512  # of CTAs that look at groups and segments alone
 RADIX_BITS = 9
 RADIX_BINS = 1 << RADIX_BITS
+RANKED = 256  # pairs up to which counting those before each takes less than a radix sort
 ROW_CAPACITIES = (1024, 8192, 32768)
 UNUSED = 2**31 - 1  # owner of a page that no entry has claimed
 

@@ -18,6 +18,7 @@ from flashcore.config.planner import (
     GROUP_THREADS,
     RADIX_BINS,
     RADIX_BITS,
+    RANKED,
     Sort,
 )
 
@@ -190,13 +191,16 @@ def last_at_most(values: cute.Tensor, low: Int32, high: Int32, x: Int32):
 
 
 @cute.jit
-def radix_sort(mSort: cute.Tensor, n: Int32, largest: Int32, shared: Shared):
+def sort_pairs(mSort: cute.Tensor, n: Int32, largest: Int32, shared: Shared):
     """Sort n (key, value) pairs of buffer 0 by key, stably; keys are 0 .. largest.
 
     Returns the buffer that has the result.
     """
     tid, _, _ = cute.arch.thread_idx()
     source, shift, left = Int32(0), Int32(0), largest
+    if n <= RANKED and largest > 0:
+        rank_pairs(mSort, n, shared)
+        source, left = Int32(1), Int32(0)
     while left > 0:
         if tid < RADIX_BINS:
             shared.bins[tid] = Int32(0)
@@ -215,6 +219,29 @@ def radix_sort(mSort: cute.Tensor, n: Int32, largest: Int32, shared: Shared):
         shift = shift + RADIX_BITS
         left = left >> RADIX_BITS
     return source
+
+
+@cute.jit
+def rank_pairs(mSort: cute.Tensor, n: Int32, shared: Shared):
+    """Sort at most RANKED pairs of buffer 0 into buffer 1: each goes where as many come before it
+    as do, counted by a few threads together."""
+    tid, _, _ = cute.arch.thread_idx()
+    parts = const_expr(GROUP_THREADS // RANKED)
+    i, part = tid // parts, tid % parts
+    if tid < RANKED:
+        shared.warp_bins[tid] = mSort[Sort.KEY, tid] if tid < n else Int32(2**31 - 1)
+    cute.arch.sync_threads()
+    key, rank = shared.warp_bins[i], Int32(0)
+    for j in cutlass.range(part, n, parts, unroll=8):
+        other = shared.warp_bins[j]
+        if other < key or (other == key and j < i):
+            rank = rank + 1
+    for k in cutlass.range_constexpr(const_expr(parts.bit_length() - 1)):
+        rank = rank + cute.arch.shuffle_sync_bfly(rank, 1 << k)
+    if part == 0 and i < n:
+        mSort[2 + Sort.KEY, rank] = key
+        mSort[2 + Sort.VALUE, rank] = mSort[Sort.VALUE, i]
+    cute.arch.sync_threads()
 
 
 @cute.jit

@@ -21,7 +21,7 @@ from flashcore.kernels.planner_block import (
     block_scans,
     block_sum,
     block_sums,
-    radix_sort,
+    sort_pairs,
 )
 from flashcore.kernels.planner_groups import queries_of, row_blocks
 from flashcore.kernels.planner_layout import is_active
@@ -235,7 +235,7 @@ def place_classes(
     """Sort the classes, whose keys are at most `largest`; first work item of each. Returns the
     buffer they are in."""
     tid, _, _ = cute.arch.thread_idx()
-    buffer = radix_sort(scratch.mClasses, 2 * num_groups, largest, shared)
+    buffer = sort_pairs(scratch.mClasses, 2 * num_groups, largest, shared)
     items_before = Int32(0)
     for base in cutlass.range(0, 2 * num_groups, GROUP_THREADS, unroll=1):
         i = base + tid
@@ -265,7 +265,7 @@ def place_members(plan: Plan, scratch: Scratch, num_kept: Int32, num_groups: Int
         scratch.mMembers[Sort.VALUE, k] = k
     cute.arch.sync_threads()
     largest = num_groups - 1 if num_groups > 0 else Int32(0)
-    buffer = radix_sort(scratch.mMembers, num_kept, largest, shared)
+    buffer = sort_pairs(scratch.mMembers, num_kept, largest, shared)
     queries_before = Int32(0)
     for base in cutlass.range(0, num_kept, GROUP_THREADS, unroll=1):
         i = base + tid
