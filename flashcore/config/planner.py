@@ -167,4 +167,5 @@ class Tiles:
 
     SEGMENTS = 0
     GROUPS = 1
-    LINES = 2
+    CUT = 2  # one word: the stamp, when the groups are cut
+    LINES = 3

@@ -1,7 +1,7 @@
 """The planner's kernels, chained on one stream.
 
-    layout ─► claim ─► link ─► segments ─► groups ─► places ─► lists
-     grid     grid     grid      grid     one CTA   3 CTAs     grid
+    layout ─► claim ─► link ─► segments ─► groups, places ─► lists
+     grid     grid     grid      grid      one CTA, three    grid
     (adopt)
 
 Each is started while the one before it runs, and waits for that one's end.
@@ -15,14 +15,25 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
-from flashcore.config.planner import ENTRY_THREADS, GROUP_THREADS, SCAN_THREADS, PlannerConfig
+from flashcore.config.planner import (
+    ENTRY_THREADS,
+    GROUP_THREADS,
+    SCAN_THREADS,
+    PlannerConfig,
+    Tiles,
+)
 from flashcore.kernels.planner_adopt import adopt_layout
-from flashcore.kernels.planner_block import scan_memory, shared_memory
+from flashcore.kernels.planner_block import Shared, scan_memory, shared_memory
 from flashcore.kernels.planner_emit import emit_gathered, emit_merge, emit_tokens, emit_work
 from flashcore.kernels.planner_groups import find_groups, unshare
 from flashcore.kernels.planner_layout import build_layout
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch, Source
-from flashcore.kernels.planner_sharing import claim_pages, mark_breaks, number_segments
+from flashcore.kernels.planner_sharing import (
+    await_count,
+    claim_pages,
+    mark_breaks,
+    number_segments,
+)
 from flashcore.kernels.planner_table import cut, place_items, place_members, place_results
 from flashcore.planner.counters import Count, Stat
 
@@ -71,8 +82,7 @@ class Planner:
         alone = {"block": [GROUP_THREADS, 1, 1], "stream": stream, "use_pdl": True}
         # Told that one CTA on an SM will do, ptxas takes the registers that it needs.
         roomy = {"min_blocks_per_mp": 1}
-        self.groups(plan, scratch, problem).launch(grid=[1, 1, 1], **alone, **roomy)
-        self.places(mQLens, plan, scratch, problem).launch(grid=[3, 1, 1], **alone, **roomy)
+        self.groups(mQLens, plan, scratch, problem).launch(grid=[3, 1, 1], **alone, **roomy)
         self.lists(mQLens, plan, scratch, problem).launch(grid=[num_sms, 4, 1], **visit, **roomy)
 
     @cute.kernel
@@ -118,9 +128,35 @@ class Planner:
         number_segments(plan, scratch, sums)
 
     @cute.kernel
-    def groups(self, plan: Plan, scratch: Scratch, problem: Problem):
+    def groups(self, mQLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
+        """One CTA finds and cuts the groups; then three place everything side by side. Two of them
+        wait for the first, which waits for none; that takes less than one more kernel."""
         self.take_over()
+        tid, _, _ = cute.arch.thread_idx()
+        bid, _, _ = cute.arch.block_idx()
         shared = shared_memory(SmemAllocator())
+        stamp = plan.mCounts[int(Count.STAMP)] + 1
+        ready = scratch.mTiles.iterator + Tiles.CUT * SCAN_THREADS
+        if bid == 0:
+            self.cut(plan, scratch, problem, shared)
+            cute.arch.sync_threads()
+            if tid == 0:
+                cute.arch.atomic_exch(ready, Int64(stamp) << 32, sem="release", scope="gpu")
+        elif tid == 0:
+            await_count(ready, stamp, "acquire")
+        cute.arch.sync_threads()
+        num_groups, num_kept = plan.mCounts[int(Count.GROUPS)], plan.mCounts[int(Count.MEMBERS)]
+        if bid == 0:
+            place_items(plan, scratch, problem, num_groups, shared)
+        elif bid == 1:
+            place_members(plan, scratch, num_kept, num_groups, shared)
+        else:
+            place_results(plan, scratch, problem, mQLens.shape[0], num_groups, num_kept, shared)
+
+    @cute.jit
+    def cut(self, plan: Plan, scratch: Scratch, problem: Problem, shared: Shared):
+        """Groups and their splits."""
+        tid, _, _ = cute.arch.thread_idx()
         num_segments, num_found = plan.mCounts[int(Count.SEGMENTS)], plan.mCounts[int(Count.FOUND)]
         num_groups, num_kept = find_groups(plan, scratch, problem, num_segments, num_found, shared)
         # Where the lists do not fit: as if nothing were shared, and then without splits.
@@ -132,28 +168,17 @@ class Planner:
             split = Int32(1) if attempt < 2 else Int32(0)
             fits = cut(plan, scratch, problem, num_groups, num_kept, split, shared)
             attempt = attempt + 1
-        tid, _, _ = cute.arch.thread_idx()
         if tid == 0:
             plan.mStats[int(Stat.UNSHARED)] = Int64(1) if attempt > 1 else Int64(0)
-
-    @cute.kernel
-    def places(self, mQLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
-        self.take_over()
-        bid, _, _ = cute.arch.block_idx()
-        shared = shared_memory(SmemAllocator())
-        num_groups, num_kept = plan.mCounts[int(Count.GROUPS)], plan.mCounts[int(Count.MEMBERS)]
-        if bid == 0:
-            place_members(plan, scratch, num_kept, num_groups, shared)
-        elif bid == 1:
-            place_items(plan, scratch, problem, num_groups, shared)
-        else:
-            place_results(plan, scratch, problem, mQLens.shape[0], num_groups, num_kept, shared)
 
     @cute.kernel
     def lists(self, mQLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
         cute.arch.griddepcontrol_wait()
         # A list for each y: the searches of one do not wait for those of another.
-        _, which, _ = cute.arch.block_idx()
+        tid, _, _ = cute.arch.thread_idx()
+        first, which, _ = cute.arch.block_idx()
+        if which == 0 and first == 0 and tid == 0:
+            plan.mCounts[int(Count.STAMP)] = plan.mCounts[int(Count.STAMP)] + 1
         if which == 0:
             emit_work(plan, scratch, problem)
         elif which == 1:

@@ -188,11 +188,11 @@ def publish_count(at: cute.Pointer, stamp: Int32, count: Int32):
 
 
 @cute.jit
-def await_count(at: cute.Pointer, stamp: Int32):
-    """The count that another CTA publishes in this update."""
-    word = cute.arch.load(at, Int64, sem="relaxed", scope="gpu")
+def await_count(at: cute.Pointer, stamp: Int32, order: cutlass.Constexpr[str] = "relaxed"):
+    """The count that another CTA publishes in this update; what it wrote before, by "acquire"."""
+    word = cute.arch.load(at, Int64, sem=order, scope="gpu")
     while (word >> 32).to(Int32) != stamp:
-        word = cute.arch.load(at, Int64, sem="relaxed", scope="gpu")
+        word = cute.arch.load(at, Int64, sem=order, scope="gpu")
     return (word & Int64(0x7FFFFFFF)).to(Int32)
 
 

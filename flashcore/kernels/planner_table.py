@@ -443,7 +443,6 @@ def place_results(
         counts[int(Count.MERGE)] = merge
         counts[int(Count.MAX_Q_LEN)] = longest
         counts[int(Count.FAULTS)] = faults
-        counts[int(Count.STAMP)] = counts[int(Count.STAMP)] + 1
         stats = plan.mStats
         stats[int(Stat.TOKENS_UNIQUE)] = stats[int(Stat.TOKENS_UNIQUE)] * kept
         stats[int(Stat.TOKENS_ONCE)] = tokens[1] * kept
