@@ -12,7 +12,7 @@ from flashcore.config.dense import SMEM_BYTES_PER_SM90_CTA
 
 SCAN_THREADS = 1024  # of CTAs that scan: one element a thread
 ENTRY_THREADS = 256  # of CTAs that only visit entries or write the plan
-GROUP_THREADS = 512  # of CTAs that look at groups and segments alone
+GROUP_THREADS = 512  # of CTAs that look at segments and groups
 RADIX_BITS = 9
 RADIX_BINS = 1 << RADIX_BITS
 RANKED = 256  # pairs up to which counting those before each takes less than a radix sort
@@ -167,5 +167,5 @@ class Tiles:
 
     SEGMENTS = 0
     GROUPS = 1
-    CUT = 2  # one word: the stamp, when the groups are cut
+    CUT = 2  # the stamp, when the groups are cut; CTAs that have numbered their segments
     LINES = 3

@@ -1,7 +1,7 @@
 """The planner's kernels, chained on one stream.
 
-    layout ─► claim ─► link ─► segments ─► groups, places ─► lists
-     grid     grid     grid      grid      one CTA, three    grid
+    layout ─► claim ─► link ─► groups ─► lists
+     grid     grid     grid     grid     grid
     (adopt)
 
 Each is started while the one before it runs, and waits for that one's end.
@@ -68,7 +68,6 @@ class Planner:
         visits = cute.ceil_div(entries, ENTRY_THREADS)
         visits = visits if visits < 8 * num_sms else 8 * num_sms
         first = {"block": [SCAN_THREADS, 1, 1], "stream": stream}
-        scan = {"block": [SCAN_THREADS, 1, 1], "stream": stream, "use_pdl": True}
         visit = {"block": [ENTRY_THREADS, 1, 1], "stream": stream, "use_pdl": True}
         if const_expr(self.config.from_layout):
             self.adopt(mQLens, source, plan, scratch).launch(grid=[scans, 1, 1], **first)
@@ -78,11 +77,12 @@ class Planner:
             )
         self.claim(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
         self.link(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
-        self.segments(plan, scratch).launch(grid=[scans, 1, 1], **scan)
-        alone = {"block": [GROUP_THREADS, 1, 1], "stream": stream, "use_pdl": True}
+        tiles = cute.ceil_div(entries, GROUP_THREADS)
+        tiles = tiles if tiles < num_sms else num_sms
+        tile = {"block": [GROUP_THREADS, 1, 1], "stream": stream, "use_pdl": True}
         # Told that one CTA on an SM will do, ptxas takes the registers that it needs.
         roomy = {"min_blocks_per_mp": 1}
-        self.groups(mQLens, plan, scratch, problem).launch(grid=[3, 1, 1], **alone, **roomy)
+        self.groups(mQLens, plan, scratch, problem).launch(grid=[tiles, 1, 1], **tile, **roomy)
         self.lists(mQLens, plan, scratch, problem).launch(grid=[num_sms, 4, 1], **visit, **roomy)
 
     @cute.kernel
@@ -122,36 +122,53 @@ class Planner:
         mark_breaks(plan, scratch, problem, wide)
 
     @cute.kernel
-    def segments(self, plan: Plan, scratch: Scratch):
-        self.take_over()
-        sums = scan_memory(SmemAllocator(), SCAN_THREADS)
-        number_segments(plan, scratch, sums)
-
-    @cute.kernel
     def groups(self, mQLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
-        """One CTA finds and cuts the groups; then three place everything side by side. Two of them
-        wait for the first, which waits for none; that takes less than one more kernel."""
+        """All CTAs number the segments. The last to be done finds and cuts the groups, then the
+        last three place everything side by side. Nobody waits for a CTA that may not run yet."""
         self.take_over()
         tid, _, _ = cute.arch.thread_idx()
-        bid, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
         shared = shared_memory(SmemAllocator())
         stamp = plan.mCounts[int(Count.STAMP)] + 1
+        number_segments(plan, scratch, shared.sums)
+        role = self.role(scratch, shared)
         ready = scratch.mTiles.iterator + Tiles.CUT * SCAN_THREADS
-        if bid == 0:
-            self.cut(plan, scratch, problem, shared)
+        if role < 3:
+            if role == 0:
+                self.cut(plan, scratch, problem, shared)
+                cute.arch.sync_threads()
+                if tid == 0:
+                    cute.arch.atomic_exch(ready, Int64(stamp) << 32, sem="release", scope="gpu")
+            elif tid == 0:
+                await_count(ready, stamp, "acquire")
             cute.arch.sync_threads()
-            if tid == 0:
-                cute.arch.atomic_exch(ready, Int64(stamp) << 32, sem="release", scope="gpu")
-        elif tid == 0:
-            await_count(ready, stamp, "acquire")
+            counts = plan.mCounts
+            num_groups, num_kept = counts[int(Count.GROUPS)], counts[int(Count.MEMBERS)]
+            # The last CTA also has the parts for which there is no other.
+            if role == 0:
+                place_items(plan, scratch, problem, num_groups, shared)
+            if role == 1 or grid < 2:
+                place_members(plan, scratch, num_kept, num_groups, shared)
+            if role == 2 or (role == 0 and grid < 3):
+                batch = mQLens.shape[0]
+                place_results(plan, scratch, problem, batch, num_groups, num_kept, shared)
+
+    @cute.jit
+    def role(self, scratch: Scratch, shared: Shared):
+        """How many CTAs are not done yet, this one aside; what those that are wrote can be seen."""
+        tid, _, _ = cute.arch.thread_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        done = scratch.mTiles.iterator + (Tiles.CUT * SCAN_THREADS + 1)
         cute.arch.sync_threads()
-        num_groups, num_kept = plan.mCounts[int(Count.GROUPS)], plan.mCounts[int(Count.MEMBERS)]
-        if bid == 0:
-            place_items(plan, scratch, problem, num_groups, shared)
-        elif bid == 1:
-            place_members(plan, scratch, num_kept, num_groups, shared)
-        else:
-            place_results(plan, scratch, problem, mQLens.shape[0], num_groups, num_kept, shared)
+        if tid == 0:
+            before = cute.arch.atomic_add(done, Int64(1), sem="acq_rel", scope="gpu").to(Int32)
+            if before == grid - 1:
+                scratch.mTiles[Tiles.CUT, 1] = Int64(0)
+            shared.bins[0] = grid - 1 - before
+        cute.arch.sync_threads()
+        role = shared.bins[0]
+        cute.arch.sync_threads()
+        return role
 
     @cute.jit
     def cut(self, plan: Plan, scratch: Scratch, problem: Problem, shared: Shared):

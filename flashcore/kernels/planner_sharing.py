@@ -10,7 +10,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
-from flashcore.config.planner import ENTRY_THREADS, SCAN_THREADS, UNUSED, Slots, Tiles
+from flashcore.config.planner import (
+    ENTRY_THREADS,
+    GROUP_THREADS,
+    SCAN_THREADS,
+    UNUSED,
+    Slots,
+    Tiles,
+)
 from flashcore.config.planner import Entries as E
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
@@ -127,12 +134,12 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
     bid, _, _ = cute.arch.block_idx()
     grid, _, _ = cute.arch.grid_dim()
     nnz = plan.mCounts[int(Count.NNZ)]
-    stretch = cute.ceil_div(cute.ceil_div(nnz, grid), SCAN_THREADS) * SCAN_THREADS
+    stretch = cute.ceil_div(cute.ceil_div(nnz, grid), GROUP_THREADS) * GROUP_THREADS
     begin = bid * stretch
     segment, group = begins_segment(scratch, begin + tid, nnz)
     places, totals = block_counts((segment, group), sums)
     all_segments, all_groups = totals[0], totals[1]
-    for offset in cutlass.range(SCAN_THREADS, stretch, SCAN_THREADS, unroll=1):
+    for offset in cutlass.range(GROUP_THREADS, stretch, GROUP_THREADS, unroll=1):
         more_segments, more_groups = begins_segment(scratch, begin + offset + tid, nnz)
         more = block_reduce((more_segments, more_groups), ("add", "add"), sums)
         all_segments, all_groups = all_segments + more[0], all_groups + more[1]
@@ -141,7 +148,7 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
         plan.mCounts[int(Count.SEGMENTS)] = segments_before + all_segments
         plan.mCounts[int(Count.FOUND)] = groups_before + all_groups
     s, g, tile_segments, tile_groups = places[0], places[1], totals[0], totals[1]
-    for offset in cutlass.range(0, stretch, SCAN_THREADS, unroll=1):
+    for offset in cutlass.range(0, stretch, GROUP_THREADS, unroll=1):
         e = begin + offset + tid
         if offset > 0:  # else all of this is known from above
             segment, group = begins_segment(scratch, e, nnz)
