@@ -208,5 +208,5 @@ class Planner:
     @cute.jit
     def take_over(self):
         """Wait for the kernel before; its results are there. The next one may be started."""
-        cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
