@@ -271,6 +271,15 @@ def soaked(**changes: Any) -> dict[str, Any]:
     return soak_module.judged({**result, **changes})
 
 
+def test_soak_tells_where_it_stands() -> None:
+    record = soak_module.Record(tokens=7, memory=[(120.0, 900.4, 5000.0)])
+    record.requests.update(["shared", "canary"])
+    told = "soak: 2 min, 2 requests, 7 tokens, 900 MiB on the host, 5000.0 on the GPU, "
+    assert record.line() == told + "0 errors"
+    record.errors.append("boom")
+    assert record.line() == told + "1 errors; the last: boom"
+
+
 def test_memory_is_that_of_the_engines_processes() -> None:
     assert soak_module.memory_of([7, 9], "7, 100\n8, 50\n9, 20\n9, 3\n") == 123
     assert soak_module.memory_of([7], "8, 50\n") is None

@@ -13,6 +13,7 @@ import math
 import random
 import statistics
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ MAX_DEVICE_GROWTH_MIB = 64
 MAX_CANARY_DRIFT = 0.5  # of a log-probability; logits have a deviation of about 3
 _OUTSTANDING = 96  # requests at a time, half as many again as may run
 _SAMPLE_EVERY_S = 5.0
+_TOLD_EVERY_S = 60.0
 _CANARY_EVERY_S = 10.0
 _LONG_EVERY_S = 120.0
 _NEW_PREFIX_EVERY_S = 10.0
@@ -45,6 +47,16 @@ class Record:
     errors: list[str] = field(default_factory=list)
     canary_drift: float = 0.0
     memory: list[tuple[float, float, float | None]] = field(default_factory=list)  # s, MiB, MiB
+
+    def line(self) -> str:
+        """Where it stands, for the engine's log."""
+        seconds, host, device = self.memory[-1]
+        last = f"; the last: {self.errors[-1]}" if self.errors else ""
+        return (
+            f"soak: {seconds / 60:.0f} min, {sum(self.requests.values())} requests, "
+            f"{self.tokens} tokens, {host:.0f} MiB on the host, {device} on the GPU, "
+            f"{len(self.errors)} errors{last}"
+        )
 
 
 class Traffic:
@@ -129,12 +141,15 @@ class _Soak:
     async def run(self, seconds: float) -> None:
         await self._ask_canary()
         started = time.monotonic()
-        due = {"sample": 0.0, "canary": 0.0, "long": seconds / 4, "prefix": 0.0}
+        due = {"sample": 0.0, "told": 0.0, "canary": 0.0, "long": seconds / 4, "prefix": 0.0}
         while (now := time.monotonic() - started) < seconds:
             if now >= due["sample"]:
                 due["sample"] = now + _SAMPLE_EVERY_S
                 pids = self._engine.processes()
                 self._record.memory.append((now, host_mib(pids), device_mib(self._engine)))
+                if now >= due["told"]:
+                    due["told"] = now + _TOLD_EVERY_S
+                    print(self._record.line(), file=sys.stderr, flush=True)
             if now >= due["prefix"]:
                 due["prefix"] = now + _NEW_PREFIX_EVERY_S
                 self._traffic.renew_prefix()
