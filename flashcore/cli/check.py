@@ -53,10 +53,12 @@ def cases() -> list[Case]:
         Case("soft cap", square, softcap=15.0),
         Case("sinks", square, sinks=True, causal=True),
         Case("all rules", square, window=(300, -1), softcap=20.0, sinks=True, causal=True),
-        # At head_dim 64 a warpgroup passes over blocks that only the rows of others see.
+        # At head_dim 64 a warpgroup passes over blocks that none of its rows sees.
         Case("head_dim 64, decode", ((3, 1500),), 64, heads=(8, 2), causal=True),
         Case("head_dim 64, more queries", ((500, 120),), 64, causal=True),
         Case("head_dim 64, left window", square, 64, window=(200, -1), causal=True),
+        Case("head_dim 64, one row block", ((65, 300),), 64),
+        Case("head_dim 64, packed", ragged, 64, packed=True, heads=(8, 2)),
         Case("head_dim 64, packed causal", ragged, 64, packed=True, causal=True, heads=(8, 2)),
         Case("packed", ragged, packed=True),
         Case("packed, causal, grouped", ragged, packed=True, causal=True, heads=(8, 1)),

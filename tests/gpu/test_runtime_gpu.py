@@ -158,7 +158,9 @@ def test_remembered_calls_refuse_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(700, 4133), (1500, 700)])
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_k"), [(700, 4133), (1500, 700), (1031, 900), (65, 300)]
+)
 def test_head_dim_64_against_the_reference(causal: bool, seqlen_q: int, seqlen_k: int) -> None:
     """Full attention has tiles of its own for many keys; causal warpgroups pass over blocks."""
     generator = torch.Generator("cuda").manual_seed(3)
