@@ -15,7 +15,7 @@ from flashcore.bench.dense import run_dense
 from flashcore.bench.problems import DenseProblem, dense_problems
 from flashcore.bench.providers import Provider, UnsupportedError, dense_providers
 from flashcore.bench.report import format_table, plot, summarise
-from flashcore.bench.timing import Contestant, time_interleaved
+from flashcore.bench.timing import Contestant, shuffled, time_interleaved
 from flashcore.cli import bench as bench_command
 from tests import cli_calls
 from tests.cli_calls import assert_refused
@@ -119,7 +119,7 @@ def test_nothing_runs_a_problem() -> None:
     assert result["summary"] == {}
 
 
-def test_turns_are_interleaved_and_rotated() -> None:
+def test_turns_are_interleaved_and_shuffled() -> None:
     order: list[str] = []
 
     def elapsed(contestant: Contestant, calls: int) -> float:
@@ -127,9 +127,13 @@ def test_turns_are_interleaved_and_rotated() -> None:
         return 1.0 * calls
 
     contestants = [Contestant(name, lambda: None, nullcontext) for name in "abc"]
-    timings = time_interleaved(contestants, rounds=3, sample_ms=1, elapsed_ms=elapsed)
-    assert "".join(order[6:]) == "abcbcacab"  # after two warm-up samples of each
-    assert timings["a"].rounds == 3
+    timings = time_interleaved(contestants, rounds=30, sample_ms=1, elapsed_ms=elapsed)
+    turns = order[6:]  # after two warm-up samples of each
+    rounds = [turns[i : i + 3] for i in range(0, 90, 3)]
+    assert all(sorted(names) == list("abc") for names in rounds)
+    assert len(set(map(tuple, rounds))) == 6  # everyone comes after everyone
+    assert rounds == list(shuffled("abc", 30))  # and does so in every run
+    assert timings["a"].rounds == 30
 
 
 def test_median_ignores_an_outlier() -> None:

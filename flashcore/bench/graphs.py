@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 import torch
 
-from flashcore.bench.timing import Timing, timing_of
+from flashcore.bench.timing import Timing, shuffled, timing_of
 
 Pending = Callable[[], float]  # waits for the end of a sample: milliseconds
 
@@ -90,16 +89,10 @@ def start_sample(graph: Graph, flush: Callable[[], None]) -> Pending:
 def time_graphs(
     graphs: Mapping[str, Graph], *, rounds: int, start: Callable[[Graph], Pending]
 ) -> dict[str, Timing]:
-    """Median time of each, after one round that does not count.
-
-    Each round shuffles the order anew, the same way in every run: who comes after a kernel that
-    draws much power has lower clocks, and that must not always be the same one.
-    """
-    order = list(graphs)
-    samples: dict[str, list[float]] = {name: [] for name in order}
-    shuffle = Random(0).shuffle
-    for turn in range(rounds + 1):
-        shuffle(order)
+    """Median time of each, in rounds as `timing.shuffled` has them, the first of which does not
+    count."""
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn, order in enumerate(shuffled(graphs, rounds + 1)):
         pending = [(name, start(graphs[name])) for name in order]
         for name, milliseconds in pending:
             value = milliseconds()

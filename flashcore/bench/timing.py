@@ -7,10 +7,13 @@ that to whoever came last; in turns, every provider sees the same clocks.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from random import Random
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,23 @@ def time_interleaved(
         estimate = elapsed_ms(contestant, 3) / 3
         calls[contestant.name] = max(1, min(1000, round(sample_ms / max(estimate, 1e-3))))
     samples: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    for turn in range(rounds):
-        shift = turn % max(1, len(contestants))  # nobody always follows the same one
-        for contestant in (*contestants[shift:], *contestants[:shift]):
+    for order in shuffled(contestants, rounds):
+        for contestant in order:
             number = calls[contestant.name]
             samples[contestant.name].append(elapsed_ms(contestant, number) / number)
     return {name: timing_of(values, calls[name]) for name, values in samples.items()}
+
+
+def shuffled(items: Iterable[Item], rounds: int) -> Iterator[list[Item]]:
+    """An order for each round, drawn anew, the same ones in every run.
+
+    Who comes after a kernel that draws much power has lower clocks, and that must not always be
+    the same one.
+    """
+    order, random = list(items), Random(0)
+    for _ in range(rounds):
+        random.shuffle(order)
+        yield list(order)
 
 
 def cuda_elapsed_ms(contestant: Contestant, calls: int) -> float:
