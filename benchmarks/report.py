@@ -61,7 +61,10 @@ def _decode_row(label: str, run: dict[str, Any]) -> tuple[str, str, str, str]:
 
 def dense_table(data: dict[str, Any]) -> str:
     """Figures of dense_h100.json as Markdown: TFLOP/s, and ours over the better FA3."""
-    rows = ["| shape | dtype | flashcore | FA3 | cuDNN | FA2 | ratio to FA3 |", "|---" * 7 + "|"]
+    run = {row["kernel"] for row in data["rows"]}
+    shown = [name for name in KERNELS if name in run]
+    head = ["shape", "dtype", *(KERNELS[name] for name in shown), "ratio to FA3"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     best: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in data["rows"]:
         keys = ("batch", "heads", "seqlen", "head_dim", "causal", "dtype")
@@ -69,19 +72,20 @@ def dense_table(data: dict[str, Any]) -> str:
         speeds[row["kernel"]] = max(speeds.get(row["kernel"], 0.0), row["tflops"])
     for (batch, heads, seqlen, dim, causal, dtype), speed in best.items():
         shape = f"B{batch} H{heads} S{seqlen} hd {dim} {'causal' if causal else 'full'}"
-        figures = (f"{speed[k]:.0f}" if k in speed else "" for k in KERNELS)
+        figures = (f"{speed[k]:.0f}" if k in speed else "" for k in shown)
         ratio = speed["flashcore"] / speed["fa3"]
         rows.append(f"| {shape} | {dtype} | " + " | ".join(figures) + f" | {ratio:.3f} |")
     for dtype, summary in data["summary"].items():
         mean = math.prod(
             p["speed_over"]["fa3"] ** (1 / len(summary["problems"])) for p in summary["problems"]
         )
-        rows.append(f"| geometric mean | {dtype} | | | | | {mean:.3f} |")
+        rows.append(f"| geometric mean | {dtype} |{' |' * len(shown)} {mean:.3f} |")
     versions = data["versions"]
     return (
         "\n".join(rows) + f"\n\n{data['device']}, driver {data['driver']}, "
         f"torch {versions['torch']}, CuTe DSL {versions['nvidia-cutlass-dsl']}, FA3: the better of "
         f"fa3-fwd {versions['fa3-fwd']} (bf16) and sgl_kernel {versions['sglang-kernel']}, "
+        f"FA4 {versions['flash-attn-4']}, "
         f"{data['date'][:10]}, commit {data['commit']}; `{data['command']}`"
     )
 
@@ -190,7 +194,13 @@ def _speed(row: dict[str, Any]) -> float:
     return float(row["tokens_per_s"] or 1e3 / row["ttft_ms"])
 
 
-KERNELS = ("flashcore", "fa3", "cudnn", "fa2")
+KERNELS = {
+    "flashcore": "flashcore",
+    "fa3": "FA3",
+    "fa4": "FA4",
+    "cudnn": "cuDNN",
+    "fa2": "FA2",
+}
 BACKENDS = ("flashcore", "fa3", "flashinfer", "triton")
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
