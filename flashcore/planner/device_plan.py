@@ -94,6 +94,7 @@ class DevicePlan:
     head_dim: int
     page_tokens: int
     tile_m: int
+    batch_invariant: bool
     max_q: int
     num_pages: int
     counts: torch.Tensor
