@@ -36,14 +36,19 @@ class Chunks(NamedTuple):
     entries: torch.Tensor
 
 
-def chunk_pages(q_lens: torch.Tensor, page_tokens: int) -> torch.Tensor:
-    """Pages of a chunk of each sequence; ValueError where chunks are not whole pages."""
+def lengths(page_tokens: int) -> tuple[int, int]:
+    """Pages of a chunk and of a long one; ValueError where chunks are not whole pages."""
     if CHUNK_TOKENS % page_tokens:
         raise ValueError(
             f"page_tokens must divide {CHUNK_TOKENS} for batch_invariant, got {page_tokens}"
         )
-    tokens = torch.where(q_lens > FEW_QUERIES, LONG_CHUNK_TOKENS, CHUNK_TOKENS)
-    return tokens // page_tokens
+    return CHUNK_TOKENS // page_tokens, LONG_CHUNK_TOKENS // page_tokens
+
+
+def chunk_pages(q_lens: torch.Tensor, page_tokens: int) -> torch.Tensor:
+    """Pages of a chunk of each sequence."""
+    short, long = lengths(page_tokens)
+    return torch.where(q_lens > FEW_QUERIES, long, short)
 
 
 def cut(

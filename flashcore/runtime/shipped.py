@@ -23,6 +23,7 @@ def shipped_kernels() -> list[Kernel]:
         *(Kernel(PAGED, config) for config in _paged_configs()),
         *(Kernel(COMBINE, config) for config in _combine_configs()),
         *(Kernel(PLANNER, PlannerConfig(1024, from_layout)) for from_layout in (False, True)),
+        Kernel(PLANNER, PlannerConfig(1024, chunks=True)),
         *(Kernel(PAGER, PagerConfig(tokens, "words")) for tokens in (False, True)),
         *(Kernel(PAGER, PagerConfig(tokens, "none")) for tokens in (False, True)),
     ]

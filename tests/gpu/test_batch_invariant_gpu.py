@@ -12,11 +12,13 @@ import torch
 import flashcore
 from flashcore.config.paged import CombineConfig
 from flashcore.planner import chunks
+from flashcore.planner.counters import Fault
 from flashcore.planner.work import Work
 from flashcore.reference import paged_attention_reference
 from flashcore.runtime import launch, launch_paged
 from tests.cases import ABSURD_PAGE, Batch, picked, prefix_tree
 from tests.compare import assert_close
+from tests.device_plan_cases import assert_same_plan, inputs, planner_for
 from tests.gpu.test_paged_gpu import rules
 
 pytestmark = pytest.mark.skipif(
@@ -219,6 +221,37 @@ def test_any_number_of_warps_merges_to_the_same_bits(
     assert_same_bits(found[1], found[0], rows)
     expected = paged_attention_reference(*tensors, batch.layout, batch.q_lens, **options)
     assert_close(torch.cat([out for out, _ in found[0]]), expected[0], dtype)
+
+
+# Plans made by kernels, for batches of other lengths, order and sharing each time.
+@pytest.mark.parametrize("rule", ["causal", "softcap_sinks"])
+def test_planned_on_the_device(rule: str) -> None:
+    """The same plan as the host's, the same bits as alone, with more rows of q than tokens."""
+    batch = family(9, 16, 128, longest_q=4, sequences=24)
+    batch.q_lens[9] = 300
+    options, tensors = rules(batch, rule), batch.tensors(BF16)
+    single = [attend(batch, [row], tensors, options)[0] for row in range(24)]
+    q, k, v = tensors
+    capacities = flashcore.Capacities(40, 40 * batch.page_table.shape[1], 4000, 60_000, 20_000)
+    planner = planner_for(batch, capacities, "cuda", batch_invariant=True, fold=False)
+    on_gpu = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    rng = np.random.default_rng(6)
+    padding = torch.zeros(4000, *q.shape[1:], dtype=q.dtype)
+    for _ in range(16):
+        rows = rng.integers(0, 24, int(rng.integers(1, 40))).tolist()
+        chosen, tokens = picked(batch, rows), slices(batch, rows)
+        chosen.page_table = batch.page_table[rows]
+        plan = planner.update(*inputs(chosen, "cuda"))
+        assert plan.faults() == Fault(0)
+        found = planner.trimmed(len(rows)).to("cpu")
+        expected = chosen.plan(batch_invariant=True, fold=False)
+        assert_same_plan(found, expected)
+        rows_of_q = torch.cat([q[tokens], padding[len(tokens) :]])
+        out, lse = flashcore.paged_attention(
+            rows_of_q.cuda(), k.cuda(), v.cuda(), plan, return_lse=True, **on_gpu
+        )
+        results = (x[: len(tokens)].cpu().split(chosen.q_lens) for x in (out, lse))
+        assert_same_bits(list(zip(*results, strict=True)), single, rows)
 
 
 def test_same_bits_every_time() -> None:
