@@ -1,11 +1,12 @@
 """Merging partial results: out = sum_i exp(lse_i - lse) out_i over a query token's merge list.
 
 One warp per (query token, head), or a CTA of eight where lists are long. The list is walked in its
-order, so the same inputs give the same bits. Tokens whose only result is in the output already are
-left alone; tokens with an empty list see no key. In a fixed order, the bits are those of any number
-of warps: eight sums take four entries in turn and are added up, by one warp or by one each. With a
-plan made on the device, tokens whose
-sequence could not be planned become NaN, and places past the last query token have empty lists.
+order, so the same inputs give the same bits. In a fixed order any number of warps gives the same
+bits: eight sums take four entries in turn and are added up, all by one warp or each by its own.
+
+Tokens whose only result is in the output already are left alone; tokens with an empty list see no
+key. With a plan made on the device, tokens whose sequence could not be planned become NaN, and
+places past the last query token have empty lists.
 """
 
 from __future__ import annotations

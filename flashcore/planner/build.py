@@ -69,7 +69,7 @@ def plan(
     chunk_pages = None
     if batch_invariant:
         chunk_pages = chunks.chunk_pages(lengths, page_tokens)
-        tile_m = tile_m or INVARIANT_TILE_M
+        tile_m = tile_m or chunks.TILE_M
 
     pages = layout.cols
     if not share:  # every entry a page of its own
@@ -133,10 +133,6 @@ def plan(
         merge_partials=merge_partials.int(),
         decisions=torch.stack(decisions, 1).int(),
     )
-
-
-INVARIANT_TILE_M = 64
-"""Tiles of 128 rows may have longer K stages, so that the order of a sum is another."""
 
 
 class _Runs(NamedTuple):

@@ -27,6 +27,10 @@ tokens (32 heads of 128)."""
 
 FEW_QUERIES = 64
 
+TILE_M = 64
+"""One height for all batches: at head_dim 128, tiles of 128 rows have longer K stages, and so
+another order of sums."""
+
 
 class Chunks(NamedTuple):
     """int64: number: [n] chunk of each entry; first, entries: [chunks] first entry, pages of it."""
