@@ -318,6 +318,7 @@ def paged_attention(
         plan.num_partial_tokens,
         plan.needs_merge,
         plan.tile_m,
+        plan.batch_invariant,
         *rules,
         sinks,
         tree_mask,

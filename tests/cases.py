@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import numpy as np
@@ -117,6 +117,24 @@ class Batch:
         )
         mask[torch.arange(len(own)), own] = True
         return mask
+
+
+def picked(batch: Batch, rows: list[int]) -> Batch:
+    """A batch of these sequences of it, in this order and as often as they are named."""
+    chosen = replace(batch, page_table=batch.page_table[:0], kv_lens=[], q_lens=[])
+    chosen.kv_lens = [batch.kv_lens[row] for row in rows]
+    chosen.q_lens = [batch.q_lens[row] for row in rows]
+    ends = batch.layout.row_offsets.tolist()
+    entries = torch.tensor([e for row in rows for e in range(ends[row], ends[row + 1])]).long()
+    sizes = torch.tensor([0, *(ends[row + 1] - ends[row] for row in rows)])
+    cols = batch.layout.cols[entries]
+    chosen.layout = flashcore.Layout(
+        row_offsets=sizes.cumsum(0).int(),
+        cols=cols,
+        token_counts=batch.layout.token_counts[entries],
+        staging_ids=cols[:0],
+    )
+    return chosen
 
 
 def prefix_tree(

@@ -49,15 +49,29 @@ def groups(rows: list[list[tuple[int, int]]], page_tokens: int) -> list[Run]:
 
     Inactive rows are given as []. Groups are ordered by their first occurrence.
     """
+    together: dict[tuple[int, int], frozenset[tuple[int, int]]] = {}
+    for places in uses_of_pages(rows).values():
+        counts = {rows[r][i][1] for r, i in places}
+        for place in places:
+            together[place] = frozenset(places) if len(counts) == 1 else frozenset([place])
+    return runs(rows, page_tokens, together)
+
+
+def uses_of_pages(rows: list[list[tuple[int, int]]]) -> dict[int, list[tuple[int, int]]]:
+    """Places (row, index) of each page, in their order."""
     uses: dict[int, list[tuple[int, int]]] = {}
     for r, row in enumerate(rows):
         for i, (page, _) in enumerate(row):
             uses.setdefault(page, []).append((r, i))
-    together: dict[tuple[int, int], frozenset[tuple[int, int]]] = {}
-    for places in uses.values():
-        counts = {rows[r][i][1] for r, i in places}
-        for place in places:
-            together[place] = frozenset(places) if len(counts) == 1 else frozenset([place])
+    return uses
+
+
+def runs(
+    rows: list[list[tuple[int, int]]],
+    page_tokens: int,
+    together: dict[tuple[int, int], frozenset[tuple[int, int]]],
+) -> list[Run]:
+    """Maximal runs of places read together, ordered by their first one."""
 
     def joined(place: tuple[int, int]) -> bool:
         """The page at `place` and the one after it are in one group."""
@@ -77,6 +91,45 @@ def groups(rows: list[list[tuple[int, int]]], page_tokens: int) -> list[Run]:
             if members[0] == (r, begin):
                 found.append(Run(tuple(row[begin:i]), tuple(members)))
     return found
+
+
+def chunks(row: list[tuple[int, int]], pages: int, page_tokens: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of stretches of `pages` pages; a page that is not full ends one too."""
+    found, begin = [], 0
+    for i, (_, tokens) in enumerate(row):
+        if i + 1 - begin == pages or tokens < page_tokens or i + 1 == len(row):
+            found.append((begin, i + 1))
+            begin = i + 1
+    return found
+
+
+def chunk_groups(
+    rows: list[list[tuple[int, int]]], page_tokens: int, chunk_pages: list[int]
+) -> list[Run]:
+    """`groups` where only chunks that are the same as a whole are shared; of a row so many pages.
+
+    A chunk is compared with the one that ends with the first use of its last page, and a row's
+    only chunk with others' only chunks.
+    """
+    cut = [chunks(row, n, page_tokens) for row, n in zip(rows, chunk_pages, strict=True)]
+    ends = {(r, end - 1): begin for r, found in enumerate(cut) for begin, end in found}
+    uses = uses_of_pages(rows)
+    same: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for r, found in enumerate(cut):
+        for begin, end in found:
+            places = uses[rows[r][end - 1][0]]
+            first = places[0] if len({rows[a][b][1] for a, b in places}) == 1 else (r, end - 1)
+            twin = (first[0], ends.get(first, 0))
+            equal = first in ends and rows[first[0]][twin[1] : first[1] + 1] == rows[r][begin:end]
+            equal = equal and (len(cut[first[0]]) == 1) == (len(found) == 1)
+            same.setdefault(twin if equal else (r, begin), []).append((r, begin))
+    together = {}
+    for (r, begin), members in same.items():
+        length = next(end - first for first, end in cut[r] if first == begin)
+        for i in range(length):
+            for a, b in members:
+                together[a, b + i] = frozenset((c, d + i) for c, d in members)
+    return runs(rows, page_tokens, together)
 
 
 def attention(

@@ -38,6 +38,8 @@ def last_at_most(values: np.ndarray, low: int, high: int, x: int) -> int:
 class Emulation:
     """Stands in for the launch of the kernels."""
 
+    attempts = 3  # to make all lists fit
+
     def __init__(self, planner: DevicePlanner, seed: int = 0):
         self.c = planner.capacities
         tensors = {n: t for n, t in vars(planner.plan).items() if isinstance(t, torch.Tensor)}
@@ -48,7 +50,7 @@ class Emulation:
         (
             self.page_tokens, self.num_pages, self.kv_heads, self.group_size, self.tile_m,
             self.kv_token, self.partial_token, self.least_gain, self.fold, self.workers,
-            self.least, self.long, self.unit,
+            self.least, self.long, self.unit, *self.chunk_numbers,
         ) = planner._problem  # fmt: skip
         self.rng = np.random.default_rng(seed)
 
@@ -176,6 +178,10 @@ class Emulation:
             return e, 1, tokens
         return first, uses, tokens
 
+    def owner_of(self, e: int) -> tuple[int, int]:
+        """Owner and uses, as the links count them."""
+        return self.owner_and_uses(e)[:2]
+
     def link(self) -> None:
         p = self.p
         for e in self.any_order(int(p["counts"][Count.NNZ])):
@@ -183,11 +189,12 @@ class Emulation:
             if not self.active(row):
                 self.entries[E.OWNER, e] = -1
                 continue
-            owner, uses, tokens = self.owner_and_uses(e)
+            tokens = self.owner_and_uses(e)[2]
+            owner, uses = self.owner_of(e)
             p["stats"][Stat.TOKENS_UNIQUE] += tokens
             linked = False
             if e + 1 < p["row_offsets"][row + 1]:
-                next_owner, next_uses, _ = self.owner_and_uses(e + 1)
+                next_owner, next_uses = self.owner_of(e + 1)
                 full = p["token_counts"][e] == self.page_tokens
                 linked = full and next_uses == uses and next_owner == owner + 1
                 self.entries[E.PREVIOUS, e + 1] = owner
@@ -350,7 +357,7 @@ class Emulation:
 
     def finish(self) -> None:
         p, counts = self.p, self.p["counts"]
-        for attempt in range(3):
+        for attempt in range(self.attempts):
             if attempt == 1:
                 self.unshare()
             fits = self.cut(split=attempt < 2)
@@ -427,6 +434,7 @@ class Emulation:
                 splits = max(1, (4 * pages + 3 * length - 1) // (4 * length))
                 per_split = -(-pages // splits)
                 per_split = -(-per_split // unit) * unit
+            per_split = self.pages_of_split(int(row[Group.ENTRY]), pages, per_split)
             row[Group.SPLIT_ENTRIES] = per_split
             row[Group.NUM_SPLITS] = (pages + per_split - 1) // per_split
         for k in self.any_order(self.kept):
@@ -445,6 +453,9 @@ class Emulation:
         counts[lists] = (gathered, partials, items) if fits else 0
         counts[[Count.GROUPS, Count.MEMBERS, Count.FITS]] = self.groups, self.kept, fits
         return fits
+
+    def pages_of_split(self, entry: int, pages: int, balanced: int) -> int:
+        return balanced
 
     def is_direct(self, h: int) -> bool:
         return self.p["groups"][h, Group.NUM_SPLITS] == 1 and self.found[G.MERGED, h] == 0

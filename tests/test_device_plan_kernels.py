@@ -18,7 +18,12 @@ from tests.runtime_fixtures import needs_disassembler, needs_dsl
 @needs_dsl
 @needs_disassembler
 @pytest.mark.parametrize(
-    "config", [*(PlannerConfig(rows) for rows in ROW_CAPACITIES), PlannerConfig(1024, True)]
+    "config",
+    [
+        *(PlannerConfig(rows) for rows in ROW_CAPACITIES),
+        PlannerConfig(1024, True),
+        PlannerConfig(1024, chunks=True),
+    ],
 )
 def test_nothing_spills(config: PlannerConfig) -> None:
     row = check_kernel(Kernel(PLANNER, config), default_folder(), detect_target())

@@ -63,6 +63,7 @@ def test_opcheck_paged():
         plan.num_partial_tokens,
         True,
         64,
+        False,
         0.1,
         True,
         -1,

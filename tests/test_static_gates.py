@@ -140,6 +140,26 @@ def test_load_path_is_told_by_its_opcodes(tmp_path: Path) -> None:
         assert len(violations(verdict.resources, of[other])) == 1
 
 
+# Which copy a row goes through depends on the rows beside it; batch-invariant plans rely on all
+# rounding alike. One that multiplies and adds in two steps would be a whole copy short of FFMAs.
+@pytest.mark.parametrize(
+    "config",
+    [
+        paged.choose("bf16", 128, 64, 4, 64),
+        paged.choose("bf16", 128, 1, 4, 64),
+        paged.choose("bf16", 64, 64, 8, 64, window=True, sinks=True),
+        paged.choose("bf16", 256, 64, 2, 64, window=True, softcap=True),
+    ],
+)
+def test_all_copies_of_the_softmax_use_the_same_products(config: paged.PagedConfig) -> None:
+    resources = check_kernel(Kernel(PAGED, config), default_folder(), detect_target()).resources
+    assert resources is not None
+    copies = 4 if config.window else 3  # first tile, masked, plain; masked again below a window
+    scores = config.tile_n // 2  # of a thread in a tile
+    assert resources.count("MUFU.EX2") // (scores * (2 if config.softcap else 1)) == copies
+    assert 0 <= resources.count("FFMA") - copies * scores < scores
+
+
 FAMILIES = (DENSE, PAGED, COMBINE, PLANNER, PAGER)
 
 

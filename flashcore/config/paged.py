@@ -190,6 +190,7 @@ class CombineConfig:
     sinks: bool = False
     warps_per_row: int = 1  # that share a merge list; 8 where lists are long
     device_counts: bool = False  # as in `PagedConfig`
+    fixed_order: bool = False  # warps_per_row has no say in the order of a sum
 
 
 LONG_LIST = 8
@@ -204,13 +205,23 @@ about two for each worker over all KV heads, so with more rows no list is long: 
 
 
 def choose_combine(
-    dtype: str, head_dim: int, sinks: bool, partials: int, total_q: int
+    dtype: str,
+    head_dim: int,
+    sinks: bool,
+    partials: int,
+    total_q: int,
+    batch_invariant: bool = False,
 ) -> CombineConfig:
     """The config for `partials` merge list entries of `total_q` query tokens."""
-    return CombineConfig(dtype, head_dim, sinks, 8 if partials >= LONG_LIST * total_q else 1)
+    warps = 8 if partials >= LONG_LIST * total_q else 1
+    return CombineConfig(dtype, head_dim, sinks, warps, fixed_order=batch_invariant)
 
 
-def choose_device_combine(dtype: str, head_dim: int, sinks: bool, rows: int) -> CombineConfig:
+def choose_device_combine(
+    dtype: str, head_dim: int, sinks: bool, rows: int, batch_invariant: bool = False
+) -> CombineConfig:
     """The config for merge lists that only the device knows; `rows`: query tokens x heads."""
     warps = 8 if rows <= FEW_ROWS else 1
-    return CombineConfig(dtype, head_dim, sinks, warps, device_counts=True)
+    return CombineConfig(
+        dtype, head_dim, sinks, warps, device_counts=True, fixed_order=batch_invariant
+    )

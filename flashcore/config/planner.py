@@ -26,6 +26,7 @@ class PlannerConfig:
 
     row_capacity: int  # sequences whose offsets fit in the shared memory of one CTA
     from_layout: bool = False  # of a pager on the device, in place of a page table
+    chunks: bool = False  # batch-invariant plans: `planner.chunks`
 
     @property
     def smem_bytes(self) -> int:
@@ -39,14 +40,16 @@ def illegal_reason(config: PlannerConfig) -> str | None:
         return f"row_capacity {config.row_capacity} is not one of {ROW_CAPACITIES}"
     if config.smem_bytes > SMEM_BYTES_PER_SM90_CTA:
         return f"{config.smem_bytes} bytes of shared memory exceed {SMEM_BYTES_PER_SM90_CTA}"
+    if config.chunks and config.from_layout:
+        return "chunks are counted from a page table: a layout may have a page that ends one"
     return None
 
 
-def choose(max_batch: int, from_layout: bool = False) -> PlannerConfig:
+def choose(max_batch: int, from_layout: bool = False, chunks: bool = False) -> PlannerConfig:
     """The smallest kernel that takes `max_batch` sequences; ValueError where there is none."""
     for rows in ROW_CAPACITIES:
         if max_batch <= rows:
-            return PlannerConfig(rows, from_layout)
+            return PlannerConfig(rows, from_layout, chunks)
     raise ValueError(f"max_batch must be at most {ROW_CAPACITIES[-1]}, got {max_batch}")
 
 
@@ -72,7 +75,9 @@ class Entries:
     BROKEN = 3  # at an owner: not every use of its page goes on to the owner's next page
     GROUP = 4  # at the owner that begins a group: its number
     START = 5  # tokens of its sequence before it
-    LINES = 6
+    DIFFERS = 6  # at a chunk's first entry: another page than its owner's, so it owns itself
+    CHUNK_USES = 7  # at the first entry of a chunk that owns itself
+    LINES = 8
 
 
 class Segments:

@@ -1,9 +1,12 @@
 """Merging partial results: out = sum_i exp(lse_i - lse) out_i over a query token's merge list.
 
 One warp per (query token, head), or a CTA of eight where lists are long. The list is walked in its
-order, so the same inputs give the same bits. Tokens whose only result is in the output already are
-left alone; tokens with an empty list see no key. With a plan made on the device, tokens whose
-sequence could not be planned become NaN, and places past the last query token have empty lists.
+order, so the same inputs give the same bits. In a fixed order any number of warps gives the same
+bits: eight sums take four entries in turn and are added up, all by one warp or each by its own.
+
+Tokens whose only result is in the output already are left alone; tokens with an empty list see no
+key. With a plan made on the device, tokens whose sequence could not be planned become NaN, and
+places past the last query token have empty lists.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ except ImportError:  # before 4.8
 
 WARPS = 8
 LANES = 32
-UNROLL = 4  # rows of partial results in flight in a warp
+UNROLL = 4  # rows of partial results in flight in a warp; WARPS * UNROLL is LANES
 
 
 class Share(NamedTuple):
@@ -34,7 +37,7 @@ class Share(NamedTuple):
 
     begin: Int32
     end: Int32
-    first: Int32
+    first: Int32  # as `Combine.place` counts
     last: Int32
     any_entry: Int32
     own_entry: Int32
@@ -47,6 +50,7 @@ class Combine:
         self.config = config
         self.dtype = {"bf16": BFloat16, "fp16": Float16}[config.dtype]
         self.columns = config.head_dim // LANES  # of a lane
+        self.turns = config.fixed_order and config.warps_per_row > 1
 
     @cute.jit
     def __call__(
@@ -101,17 +105,12 @@ class Combine:
             token, head = index // heads, index % heads
             if token < mOffsets.shape[0] - 1:
                 begin, end = mOffsets[token], mOffsets[token + 1]
-            # A contiguous share for each warp: the order of the sum depends on nothing else.
-            share = cute.ceil_div(end - begin, self.config.warps_per_row)
-            first = begin
-            if const_expr(self.config.warps_per_row > 1):
-                first = min(begin + warp * share, end)
-            last = min(first + share, end)
+            first, last = self.share(begin, end, warp)
             # The plan is older than the attention kernel: its lists need no waiting.
             any_entry = self.entry(mList, begin + lane, end)
             own_entry = any_entry
             if const_expr(self.config.warps_per_row > 1):
-                own_entry = self.entry(mList, first + lane, end)
+                own_entry = self.entry(mList, self.place(begin, first + lane, warp), end)
         cute.arch.griddepcontrol_wait()
         if there:
             leading = Int32(0)  # DIRECT and INVALID are negative and stand alone
@@ -127,6 +126,29 @@ class Combine:
                     mO, mLSE, mPartialO, mPartialLSE, mList, mSinks, token, head,
                     Share(begin, end, first, last, any_entry, own_entry), lane, warp,
                 )  # fmt: skip
+
+    @cute.jit
+    def share(self, begin: Int32, end: Int32, warp: Int32):
+        """First and last + 1 of a warp's part of a list, as `place` counts."""
+        if const_expr(self.turns):
+            rest = (end - begin) % LANES - UNROLL * warp
+            first = Int32(0)
+            last = (end - begin) // LANES * UNROLL + min(max(rest, 0), UNROLL)
+        else:
+            # A contiguous share for each warp: the order of the sum depends on nothing else.
+            share = cute.ceil_div(end - begin, self.config.warps_per_row)
+            first = begin
+            if const_expr(self.config.warps_per_row > 1):
+                first = min(begin + warp * share, end)
+            last = min(first + share, end)
+        return first, last
+
+    @cute.jit
+    def place(self, begin: Int32, i: Int32, warp: Int32) -> Int32:
+        """Place in the merge lists of the i-th entry of a warp that takes four in turn."""
+        if const_expr(self.turns):
+            i = begin + i // UNROLL * LANES + UNROLL * warp + i % UNROLL
+        return i
 
     @cute.jit
     def entry(self, mList: cute.Tensor, i: Int32, end: Int32) -> Int32:
@@ -176,37 +198,62 @@ class Combine:
         if const_expr(self.config.sinks):
             peak = cute.arch.fmax(peak, mSinks[head])
         safe = Float32(0.0) if peak == -Float32.inf else peak
-        total = Float32(0.0)
-        acc = cute.make_rmem_tensor(columns, Float32)
+        sums = const_expr(WARPS if self.config.fixed_order and not self.turns else 1)
+        acc = cute.make_rmem_tensor((sums, columns + 1), Float32)  # weights in the last column
         acc.fill(0.0)
         chunk = first
         while chunk < last:
             # 32 entries: an entry and its weight in each lane.
             if chunk > first:
-                own_entry = self.entry(mList, chunk + lane, end)
+                own_entry = self.entry(mList, self.place(begin, chunk + lane, warp), end)
                 own_term = -Float32.inf
                 if chunk + lane < last:
                     own_term = mPartialLSE[own_entry, head]
                 self.load_rows(mPartialO, own_entry, Int32(0), head, lane, rows)
             weight = cute.math.exp2((own_term - safe) * LOG2_E, fastmath=True)
             count = min(last - chunk, Int32(LANES))
-            for j in cutlass.range(0, count, UNROLL, unroll=1):
-                for u in cutlass.range_constexpr(UNROLL):
-                    w = cute.arch.shuffle_sync(weight, j + u)
-                    if j + u >= count:
-                        w = Float32(0.0)
-                    total += w
-                    for c in cutlass.range_constexpr(columns):
-                        acc[c] = acc[c] + w * rows[u, c]
-                if j + UNROLL < count:
-                    self.load_rows(mPartialO, own_entry, j + UNROLL, head, lane, rows)
+            if const_expr(sums == 1):
+                for j in cutlass.range(0, count, UNROLL, unroll=1):
+                    self.add_rows(acc, 0, weight, j, count, rows)
+                    if j + UNROLL < count:
+                        self.load_rows(mPartialO, own_entry, j + UNROLL, head, lane, rows)
+            else:
+                for turn in cutlass.range_constexpr(WARPS):
+                    j = Int32(UNROLL * turn)
+                    if j < count:
+                        self.add_rows(acc, turn, weight, j, count, rows)
+                        if j + UNROLL < count:
+                            self.load_rows(mPartialO, own_entry, j + UNROLL, head, lane, rows)
             chunk += LANES
+        for turn in cutlass.range_constexpr(1, sums):
+            for c in cutlass.range_constexpr(columns + 1):
+                acc[0, c] = acc[0, c] + acc[turn, c]
         if const_expr(self.config.warps_per_row == 1):
-            self.store(mO, mLSE, mSinks, token, head, lane, safe, total, acc)
+            self.store(mO, mLSE, mSinks, token, head, lane, safe, acc)
         else:
-            total = self.gather(acc, total, lane, warp)
+            self.gather(acc, lane, warp)
             if warp == 0:
-                self.store(mO, mLSE, mSinks, token, head, lane, safe, total, acc)
+                self.store(mO, mLSE, mSinks, token, head, lane, safe, acc)
+
+    @cute.jit
+    def add_rows(
+        self,
+        acc: cute.Tensor,
+        which: cutlass.Constexpr[int],  # of the sums
+        weight: Float32,  # of this lane's entry
+        j: Int32,
+        count: Int32,
+        rows: cute.Tensor,
+    ):
+        """Add the rows of entries j .. j + UNROLL - 1, as far as there are so many."""
+        columns = const_expr(self.columns)
+        for u in cutlass.range_constexpr(UNROLL):
+            w = cute.arch.shuffle_sync(weight, j + u)
+            if j + u >= count:
+                w = Float32(0.0)
+            acc[which, columns] = acc[which, columns] + w
+            for c in cutlass.range_constexpr(columns):
+                acc[which, c] = acc[which, c] + w * rows[u, c]
 
     @cute.jit
     def load_rows(
@@ -227,22 +274,17 @@ class Combine:
                 rows[u, c] = values[c]
 
     @cute.jit
-    def gather(self, acc: cute.Tensor, total: Float32, lane: Int32, warp: Int32):
+    def gather(self, acc: cute.Tensor, lane: Int32, warp: Int32):
         """Add the warps' shares in warp order; the result is warp 0's."""
-        columns = const_expr(self.columns)
-        layout = cute.make_layout(
-            (WARPS, LANES, columns + 1), stride=(LANES * (columns + 1), columns + 1, 1)
-        )
+        width = const_expr(self.columns + 1)
+        layout = cute.make_layout((WARPS, LANES, width), stride=(LANES * width, width, 1))
         shares = SmemAllocator().allocate_tensor(Float32, layout, byte_alignment=16)
-        for c in cutlass.range_constexpr(columns):
-            shares[warp, lane, c] = acc[c]
-        shares[warp, lane, columns] = total
+        for c in cutlass.range_constexpr(width):
+            shares[warp, lane, c] = acc[0, c]
         cute.arch.sync_threads()
         for w in cutlass.range_constexpr(1, WARPS):
-            for c in cutlass.range_constexpr(columns):
-                acc[c] = acc[c] + shares[w, lane, c]
-            total += shares[w, lane, columns]
-        return total
+            for c in cutlass.range_constexpr(width):
+                acc[0, c] = acc[0, c] + shares[w, lane, c]
 
     @cute.jit
     def store(
@@ -254,17 +296,17 @@ class Combine:
         head: Int32,
         lane: Int32,
         peak: Float32,
-        total: Float32,
         acc: cute.Tensor,
     ):
         """Normalise and write a row, with its LSE."""
         columns = const_expr(self.columns)
+        total = acc[0, columns]
         if const_expr(self.config.sinks):
             total += cute.math.exp2((mSinks[head] - peak) * LOG2_E, fastmath=True)
         factor = Float32(0.0) if total == 0.0 else 1.0 / total
         rO = cute.make_rmem_tensor(columns, self.dtype)
         for c in cutlass.range_constexpr(columns):
-            rO[c] = (acc[c] * factor).to(self.dtype)
+            rO[c] = (acc[0, c] * factor).to(self.dtype)
         cute.autovec_copy(rO, self.row(mO[token, head, None], lane))
         if lane == 0:
             lse = -Float32.inf

@@ -2,7 +2,7 @@
 
     layout ─► claim ─► link ─► groups ─► lists
      grid     grid     grid     grid     grid
-    (adopt)
+    (adopt)  (then compare, count, for batch-invariant plans)
 
 Each is started while the one before it runs, and waits for that one's end.
 
@@ -28,6 +28,7 @@ from flashcore.kernels.planner_emit import emit_gathered, emit_merge, emit_token
 from flashcore.kernels.planner_groups import find_groups, unshare
 from flashcore.kernels.planner_layout import build_layout
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch, Source
+from flashcore.kernels.planner_owners import compare_chunks, count_chunks
 from flashcore.kernels.planner_sharing import (
     await_count,
     claim_pages,
@@ -76,6 +77,9 @@ class Planner:
                 grid=[scans, 1, 1], **first
             )
         self.claim(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
+        if const_expr(self.config.chunks):
+            self.compare(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
+            self.count(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
         self.link(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
         tiles = cute.ceil_div(entries, GROUP_THREADS)
         tiles = tiles if tiles < num_sms else num_sms
@@ -112,14 +116,24 @@ class Planner:
     @cute.kernel
     def claim(self, plan: Plan, scratch: Scratch, problem: Problem):
         self.take_over()
-        claim_pages(plan, scratch, problem)
+        claim_pages(plan, scratch, problem, self.config.chunks)
+
+    @cute.kernel
+    def compare(self, plan: Plan, scratch: Scratch, problem: Problem):
+        self.take_over()
+        compare_chunks(plan, scratch, problem)
+
+    @cute.kernel
+    def count(self, plan: Plan, scratch: Scratch, problem: Problem):
+        self.take_over()
+        count_chunks(plan, scratch, problem)
 
     @cute.kernel
     def link(self, plan: Plan, scratch: Scratch, problem: Problem):
         self.take_over()
         warps = const_expr(ENTRY_THREADS // 32)
         wide = SmemAllocator().allocate_tensor(Int64, cute.make_layout(warps))
-        mark_breaks(plan, scratch, problem, wide)
+        mark_breaks(plan, scratch, problem, wide, self.config.chunks)
 
     @cute.kernel
     def groups(self, mQLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
@@ -176,14 +190,17 @@ class Planner:
         tid, _, _ = cute.arch.thread_idx()
         num_segments, num_found = plan.mCounts[int(Count.SEGMENTS)], plan.mCounts[int(Count.FOUND)]
         num_groups, num_kept = find_groups(plan, scratch, problem, num_segments, num_found, shared)
-        # Where the lists do not fit: as if nothing were shared, and then without splits.
+        # Where the lists do not fit: as if nothing were shared, and then without splits, unless
+        # these are promised.
+        chunks = const_expr(self.config.chunks)
+        attempts = const_expr(2 if chunks else 3)
         attempt, fits = Int32(0), Int32(0)
-        while attempt < 3 and fits == 0:
+        while attempt < attempts and fits == 0:
             if attempt == 1:
                 num_groups = unshare(plan, scratch, problem, shared)
                 num_kept = num_groups
             split = Int32(1) if attempt < 2 else Int32(0)
-            fits = cut(plan, scratch, problem, num_groups, num_kept, split, shared)
+            fits = cut(plan, scratch, problem, num_groups, num_kept, split, shared, chunks)
             attempt = attempt + 1
         if tid == 0:
             plan.mStats[int(Stat.UNSHARED)] = Int64(1) if attempt > 1 else Int64(0)

@@ -24,6 +24,9 @@ class Problem(NamedTuple):
     min_split_tokens: Int32  # `planner.split`
     long_split_tokens: Int32
     split_unit: Int32  # tokens; splits are multiples of it
+    chunk_pages: Int32  # `planner.chunks`, where the config has chunks
+    long_chunk_pages: Int32
+    few_queries: Int32  # more make chunks long
 
 
 class Source(NamedTuple):

@@ -24,11 +24,12 @@ from flashcore.config.planner import Segments as S
 from flashcore.kernels.planner_block import block_counts, block_reduce, warp_sum
 from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
+from flashcore.kernels.planner_owners import chunk_owner, owner_and_uses
 from flashcore.planner.counters import Count, Stat
 
 
 @cute.jit
-def claim_pages(plan: Plan, scratch: Scratch, problem: Problem):
+def claim_pages(plan: Plan, scratch: Scratch, problem: Problem, chunks: cutlass.Constexpr[bool]):
     """Each entry enters itself in the slot of its page."""
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
@@ -36,6 +37,9 @@ def claim_pages(plan: Plan, scratch: Scratch, problem: Problem):
     nnz = plan.mCounts[int(Count.NNZ)]
     for e in cutlass.range(bid * ENTRY_THREADS + tid, nnz, grid * ENTRY_THREADS, unroll=1):
         scratch.mEntries[E.BROKEN, e] = Int32(0)
+        if const_expr(chunks):
+            scratch.mEntries[E.DIFFERS, e] = Int32(0)
+            scratch.mEntries[E.CHUNK_USES, e] = Int32(0)
         if is_active(plan, scratch, scratch.mEntries[E.ROW, e]):
             tokens = plan.mTokenCounts[e]
             slot = scratch.mSlots.iterator + plan.mCols[e] * Slots.LINES
@@ -49,24 +53,10 @@ def claim_pages(plan: Plan, scratch: Scratch, problem: Problem):
 
 
 @cute.jit
-def owner_and_uses(plan: Plan, scratch: Scratch, e: Int32):
-    """Owner of an entry's page, its uses, and the tokens of the page at the first of them, else 0.
-
-    Entries that disagree on its tokens own themselves: partial counts are all there is and all
-    equal, or there are none."""
-    words = cute.make_rmem_tensor(const_expr(Slots.LINES), Int32)
-    at = (scratch.mSlots.iterator + plan.mCols[e] * Slots.LINES).align(16)
-    cute.autovec_copy(cute.make_tensor(at, cute.make_layout(Slots.LINES)), words)
-    owner, uses = words[Slots.FIRST], words[Slots.USES]
-    partial, longest = words[Slots.PARTIAL_TOKENS], words[Slots.LONGEST]
-    tokens = longest if owner == e else Int32(0)
-    if partial != 0 and partial != uses * longest:
-        owner, uses = e, Int32(1)
-    return owner, uses, tokens
-
-
-@cute.jit
-def mark_breaks(plan: Plan, scratch: Scratch, problem: Problem, wide: cute.Tensor):
+def mark_breaks(
+    plan: Plan, scratch: Scratch, problem: Problem, wide: cute.Tensor,
+    chunks: cutlass.Constexpr[bool],
+):  # fmt: skip
     """Each entry finds its owner, and breaks the owner's run where it does not go on like it.
 
     wide: int64 of shared memory for each warp, in which tokens of distinct pages are added up.
@@ -82,9 +72,13 @@ def mark_breaks(plan: Plan, scratch: Scratch, problem: Problem, wide: cute.Tenso
         if is_active(plan, scratch, row):
             owner, uses, tokens = owner_and_uses(plan, scratch, e)
             unique = unique + Int64(tokens)
+            if const_expr(chunks):
+                owner, uses = chunk_owner(plan, scratch, problem, row, e)
             linked = Int32(0)
             if e + 1 < plan.mRowOffsets[row + 1]:
                 next_owner, next_uses, _ = owner_and_uses(plan, scratch, e + 1)
+                if const_expr(chunks):
+                    next_owner, next_uses = chunk_owner(plan, scratch, problem, row, e + 1)
                 full = plan.mTokenCounts[e] == problem.page_tokens
                 if full and next_uses == uses and next_owner == owner + 1:
                     linked = Int32(1)

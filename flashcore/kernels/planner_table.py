@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, const_expr
 
 from flashcore.config.planner import GROUP_THREADS, Rows, Sort
+from flashcore.config.planner import Entries as E
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
 from flashcore.kernels.planner_block import (
@@ -26,6 +27,7 @@ from flashcore.kernels.planner_block import (
 from flashcore.kernels.planner_groups import queries_of, row_blocks
 from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
+from flashcore.kernels.planner_owners import chunk_pages
 from flashcore.planner.counters import Count, Fault, Stat
 from flashcore.planner.split import COST_UNIT, LONGEST_FIRST, token_cost
 from flashcore.planner.work import DIRECT, Group
@@ -80,9 +82,10 @@ def run_cost(plan: Plan, problem: Problem, h: Int32):
 
 @cute.jit
 def cut_groups(
-    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, share: Int64, shared: Shared
+    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, share: Int64,
+    shared: Shared, chunks: cutlass.Constexpr[bool],
 ):  # fmt: skip
-    """`split.split_pages` of each group; the whole run where `share` is 0.
+    """`split.split_pages` of each group; the whole run where `share` is 0. Or a chunk.
 
     Returns gathered tokens, partial tokens and work items, in 64 bits: they may be too many.
     """
@@ -103,6 +106,9 @@ def cut_groups(
             splits = splits if splits > 1 else Int64(1)
             per_split = (pages + splits - 1) // splits
             per_split = (per_split + unit - 1) // unit * unit
+        if const_expr(chunks):
+            row = scratch.mEntries[E.ROW, plan.mGroups[h, int(Group.ENTRY)]]
+            per_split = min(pages, Int64(chunk_pages(plan, problem, row)))
         plan.mGroups[h, int(Group.SPLIT_ENTRIES)] = per_split.to(Int32)
         splits = (pages + per_split - 1) // per_split
         plan.mGroups[h, int(Group.NUM_SPLITS)] = splits.to(Int32)
@@ -383,16 +389,20 @@ def clear_rows(plan: Plan, scratch: Scratch, batch: Int32):
 @cute.jit
 def cut(
     plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, num_kept: Int32,
-    split: Int32, shared: Shared,
+    split: Int32, shared: Shared, chunks: cutlass.Constexpr[bool],
 ):  # fmt: skip
     """What all three of the others need: splits (`split` 0: none), which groups' results are
     merged, and how much there is of each list. Returns 1 where all of it fits, else 0."""
     tid, _, _ = cute.arch.thread_idx()
-    share = split_share(plan, problem, num_groups, shared)
-    share = share if split == 1 else Int64(0)
+    share = Int64(0)
+    if const_expr(not chunks):
+        share = split_share(plan, problem, num_groups, shared)
+        share = share if split == 1 else Int64(0)
     find_company(scratch, num_kept)
     cute.arch.sync_threads()
-    gathered, partials, items = cut_groups(plan, scratch, problem, num_groups, share, shared)
+    gathered, partials, items = cut_groups(
+        plan, scratch, problem, num_groups, share, shared, chunks
+    )
     fits = Int32(1)
     if gathered > Int64(plan.mQTokens.shape[0]) or items > Int64(plan.mWork.shape[0]):
         fits = Int32(0)

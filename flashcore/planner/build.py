@@ -10,7 +10,7 @@ import torch
 from flashcore import validate
 from flashcore.device import resident_ctas
 from flashcore.pager.csr import Layout
-from flashcore.planner import split
+from flashcore.planner import chunks, split
 from flashcore.planner.folding import (
     FOLD_ROWS,
     Costs,
@@ -37,6 +37,7 @@ def plan(
     num_workers: int | None = None,
     share: bool = True,
     fold: Fold = True,
+    batch_invariant: bool = False,
 ) -> Plan:
     """Plan the attention of one batch; the result serves every layer.
 
@@ -65,11 +66,16 @@ def plan(
     tokens_before = _offsets(counts)
     kv_lens = tokens_before[layout.row_offsets[1:].long()]
     kv_lens = kv_lens - tokens_before[layout.row_offsets[:-1].long()]
+    chunk_pages = None
+    if batch_invariant:
+        chunk_pages = chunks.chunk_pages(lengths, page_tokens)
+        tile_m = tile_m or chunks.TILE_M
 
     pages = layout.cols
     if not share:  # every entry a page of its own
         pages = torch.arange(pages.numel(), dtype=pages.dtype, device=pages.device)
-    found = find_segments(pages, counts, layout.row_offsets, lengths > 0, page_tokens)
+    active = lengths > 0
+    found = find_segments(pages, counts, layout.row_offsets, active, page_tokens, chunk_pages)
     runs = _runs(found, tokens_before, lengths)
     parallel = layout.cols.is_cuda if num_workers is None else num_workers > 0
     folding = fold_groups(
@@ -87,9 +93,12 @@ def plan(
     gathered = _gather_queries(segments, lengths, q_offsets, kv_lens)
     kept = _runs(segments, tokens_before, lengths)
     tile_m = tile_m or _tile_rows(kept.tokens, kept.queries * group_size)
-    num_workers = _workers(num_workers, layout, head_dim, tile_m)
-    blocks = _row_blocks(kept.queries * group_size, tile_m)
-    per_split = _split_pages(kept, blocks, num_kv_heads, num_workers, page_tokens)
+    if chunk_pages is None:
+        num_workers = _workers(num_workers, layout, head_dim, tile_m)
+        blocks = _row_blocks(kept.queries * group_size, tile_m)
+        per_split = _split_pages(kept, blocks, num_kv_heads, num_workers, page_tokens)
+    else:  # runs begin with a chunk, and all their chunks but the last are full
+        per_split = torch.minimum(chunk_pages[segments.row[segments.owner]], kept.entries)
     groups, num_partials = _group_table(segments, kept, gathered, per_split)
     merge_offsets, merge_partials = _merge_lists(
         segments, groups, gathered, lengths, q_offsets, int(q_offsets[-1])
@@ -106,6 +115,7 @@ def plan(
         num_pages=int(layout.cols.max()) + 1 if layout.cols.numel() else 0,
         num_partial_tokens=num_partials,
         needs_merge=num_partials > 0 or bool((merge_offsets.diff() == 0).any()),
+        batch_invariant=bool(batch_invariant),
         cols=layout.cols,
         token_counts=layout.token_counts,
         row_offsets=layout.row_offsets,

@@ -15,7 +15,7 @@ from flashcore import validate
 from flashcore.config import planner as lines
 from flashcore.device import device_path, resident_ctas
 from flashcore.pager.device import DeviceLayout, unit_stride
-from flashcore.planner import split
+from flashcore.planner import chunks, split
 from flashcore.planner.counters import Count
 from flashcore.planner.device_plan import (
     Capacities,
@@ -47,6 +47,8 @@ class DevicePlanner:
         num_pages: size of the page pool; page tables with an id outside it are caught.
         num_q_heads, num_kv_heads, head_dim, page_tokens, itemsize, tile_m, num_workers, fold: as in
             `flashcore.plan`; tile_m is 64 if not given.
+        batch_invariant: as in `flashcore.plan`, for `update` alone. Lists that do not fit then are
+            a fault even where fewer splits would: the cuts are promised.
         device: a Hopper GPU.
         workspace: fp32 [n], n at least max_partials * num_q_heads * (head_dim + 1), where partial
             results go; allocated if None. Planners whose attention calls never overlap may share
@@ -71,6 +73,7 @@ class DevicePlanner:
         tile_m: int = 64,
         num_workers: int | None = None,
         fold: Fold = True,
+        batch_invariant: bool = False,
         device: torch.device | str = "cuda",
         workspace: torch.Tensor | None = None,
     ):
@@ -85,9 +88,13 @@ class DevicePlanner:
         if workspace is not None and not capacities.max_partials:
             held = workspace.numel() // workspace_elements(1, num_q_heads, head_dim)
             capacities = replace(capacities, max_partials=held)
-        c = fill_defaults(capacities, num_q_heads, num_kv_heads, tile_m, workers)
+        short, long = chunks.lengths(page_tokens) if batch_invariant else (0, 0)
+        c = fill_defaults(capacities, num_q_heads, num_kv_heads, tile_m, workers, short)
         self.capacities = c
-        self._configs = tuple(lines.choose(c.max_batch, source) for source in (False, True))
+        self._configs = (
+            lines.choose(c.max_batch, chunks=bool(batch_invariant)),
+            lines.choose(c.max_batch, from_layout=True),
+        )
         filled = planned_tensors(c, device)
         self._filled = tuple(filled.values())
         self.plan = DevicePlan(
@@ -96,6 +103,7 @@ class DevicePlanner:
             head_dim=head_dim,
             page_tokens=page_tokens,
             tile_m=tile_m,
+            batch_invariant=bool(batch_invariant),
             max_q=c.max_q,
             num_pages=num_pages,
             **filled,
@@ -108,6 +116,7 @@ class DevicePlanner:
             *(page_tokens, num_pages, num_kv_heads, group_size, tile_m),
             *(*costs, int(bool(fold))),
             *(workers, split.MIN_SPLIT_TOKENS, split.LONG_SPLIT_TOKENS, unit),
+            *(short, long, chunks.FEW_QUERIES),
         )
 
     @property
@@ -150,6 +159,11 @@ class DevicePlanner:
         q_lens: [batch] int32, contiguous, for the sequences of the layout. A sequence that could
         not be laid out is left out as in `update`.
         """
+        if self.plan.batch_invariant:
+            raise NotImplementedError(
+                "batch_invariant plans are made from page tables: use DevicePlanner.update, or "
+                "flashcore.plan for layouts"
+            )
         validate.tensor("q_lens", q_lens, dtypes=(torch.int32,), ndim=1)
         validate.same_device("plan", self.plan.cols, layout=layout.cols, q_lens=q_lens)
         for name in ("page_tokens", "num_pages"):
@@ -213,6 +227,7 @@ class DevicePlanner:
             num_pages=int(p.cols[:nnz].max()) + 1 if nnz else 0,
             num_partial_tokens=n[Count.PARTIALS],
             needs_merge=bool((lists != DIRECT).any() or (offsets.diff() == 0).any()),
+            batch_invariant=p.batch_invariant,
             cols=p.cols[:nnz].clone(),
             token_counts=p.token_counts[:nnz].clone(),
             row_offsets=p.row_offsets[: batch + 1].clone(),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from flashcore import validate
+from flashcore.planner import chunks
 from flashcore.planner.counters import Count, Fault, Stat
 from flashcore.planner.types import no_launches
 from flashcore.planner.work import FIELDS
@@ -36,7 +37,12 @@ class Capacities:
 
 
 def fill_defaults(
-    c: Capacities, num_q_heads: int, num_kv_heads: int, tile_m: int, num_workers: int
+    c: Capacities,
+    num_q_heads: int,
+    num_kv_heads: int,
+    tile_m: int,
+    num_workers: int,
+    chunk_pages: int = 0,
 ) -> Capacities:
     """Capacities for what ordinary batches need, checked.
 
@@ -47,6 +53,9 @@ def fill_defaults(
     four fifths of a fourth of a worker's share of all work. They are the only large ones, so query
     tokens get eight groups each (a prefix tree of that depth), and those beyond 1024, which are
     prefill, two.
+    With chunks of `chunk_pages`, every query token has a partial token for each of its sequence's
+    chunks, in place of the splits: enough for decode and verify of `max_q / max_batch` tokens each
+    at any lengths. Each of them is in a work item, so there are more of these too.
     """
     group_size = num_q_heads // num_kv_heads
     for name in ("max_batch", "max_entries", "max_q"):
@@ -55,14 +64,18 @@ def fill_defaults(
     blocks = c.max_entries + -(-gathered * group_size // tile_m)
     beyond = max(c.max_q - _DECODE_QUERIES, 0)
     whole = min(_PARTIALS * (c.max_q - beyond) + _PARTIALS_BEYOND * beyond, gathered)
-    splits = -(-5 * num_workers * tile_m // num_q_heads)
+    splits, more_blocks = -(-5 * num_workers * tile_m // num_q_heads), 0
+    if chunk_pages:
+        queries = min(-(-c.max_q // c.max_batch), chunks.FEW_QUERIES)
+        splits = (c.max_entries // chunk_pages + c.max_batch) * queries
+        more_blocks = -(-(c.max_partials or whole + splits) * group_size // tile_m)
     filled = Capacities(
         c.max_batch,
         c.max_entries,
         c.max_q,
         gathered,
         c.max_partials or whole + splits,
-        c.max_items or num_kv_heads * blocks + 4096,
+        c.max_items or num_kv_heads * (blocks + more_blocks) + 4096,
     )
     for name, value in vars(filled).items():
         validate.positive_int(name, value, maximum=_MOST)
@@ -94,6 +107,7 @@ class DevicePlan:
     head_dim: int
     page_tokens: int
     tile_m: int
+    batch_invariant: bool
     max_q: int
     num_pages: int
     counts: torch.Tensor

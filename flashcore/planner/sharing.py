@@ -12,6 +12,8 @@ Exact for any page tables and data-parallel, so that a device kernel can do the 
 
 Position plays no part: rows may hold a shared run at different places (each member carries its
     own).
+
+With chunks (`planner.chunks`), owners and uses are those of whole chunks; the rest is the same.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
+from flashcore.planner import chunks
 
 
 class Segments(NamedTuple):
@@ -45,8 +49,12 @@ def find_segments(
     row_offsets: torch.Tensor,
     active: torch.Tensor,
     page_tokens: int,
+    chunk_pages: torch.Tensor | None = None,
 ) -> Segments:
-    """Segments of the active rows (bool [batch]); the others neither read nor break runs."""
+    """Segments of the active rows (bool [batch]); the others neither read nor break runs.
+
+    chunk_pages: [batch] of a chunk of each row, where nothing less may be shared.
+    """
     device = cols.device
     row_entries = torch.where(active, row_offsets.diff().long(), 0)
     row = torch.repeat_interleave(row_entries)
@@ -56,8 +64,11 @@ def find_segments(
     entry = row_offsets.long()[row] + index - first_of_row[row]
     pages, counts = cols[entry], token_counts[entry].long()
 
-    start = _segment_starts(pages, counts, row, page_tokens)
-    owner_of_entry, start_of_entry = start
+    owner_of_entry, uses = _owners(pages, counts)
+    if chunk_pages is not None:
+        cut = chunks.cut(counts, row, chunk_pages, page_tokens)
+        owner_of_entry, uses = chunks.share_chunks(owner_of_entry, pages, counts, row, cut)
+    start_of_entry = _segment_starts(owner_of_entry, uses, counts, row, page_tokens)
     first = torch.nonzero(start_of_entry).flatten()
     num_entries = torch.diff(first, append=first.new_full((1,), row.numel()))
     before = torch.cumsum(counts, 0) - counts
@@ -78,12 +89,15 @@ def find_segments(
 
 
 def _segment_starts(
-    pages: torch.Tensor, counts: torch.Tensor, row: torch.Tensor, page_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Owner of every entry (int64), and whether a segment begins there (bool)."""
-    n = pages.numel()
-    owner, uses = _owners(pages, counts)
-    linked = torch.zeros(n, dtype=torch.bool, device=pages.device)
+    owner: torch.Tensor,
+    uses: torch.Tensor,
+    counts: torch.Tensor,
+    row: torch.Tensor,
+    page_tokens: int,
+) -> torch.Tensor:
+    """Whether a segment begins at an entry (bool)."""
+    n = owner.numel()
+    linked = torch.zeros(n, dtype=torch.bool, device=owner.device)
     if n > 1:
         linked[:-1] = (
             (row[1:] == row[:-1])
@@ -91,11 +105,11 @@ def _segment_starts(
             & (uses[1:] == uses[:-1])
             & (owner[1:] == owner[:-1] + 1)
         )
-    broken = torch.zeros(n, dtype=torch.bool, device=pages.device)
+    broken = torch.zeros(n, dtype=torch.bool, device=owner.device)
     broken[owner[~linked]] = True
-    start = torch.ones(n, dtype=torch.bool, device=pages.device)
+    start = torch.ones(n, dtype=torch.bool, device=owner.device)
     start[1:] = broken[owner[:-1]]
-    return owner, start
+    return start
 
 
 def _owners(pages: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

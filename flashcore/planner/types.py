@@ -23,6 +23,7 @@ class Plan:
     max_q_len: the longest q_len. num_pages: pages that the pool must have at least (largest id +
         1).
     needs_merge: some query token has no DIRECT result: partial ones, or no keys at all.
+    batch_invariant: made so that no result depends on what else is in the batch.
     cols, token_counts: [nnz], row_offsets: [batch + 1]: the layout it was made from.
     kv_lens: [batch] KV tokens of each sequence, its new tokens included.
     q_offsets: [batch + 1] first query token of each sequence; the last element is total_q.
@@ -52,6 +53,7 @@ class Plan:
     num_pages: int
     num_partial_tokens: int
     needs_merge: bool
+    batch_invariant: bool
     cols: torch.Tensor
     token_counts: torch.Tensor
     row_offsets: torch.Tensor

@@ -161,6 +161,7 @@ def paged_launch(
     needs_merge: bool,
     tile_m: int,
     *,
+    batch_invariant: bool = False,
     causal: bool,
     scale: float,
     window_left: int,
@@ -209,9 +210,10 @@ def paged_launch(
         if entries == 0:  # query tokens without keys: their zeros are written by the merge
             merge_partials = merge_offsets
         if counts is None:
-            merge = choose_combine(dtype, dim, has_sinks, entries, total_q)
+            merge = choose_combine(dtype, dim, has_sinks, entries, total_q, batch_invariant)
         else:
-            merge = choose_device_combine(dtype, dim, has_sinks, total_q * heads)
+            all_rows = total_q * heads
+            merge = choose_device_combine(dtype, dim, has_sinks, all_rows, batch_invariant)
     ctas = min(num_items, config.ctas_per_sm * sm_count(q.device))
     out_ready = out is None or tma_ready("out", out) is out
     return PagedLaunch(

@@ -23,6 +23,7 @@ def shipped_kernels() -> list[Kernel]:
         *(Kernel(PAGED, config) for config in _paged_configs()),
         *(Kernel(COMBINE, config) for config in _combine_configs()),
         *(Kernel(PLANNER, PlannerConfig(1024, from_layout)) for from_layout in (False, True)),
+        Kernel(PLANNER, PlannerConfig(1024, chunks=True)),
         *(Kernel(PAGER, PagerConfig(tokens, "words")) for tokens in (False, True)),
         *(Kernel(PAGER, PagerConfig(tokens, "none")) for tokens in (False, True)),
     ]
@@ -113,6 +114,12 @@ def _combine_configs() -> list[CombineConfig]:
     """One for each head_dim and dtype, and with sinks for the models that have them."""
     plain = [CombineConfig(dtype, dim) for dtype in DTYPES for dim in paged.HEAD_DIMS]
     long = [CombineConfig("bf16", dim, warps_per_row=8) for dim in paged.HEAD_DIMS]
+    # Batch-invariant plans differ in the merge alone.
+    fixed = [
+        CombineConfig("bf16", dim, warps_per_row=warps, fixed_order=True)
+        for dim in paged.HEAD_DIMS
+        for warps in (1, 8)
+    ]
     rows = (1, paged.FEW_ROWS + 1)
     device = [
         paged.choose_device_combine(dtype, dim, False, n)
@@ -120,4 +127,4 @@ def _combine_configs() -> list[CombineConfig]:
         for dim in paged.HEAD_DIMS
         for n in rows
     ]
-    return [*plain, *long, *device, CombineConfig("bf16", 64, sinks=True)]
+    return [*plain, *long, *fixed, *device, CombineConfig("bf16", 64, sinks=True)]
