@@ -14,7 +14,7 @@ import torch
 from flashcore.config.pager import Ranges
 from flashcore.pager.counters import Fault, PagerCount
 from flashcore.pager.device import DevicePager
-from tests.planner_emulation import POISON, last_at_most
+from tests.planner_entries_emulation import POISON, last_at_most
 
 
 class PagerEmulation:

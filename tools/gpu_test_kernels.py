@@ -146,7 +146,9 @@ def kernels(tests: list[str]) -> list[Kernel]:
     """What these tests launch."""
     with tempfile.NamedTemporaryFile() as file:
         command = [sys.executable, "-O", "-W", "ignore", __file__, "--note", file.name, *tests]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        # Its tensors are small: on a busy machine threads would wait for each other, for minutes.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
         subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=True)
         found: list[Kernel] = pickle.loads(Path(file.name).read_bytes())
     return found
