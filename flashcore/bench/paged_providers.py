@@ -54,7 +54,13 @@ def paged_providers() -> tuple[list[PagedProvider], dict[str, str]]:
     return found, missing
 
 
-def plan_of(problem: PagedProblem, inputs: PagedInputs, *, share: bool = True) -> Plan:
+def plan_of(
+    problem: PagedProblem,
+    inputs: PagedInputs,
+    *,
+    share: bool = True,
+    batch_invariant: bool = False,
+) -> Plan:
     """Our plan of a batch, as `flashcore.plan` makes it by default."""
     import flashcore
 
@@ -70,6 +76,7 @@ def plan_of(problem: PagedProblem, inputs: PagedInputs, *, share: bool = True) -
         page_tokens=problem.page_tokens,
         itemsize=DTYPE.itemsize,
         share=share,
+        batch_invariant=batch_invariant,
     )
 
 

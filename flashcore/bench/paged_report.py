@@ -125,6 +125,12 @@ def _extra_lines(result: dict[str, Any]) -> list[str]:
             f"plan on the GPU, {row['sequences']} x {row['pages']} pages, half of them shared: "
             f"{row['us']:.1f} us"
         )
+    for row in result.get("batch_invariant", []):
+        bits = "the same bits" if row["same_bits"] else "OTHER BITS"
+        lines.append(
+            f"batch-invariant on {row['workload']}: {row['invariant_ms']:.4f} ms, "
+            f"{row['ratio']:.3f} x the default plan; {bits} without sharing and alone"
+        )
     random = result.get("random")
     if random:
         lines.append(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flashcore.cli.bench import choose, deliver, head, positive, read_result, refuse
 
 if TYPE_CHECKING:
+    from flashcore.bench.paged import Machine
     from flashcore.bench.paged_problems import PagedProblem
     from flashcore.bench.paged_providers import PagedProvider
 
@@ -53,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also time N random batches with sharing found and with sharing ignored",
     )
     parser.add_argument("--plan", action="store_true", help="also time the plan on the GPU")
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="also time batch-invariant plans beside the default ones, and compare their bits with "
+        "sharing ignored and for a sequence alone",
+    )
     parser.add_argument(
         "--dram",
         nargs="?",
@@ -142,7 +149,7 @@ def _measure(
     fastest = max(rates, key=lambda name: rates[name])
     rows, skipped = measured["rows"], measured["skipped"]
     add_bounds(rows, rates[TORCH_SUM], rates[fastest])
-    extra = _extras(args, machine, skipped)
+    extra = _extras(args, problems, machine)
     if args.dram is not None:
         _add_dram(args.dram, rows, skipped)
     result = {
@@ -170,7 +177,10 @@ def _measure(
     return {**result, "bars": bars_of(result)}
 
 
-def _extras(args: argparse.Namespace, machine: Any, skipped: list[str]) -> dict[str, Any]:
+def _extras(
+    args: argparse.Namespace, problems: list[PagedProblem], machine: Machine
+) -> dict[str, Any]:
+    from flashcore.bench.batch_invariance import run_batch_invariance
     from flashcore.bench.plan_time import plan_times
     from flashcore.bench.random_sharing import run_random
 
@@ -178,6 +188,13 @@ def _extras(args: argparse.Namespace, machine: Any, skipped: list[str]) -> dict[
     if args.plan:
         _say("timing the plan")
         extra["plan"] = plan_times(machine, args.rounds)
+    if args.batch_invariant:
+        extra["batch_invariant"] = run_batch_invariance(
+            problems,
+            machine,
+            rounds=args.rounds,
+            on_problem=lambda name: _say(f"timing batch-invariant plans of {name}"),
+        )
     if args.random:
         _say(f"timing {args.random} random batches")
         extra["random"] = run_random(args.random, machine, rounds=max(_RANDOM_ROUNDS, args.rounds))
