@@ -34,6 +34,7 @@ from flashcore.kernels.planner_sharing import (
     claim_pages,
     mark_breaks,
     number_segments,
+    publish_count,
 )
 from flashcore.kernels.planner_table import cut, place_items, place_members, place_results
 from flashcore.planner.counters import Count, Stat
@@ -152,7 +153,7 @@ class Planner:
                 self.cut(plan, scratch, problem, shared)
                 cute.arch.sync_threads()
                 if tid == 0:
-                    cute.arch.atomic_exch(ready, Int64(stamp) << 32, sem="release", scope="gpu")
+                    publish_count(ready, stamp, Int32(0), "release")
             elif tid == 0:
                 await_count(ready, stamp, "acquire")
             cute.arch.sync_threads()

@@ -11,8 +11,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-from flashcore.config.planner import ENTRY_THREADS, Slots
 from flashcore.config.planner import Entries as E
+from flashcore.config.planner import Slots
+from flashcore.kernels.planner_block import first_and_stride
 from flashcore.kernels.planner_groups import add_to, queries_of
 from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
@@ -75,11 +76,8 @@ def owning_chunk(plan: Plan, scratch: Scratch, problem: Problem, row: Int32, e: 
 @cute.jit
 def compare_chunks(plan: Plan, scratch: Scratch, problem: Problem):
     """Each entry compares its page with the one that stands there in its chunk's twin."""
-    tid, _, _ = cute.arch.thread_idx()
-    bid, _, _ = cute.arch.block_idx()
-    grid, _, _ = cute.arch.grid_dim()
-    nnz = plan.mCounts[int(Count.NNZ)]
-    for e in cutlass.range(bid * ENTRY_THREADS + tid, nnz, grid * ENTRY_THREADS, unroll=1):
+    first, stride = first_and_stride()
+    for e in cutlass.range(first, plan.mCounts[int(Count.NNZ)], stride, unroll=1):
         row = scratch.mEntries[E.ROW, e]
         if is_active(plan, scratch, row):
             begin, twin = twin_of_chunk(plan, scratch, problem, row, e)
@@ -92,11 +90,8 @@ def compare_chunks(plan: Plan, scratch: Scratch, problem: Problem):
 @cute.jit
 def count_chunks(plan: Plan, scratch: Scratch, problem: Problem):
     """Each chunk's first entry counts as a use of its owner."""
-    tid, _, _ = cute.arch.thread_idx()
-    bid, _, _ = cute.arch.block_idx()
-    grid, _, _ = cute.arch.grid_dim()
-    nnz = plan.mCounts[int(Count.NNZ)]
-    for e in cutlass.range(bid * ENTRY_THREADS + tid, nnz, grid * ENTRY_THREADS, unroll=1):
+    first, stride = first_and_stride()
+    for e in cutlass.range(first, plan.mCounts[int(Count.NNZ)], stride, unroll=1):
         row = scratch.mEntries[E.ROW, e]
         if is_active(plan, scratch, row):
             begin, owner = owning_chunk(plan, scratch, problem, row, e)

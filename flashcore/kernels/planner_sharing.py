@@ -21,7 +21,12 @@ from flashcore.config.planner import (
 from flashcore.config.planner import Entries as E
 from flashcore.config.planner import Groups as G
 from flashcore.config.planner import Segments as S
-from flashcore.kernels.planner_block import block_counts, block_reduce, warp_sum
+from flashcore.kernels.planner_block import (
+    block_counts,
+    block_reduce,
+    first_and_stride,
+    warp_sum,
+)
 from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.kernels.planner_owners import chunk_owner, owner_and_uses
@@ -31,11 +36,8 @@ from flashcore.planner.counters import Count, Stat
 @cute.jit
 def claim_pages(plan: Plan, scratch: Scratch, problem: Problem, chunks: cutlass.Constexpr[bool]):
     """Each entry enters itself in the slot of its page."""
-    tid, _, _ = cute.arch.thread_idx()
-    bid, _, _ = cute.arch.block_idx()
-    grid, _, _ = cute.arch.grid_dim()
-    nnz = plan.mCounts[int(Count.NNZ)]
-    for e in cutlass.range(bid * ENTRY_THREADS + tid, nnz, grid * ENTRY_THREADS, unroll=1):
+    first, stride = first_and_stride()
+    for e in cutlass.range(first, plan.mCounts[int(Count.NNZ)], stride, unroll=1):
         scratch.mEntries[E.BROKEN, e] = Int32(0)
         if const_expr(chunks):
             scratch.mEntries[E.DIFFERS, e] = Int32(0)
@@ -62,11 +64,9 @@ def mark_breaks(
     wide: int64 of shared memory for each warp, in which tokens of distinct pages are added up.
     """
     tid, _, _ = cute.arch.thread_idx()
-    bid, _, _ = cute.arch.block_idx()
-    grid, _, _ = cute.arch.grid_dim()
-    nnz = plan.mCounts[int(Count.NNZ)]
+    first, stride = first_and_stride()
     unique = Int64(0)
-    for e in cutlass.range(bid * ENTRY_THREADS + tid, nnz, grid * ENTRY_THREADS, unroll=1):
+    for e in cutlass.range(first, plan.mCounts[int(Count.NNZ)], stride, unroll=1):
         row = scratch.mEntries[E.ROW, e]
         owner, uses = Int32(-1), Int32(0)
         if is_active(plan, scratch, row):
@@ -182,10 +182,13 @@ def exchange_counts(
 
 
 @cute.jit
-def publish_count(at: cute.Pointer, stamp: Int32, count: Int32):
-    """One word, so that whoever sees the stamp sees the count."""
+def publish_count(
+    at: cute.Pointer, stamp: Int32, count: Int32, order: cutlass.Constexpr[str] = "relaxed"
+):
+    """One word, so that whoever sees the stamp sees the count; what was written before, by
+    "release"."""
     word = (Int64(stamp) << 32) | Int64(count)
-    cute.arch.atomic_exch(at, word, sem="relaxed", scope="gpu")
+    cute.arch.atomic_exch(at, word, sem=order, scope="gpu")
 
 
 @cute.jit
