@@ -81,12 +81,12 @@ def dense_table(data: dict[str, Any]) -> str:
         )
         rows.append(f"| geometric mean | {dtype} |{' |' * len(shown)} {mean:.3f} |")
     versions = data["versions"]
+    fa4 = f"FA4 {versions['flash-attn-4']}, " if "fa4" in run else ""
     return (
         "\n".join(rows) + f"\n\n{data['device']}, driver {data['driver']}, "
         f"torch {versions['torch']}, CuTe DSL {versions['nvidia-cutlass-dsl']}, FA3: the better of "
         f"fa3-fwd {versions['fa3-fwd']} (bf16) and sgl_kernel {versions['sglang-kernel']}, "
-        f"FA4 {versions['flash-attn-4']}, "
-        f"{data['date'][:10]}, commit {data['commit']}; `{data['command']}`"
+        f"{fa4}{data['date'][:10]}, commit {data['commit']}; `{data['command']}`"
     )
 
 

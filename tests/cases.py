@@ -137,6 +137,12 @@ def picked(batch: Batch, rows: list[int]) -> Batch:
     return chosen
 
 
+def hide_unused(table: np.ndarray, kv_lens: list[int], page_tokens: int) -> None:
+    """Put ids that no pool has past the last page of each sequence."""
+    for row, length in enumerate(kv_lens):
+        table[row, -(-length // page_tokens) :] = ABSURD_PAGE
+
+
 def prefix_tree(
     rng: np.random.Generator, batch: int, columns: int, num_pages: int, full_pages: list[int]
 ) -> np.ndarray:

@@ -7,6 +7,8 @@ poisoned between updates where the kernels may not rely on it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -16,8 +18,15 @@ from flashcore.config.planner import Reason, Rows, State
 from flashcore.config.planner import Segments as S
 from flashcore.pager.device import DeviceLayout
 from flashcore.planner.counters import INVALID, Count, Fault, Stat
+from flashcore.planner.device import DevicePlanner
+from flashcore.planner.device_plan import Capacities
 from flashcore.planner.work import DIRECT, FIELDS, Group, Work
+from tests.cases import Batch, batches
+from tests.device_plan_cases import inputs, planner_for
 from tests.planner_entries_emulation import POISON, EntriesEmulation, last_at_most
+
+ROOMY = Capacities(max_batch=16, max_entries=400, max_q=64, max_partials=20_000)
+batches_of_rows = batches(max_batch=9, ragged=False)
 
 
 class Emulation(EntriesEmulation):
@@ -443,3 +452,17 @@ class Emulation(EntriesEmulation):
         item[Work.KV_OFFSET], item[Work.PARTIAL] = offset, partial
         item[Work.GROUP] = which >> 1
         return item
+
+
+def emulate(
+    batch: Batch,
+    capacities: Capacities = ROOMY,
+    kind: type[Emulation] = Emulation,
+    **options: Any,
+) -> DevicePlanner:
+    """A planner that has planned the batch."""
+    planner = planner_for(batch, capacities, "cpu", **options)
+    emulation = kind(planner, batch.seed)
+    for _ in range(2):  # the first leaves its scratch to the second
+        emulation.update(*inputs(batch, "cpu"))
+    return planner

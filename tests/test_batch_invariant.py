@@ -24,12 +24,19 @@ from tests import oracle
 from tests.cases import Batch, batches, picked
 from tests.compare import assert_close
 from tests.test_paged_attention import REGIMES, rules
-from tests.test_plan import active_rows, members_of, run_of, tree
+from tests.test_plan import active_rows, assert_groups, members_of, tree
 
 FEW_QUERIES = 2
 LONG_CHUNKS = 3  # times the others
 SHAPE = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
 chunk_sizes = st.sampled_from([1, 2, 4])
+any_plan = given(
+    batches(max_batch=8),
+    chunk_sizes,
+    st.sampled_from([True, False, "always"]),
+    st.booleans(),
+    st.sampled_from([0, 3, 500]),
+)
 
 
 def small_chunks(batch: Batch, pages: int) -> Any:
@@ -90,21 +97,11 @@ def test_groups_against_oracle(batch: Batch, pages: int):
     plan = invariant(batch, pages, fold=False)
     rows = active_rows(batch)
     expected = oracle.chunk_groups(rows, batch.page_tokens, chunk_pages(batch, pages))
-    assert plan.groups.shape[0] == len(expected)
-    for number, run in enumerate(expected):
-        assert run_of(plan, number) == run.pages
-        starts = [(r, sum(n for _, n in rows[r][:i])) for r, i in run.members]
-        assert members_of(plan, number) == starts
+    assert_groups(plan, rows, expected)
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    batches(max_batch=8),
-    chunk_sizes,
-    st.sampled_from([True, False, "always"]),
-    st.booleans(),
-    st.sampled_from([0, 3, 500]),
-)
+@any_plan
 def test_every_item_is_one_chunk_of_its_members(
     batch: Batch, pages: int, fold: Any, share: bool, workers: int
 ):
@@ -125,13 +122,7 @@ def test_every_item_is_one_chunk_of_its_members(
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    batches(max_batch=8),
-    chunk_sizes,
-    st.sampled_from([True, False, "always"]),
-    st.booleans(),
-    st.sampled_from([0, 3, 500]),
-)
+@any_plan
 def test_a_sequence_is_computed_as_if_it_were_alone(
     batch: Batch, pages: int, fold: Any, share: bool, workers: int
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,27 +16,18 @@ from flashcore.planner import chunks
 from flashcore.planner.counters import Fault
 from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities, fill_defaults
-from tests.cases import Batch, batches, small_scale
+from tests import planner_emulation
+from tests.cases import Batch, small_scale
 from tests.device_plan_cases import (
     assert_same_plan,
     assert_same_stats,
-    inputs,
     plan_that_fits,
-    planner_for,
 )
 from tests.planner_chunks_emulation import ChunkEmulation
+from tests.planner_emulation import batches_of_rows
 from tests.test_batch_invariant import chunk_sizes, small_chunks
 
-ROOMY = Capacities(max_batch=16, max_entries=400, max_q=64, max_partials=20_000)
-batches_of_rows = batches(max_batch=9, ragged=False)
-
-
-def emulate(batch: Batch, capacities: Capacities = ROOMY, **options: Any) -> DevicePlanner:
-    planner = planner_for(batch, capacities, "cpu", batch_invariant=True, **options)
-    emulation = ChunkEmulation(planner, batch.seed)
-    for _ in range(2):  # the first leaves its scratch to the second
-        emulation.update(*inputs(batch, "cpu"))
-    return planner
+emulate = partial(planner_emulation.emulate, kind=ChunkEmulation, batch_invariant=True)
 
 
 @settings(max_examples=250, deadline=None)

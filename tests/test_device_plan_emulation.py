@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from flashcore.config.planner import Reason as KernelReason
 from flashcore.planner import folding
 from flashcore.planner.counters import INVALID, Count, Fault
-from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities
 from flashcore.planner.folding import Reason
-from tests.cases import Batch, batches, small_scale
+from tests.cases import Batch, small_scale
 from tests.device_plan_cases import (
     assert_same_plan,
     assert_same_stats,
@@ -26,18 +25,7 @@ from tests.device_plan_cases import (
     plan_without,
     planner_for,
 )
-from tests.planner_emulation import Emulation
-
-ROOMY = Capacities(max_batch=16, max_entries=400, max_q=64, max_partials=20_000)
-batches_of_rows = batches(max_batch=9, ragged=False)
-
-
-def emulate(batch: Batch, capacities: Capacities = ROOMY, **options) -> DevicePlanner:
-    planner = planner_for(batch, capacities, "cpu", **options)
-    emulation = Emulation(planner, batch.seed)
-    for _ in range(2):  # the first leaves its scratch to the second
-        emulation.update(*inputs(batch, "cpu"))
-    return planner
+from tests.planner_emulation import ROOMY, Emulation, batches_of_rows, emulate
 
 
 def test_kernels_name_the_reasons_of_folding():

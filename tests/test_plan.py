@@ -41,17 +41,24 @@ def run_of(plan: flashcore.Plan, group: int) -> tuple[tuple[int, int], ...]:
     return tuple(zip(cols, counts, strict=True))
 
 
+def assert_groups(
+    plan: flashcore.Plan, rows: list[list[tuple[int, int]]], expected: list[oracle.Run]
+) -> None:
+    """Every group of the plan is the oracle's run, with its members and their places."""
+    assert plan.groups.shape[0] == len(expected)
+    for number, run in enumerate(expected):
+        assert run_of(plan, number) == run.pages
+        starts = [(r, sum(n for _, n in rows[r][:i])) for r, i in run.members]
+        assert members_of(plan, number) == starts
+
+
 @settings(max_examples=400, deadline=None)
 @given(batches())
 def test_groups_against_oracle(batch: Batch):
     plan = batch.plan(fold=False)
     rows = active_rows(batch)
     expected = oracle.groups(rows, batch.page_tokens)
-    assert plan.groups.shape[0] == len(expected)
-    for number, run in enumerate(expected):
-        assert run_of(plan, number) == run.pages
-        starts = [(r, sum(n for _, n in rows[r][:i])) for r, i in run.members]
-        assert members_of(plan, number) == starts
+    assert_groups(plan, rows, expected)
 
 
 @settings(max_examples=300, deadline=None)

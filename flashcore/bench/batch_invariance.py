@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flashcore.bench.graphs import Graph, time_graphs
+from flashcore.bench.graphs import time_graphs
 from flashcore.bench.paged import Machine
 from flashcore.bench.paged_problems import PagedInputs, PagedProblem, make_inputs
 from flashcore.bench.paged_providers import our_call, plan_of
@@ -28,32 +28,27 @@ def run_batch_invariance(
     rows = []
     for problem in problems:
         on_problem(problem.name)
-        inputs = make_inputs(problem, machine.device)
-        graphs = {
-            name: _capture(problem, inputs, machine, name == INVARIANT)
-            for name in (DEFAULT, INVARIANT)
-        }
-        timings = time_graphs(graphs, rounds=rounds, start=machine.start)
-        graphs[INVARIANT].replay()
-        ms = {name: timings[name].median_ms for name in graphs}
-        rows.append(
-            {
-                "workload": problem.name,
-                "default_ms": ms[DEFAULT],
-                "invariant_ms": ms[INVARIANT],
-                "ratio": ms[INVARIANT] / ms[DEFAULT],
-                "same_bits": _same_bits(problem, inputs, graphs[INVARIANT].out),
-            }
-        )
-        del graphs  # before the next pool, which is as large
+        rows.append(_row(problem, machine, rounds))
+        if machine.device == "cuda":
+            torch.cuda.empty_cache()  # the next pools are as large
     return rows
 
 
-def _capture(
-    problem: PagedProblem, inputs: PagedInputs, machine: Machine, batch_invariant: bool
-) -> Graph:
-    plan = plan_of(problem, inputs, batch_invariant=batch_invariant)
-    return machine.capture(our_call(inputs, plan))
+def _row(problem: PagedProblem, machine: Machine, rounds: int) -> dict[str, Any]:
+    inputs = make_inputs(problem, machine.device)
+    graphs = {}
+    for name in (DEFAULT, INVARIANT):
+        plan = plan_of(problem, inputs, batch_invariant=name == INVARIANT)
+        graphs[name] = machine.capture(our_call(inputs, plan))
+    timings = time_graphs(graphs, rounds=rounds, start=machine.start)
+    ms = {name: timings[name].median_ms for name in graphs}
+    return {
+        "workload": problem.name,
+        "default_ms": ms[DEFAULT],
+        "invariant_ms": ms[INVARIANT],
+        "ratio": ms[INVARIANT] / ms[DEFAULT],
+        "same_bits": _same_bits(problem, inputs, graphs[INVARIANT].out),
+    }
 
 
 def _same_bits(problem: PagedProblem, inputs: PagedInputs, out: torch.Tensor) -> bool:

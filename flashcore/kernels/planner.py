@@ -225,6 +225,6 @@ class Planner:
 
     @cute.jit
     def take_over(self):
-        """Wait for the kernel before; its results are there. The next one may be started."""
+        """Let the next kernel be started, and wait for the one before; its results are there."""
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()

@@ -94,12 +94,11 @@ def share_chunks(
 
     other = number[owner[last]]
     shared = (last[other] == owner[last]) & (entries[other] == entries) & (alone[other] == alone)
-    twin = first[other][number] + torch.arange(row.numel(), device=row.device) - first[number]
-    twin = twin.clamp(max=row.numel() - 1)
+    place = torch.arange(row.numel(), device=row.device) - first[number]
+    twin = (first[other][number] + place).clamp(max=row.numel() - 1)
     differs = (pages[twin] != pages) | (counts[twin] != counts)
     shared[number[differs]] = False
 
     of = torch.where(shared, other, torch.arange(first.numel(), device=row.device))
     uses = torch.bincount(of, minlength=first.numel())
-    place = torch.arange(row.numel(), device=row.device) - first[number]
-    return (first[of][number] + place), uses[of][number]
+    return first[of][number] + place, uses[of][number]

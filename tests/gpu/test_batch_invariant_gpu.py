@@ -16,7 +16,7 @@ from flashcore.planner.counters import Fault
 from flashcore.planner.work import Work
 from flashcore.reference import paged_attention_reference
 from flashcore.runtime import launch, launch_paged
-from tests.cases import ABSURD_PAGE, Batch, picked, prefix_tree
+from tests.cases import Batch, hide_unused, picked, prefix_tree
 from tests.compare import assert_close
 from tests.device_plan_cases import assert_same_plan, inputs, planner_for
 from tests.gpu.test_paged_gpu import rules
@@ -54,8 +54,7 @@ def family(
     common = (2 * CHUNK + 256) // page_tokens
     table[1:4, :common] = table[0, :common]
     table[5:7, :common] = table[0, :common]
-    for row, length in enumerate(kv_lens):
-        table[row, -(-length // page_tokens) :] = ABSURD_PAGE
+    hide_unused(table, kv_lens, page_tokens)
     q_lens = [int(rng.integers(1, longest_q + 1)) for _ in range(sequences)]
     return Batch(
         torch.from_numpy(table).int(),

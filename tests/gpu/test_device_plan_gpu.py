@@ -15,7 +15,7 @@ from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities
 from flashcore.planner.folding import Fold
 from flashcore.runtime import launch
-from tests.cases import ABSURD_PAGE, Batch, prefix_tree, small_scale
+from tests.cases import ABSURD_PAGE, Batch, hide_unused, prefix_tree, small_scale
 from tests.device_plan_cases import (
     assert_same_plan,
     assert_same_stats,
@@ -45,8 +45,7 @@ def random_batch(seed: int, rows: int = ROWS, columns: int = COLUMNS) -> Batch:
     longest = int(rng.integers(1, columns + 1)) * PAGE_TOKENS
     kv_lens = [int(rng.integers(0, longest + 1)) for _ in range(rows)]
     table = prefix_tree(rng, rows, columns, num_pages, [n // PAGE_TOKENS for n in kv_lens])
-    for row, length in enumerate(kv_lens):
-        table[row, -(-length // PAGE_TOKENS) :] = ABSURD_PAGE
+    hide_unused(table, kv_lens, PAGE_TOKENS)
     q_lens = [int(rng.integers(0, rng.choice([2, 5]))) for _ in range(rows)]
     return Batch(
         torch.from_numpy(table).reshape(rows, columns).int(),

@@ -11,7 +11,7 @@ import torch
 from flashcore.reference import paged_attention_reference
 from flashcore.runtime import launch
 from flashcore.runtime.launch_paged import paged_attention
-from tests.cases import ABSURD_PAGE, Batch, prefix_tree
+from tests.cases import Batch, hide_unused, prefix_tree
 from tests.compare import assert_close
 
 pytestmark = pytest.mark.skipif(
@@ -28,8 +28,7 @@ def batch_of(
     kv_lens = [int(rng.integers(0, columns * page_tokens + 1)) for _ in range(batch)]
     kv_lens[0] = 0
     table = prefix_tree(rng, batch, columns, 4 * columns, [n // page_tokens for n in kv_lens])
-    for row, length in enumerate(kv_lens):
-        table[row, -(-length // page_tokens) :] = ABSURD_PAGE
+    hide_unused(table, kv_lens, page_tokens)
     q_lens = [int(rng.integers(0, longest_q + 1)) for _ in range(batch)]
     q_lens[0] = 1
     return Batch(
