@@ -180,7 +180,7 @@ def parse(*words: str) -> Any:
     ("words", "message"),
     [
         (("--only", "S77"), "no problem has 'S77' in its name"),
-        (("--json", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),
+        (("--json", "/dev/null/all.json"), "/dev/null/all.json: /dev/null is no folder"),
         ((), "torch sees no CUDA device"),
     ],
 )

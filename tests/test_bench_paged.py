@@ -349,7 +349,7 @@ def parse(*words: str) -> argparse.Namespace:
     ("words", "message"),
     [
         (("--workload", "9x9"), "no workload has '9x9' in its name; there are 8x131072-70, "),
-        (("--plot", "/nowhere/at/all.png"), "there is no folder /nowhere/at"),
+        (("--plot", "/dev/null/all.png"), "/dev/null/all.png: /dev/null is no folder"),
         ((), "torch sees no CUDA device"),
     ],
 )

@@ -45,10 +45,12 @@ def test_demo_table_names_both_ways(capsys, dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--shared", "0.9"], "shared must be at least 0 and at most 1 - 1 / sequences = 0.667"),
+        (["--shared", "0.9"], "--shared must be at least 0 and at most 1 - 1 / sequences = 0.667"),
         (["--q-heads", "3", "--kv-heads", "2"], "num_q_heads must be a multiple of num_kv_heads"),
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--device", "nonsense"], "--device nonsense cannot be used"),
+        (["--device", "meta"], "--device meta cannot be used"),
+        (["--tokens", str(10**12)], "GiB of K and V"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, options, message):
@@ -100,3 +102,29 @@ def test_a_closed_pipe_is_no_traceback():
     )
     assert "Traceback" not in done.stderr
     assert "flashcore demo:" not in done.stderr
+
+
+def test_demo_of_one_sequence_shares_nothing(capsys):
+    assert main(["demo", "--sequences", "1", *SMALL[3:], "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reuse"] == 1
+
+
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "flashcore", "info"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "flashcore info: No space left on device\n"
+
+
+def test_an_interrupt_before_the_command_runs_is_one_line(capsys, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashcore.cli.main.import_module", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "flashcore info: interrupted\n"

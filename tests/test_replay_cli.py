@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,11 +148,14 @@ def test_missing_file_gives_one_line_and_status_2(capsys: pytest.CaptureFixture[
         (("--cache-tokens", "100"), "the cache holds 100 tokens; one page of 128 is the least"),
         (("--cache-gib", "1e9"), "it must be 1 to 268435456"),
         (("--heads", "3x2x64"), "3 query heads, no multiple of 2"),
-        (("--plot", "no/such/folder/a.png"), "there is no folder no/such/folder"),
+        (("--plot", "/dev/null/a.png"), "--plot /dev/null/a.png: /dev/null is no folder"),
         (("--plot", "reuse.txt"), "must end in .png, .pdf or .svg"),
         (("--steps-csv", "."), "it is a folder"),
         (("--cache-pages", "1", "--steps-csv", "/dev/null"), "every request was refused"),
-        (("--steps-csv", "n" * 300), "cannot write nnn"),
+        (("--steps-csv", "n" * 300), "nnn: cannot be written: File name too long"),
+        (("--steps-csv", "/dev/full"), "cannot write /dev/full: No space left on device"),
+        (("--steps-csv", str(SAMPLE)), "it would replace the input"),
+        (("--plot", "a.png", "--steps-csv", "a.png"), "--plot and --steps-csv both name a.png"),
     ],
 )
 def test_options_that_cannot_be_carried_out(
@@ -161,9 +165,40 @@ def test_options_that_cannot_be_carried_out(
     assert problem in one_error_line(capsys)
 
 
+def test_an_input_is_not_replaced_through_a_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, link = tmp_path / "trace.jsonl", tmp_path / "steps.csv"
+    trace.write_text(SAMPLE.read_text())
+    link.symlink_to(trace)
+    assert run(trace, *FAST, "--steps-csv", link) == 2
+    assert "it would replace the input" in one_error_line(capsys)
+    assert trace.read_text() == SAMPLE.read_text()
+
+
+def test_folders_of_outputs_are_made(tmp_path: Path) -> None:
+    steps = tmp_path / "a" / "b" / "steps.csv"
+    assert run(SAMPLE, *FAST, "--steps-csv", steps) == 0
+    assert steps.read_text().startswith("time_ms,batch")
+
+
+def test_a_dash_is_standard_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(SAMPLE.read_bytes())))
+    assert run("-", *FAST, "--json") == 0
+    piped = json.loads(capsys.readouterr().out)
+    assert run(SAMPLE, *FAST, "--json") == 0
+    named = json.loads(capsys.readouterr().out)
+    assert piped["trace"] == "standard input"
+    assert piped["requests"] == named["requests"]
+    assert piped["completed"] == named["completed"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        ("--prefill-rate", "inf"),
         ("--requests", "0"),
         ("--requests", "x"),
         ("--cache-gib", "nan"),

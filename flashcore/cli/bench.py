@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from flashcore.cli.files import prepare_output, writing
+
 
 class _HasName(Protocol):
     @property
@@ -59,10 +61,12 @@ def run(args: argparse.Namespace) -> int:
         from flashcore.cli import bench_serve
 
         return bench_serve.run(args)
-    for name, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            return refuse(f"{name} {path}: there is no folder {path.absolute().parent}")
-    return int(args.run_suite(args))
+    try:
+        for name, path in (("--json", args.json), ("--plot", args.plot)):
+            prepare_output(name, path, [args.from_json])
+        return int(args.run_suite(args))
+    except ValueError as error:
+        return refuse(str(error))
 
 
 def read_result(path: Path, needed: set[str]) -> dict[str, Any]:
@@ -101,10 +105,12 @@ def deliver(
     print(f"{result['device']}, driver {result['driver']}, commit {result['commit']}")
     print(format_table(result))
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        with writing(args.json):
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.plot is not None:
         try:
-            plot(result, args.plot)
+            with writing(args.plot):
+                plot(result, args.plot)
         except ImportError:
             return refuse("--plot needs matplotlib: pip install 'flashcore-attention[bench]'")
     return 0 if result["rows"] else 1

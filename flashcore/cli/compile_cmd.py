@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from flashcore.cli.progress import ProgressBar
 from flashcore.config.dense import DTYPES
+from flashcore.config.paged import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from flashcore.runtime.cache import KernelCache
@@ -44,7 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of all: what SGLang's backend needs for layers of this shape as one GPU sees "
         "them, such as 32/8x128",
     )
-    parser.add_argument("--page-size", type=int, default=64, help="with --serve (default: 64)")
+    parser.add_argument(
+        "--page-size",
+        type=int,
+        choices=PAGE_TOKENS,
+        default=64,
+        help="with --serve (default: 64)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="with --serve")
     parser.add_argument(
         "--features",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from flashcore.bench.shared_prefix import Problem
     from flashcore.planner.stats import PlanStats
 
+_SHARED = 0.7
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -24,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shared",
         type=float,
-        default=0.7,
-        help="share of all tokens that repeat another sequence's (default %(default)s)",
+        help="share of all tokens that repeat another sequence's (default: 0.7, or as much as "
+        "--sequences allow)",
     )
     parser.add_argument("--q-heads", type=int, default=8, help="default %(default)s")
     parser.add_argument("--kv-heads", type=int, default=2, help="default %(default)s")
@@ -51,10 +53,16 @@ def run(args: argparse.Namespace) -> int:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    most = 1 - 1 / args.sequences
+    shared = min(_SHARED, most) if args.shared is None else args.shared
+    if not 0 <= shared <= most:
+        raise ValueError(
+            f"--shared must be at least 0 and at most 1 - 1 / sequences = {most:.3f}, got {shared}"
+        )
     problem = Problem(
         args.sequences,
         args.tokens,
-        args.shared,
+        shared,
         args.q_heads,
         args.kv_heads,
         args.head_dim,
@@ -63,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         _usable(device),
         args.seed,
     )
+    _check_memory(problem)
     with torch.inference_mode():
         instance = make(problem)
         stats = instance.plan().stats()
@@ -89,11 +98,28 @@ def _usable(device: str) -> str:
     import torch
 
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--device {device} cannot be used: {reason}") from None
     return device
+
+
+def _check_memory(problem: Problem) -> None:
+    """ValueError where K and V of all sequences, gathered by the one way, do not fit."""
+    import torch
+
+    tokens = problem.sequences * problem.tokens
+    needed = 2 * tokens * problem.num_kv_heads * problem.head_dim * problem.dtype.itemsize
+    if problem.device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(problem.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        raise ValueError(
+            f"--sequences {problem.sequences} x --tokens {problem.tokens} take "
+            f"{needed / 2**30:.1f} GiB of K and V, {free / 2**30:.1f} GiB are free"
+        )
 
 
 def _device_name(device: str) -> str:

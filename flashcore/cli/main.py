@@ -37,23 +37,35 @@ def parser_for(command: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, 1 for a failed check, 2 for bad input."""
+    """Run a command; returns its exit status: 0, 1 for a failed check, 2 for bad input, 130 after
+    an interrupt."""
     argv = sys.argv[1:] if argv is None else argv
     command = next((word for word in argv if not word.startswith("-")), None)
-    args = parser_for(command).parse_args(argv)
+    name = f"flashcore {command}" if command in COMMANDS else "flashcore"
     try:
-        return int(args.run(args))
+        args = parser_for(command).parse_args(argv)
+        status = int(args.run(args))
+        sys.stdout.flush()  # here, where a full disk is still ours to tell
+        return status
     except (ValueError, TypeError) as error:
-        print(f"flashcore {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # The reader went away (`flashcore demo | head`): nothing more to say, and no traceback from
-        # the interpreter's own flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader went away (`flashcore demo | head`): no more to say
+        _drop_output()
         return 0
+    except OSError as error:
+        _drop_output()
+        where = "" if error.filename is None else f": {error.filename}"
+        print(f"{name}: {error.strerror or error}{where}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print(f"flashcore {args.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _drop_output() -> None:
+    """No traceback from the interpreter's own flush at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os.path
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashcore.cli.bench import head
+from flashcore.cli.files import prepare_output, writing
 from flashcore.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "trace",
         metavar="TRACE",
         help="Mooncake's format: one JSON object a line with timestamp (ms), input_length, "
-        "output_length (tokens), hash_ids (one for each 512 input tokens)",
+        "output_length (tokens), hash_ids (one for each 512 input tokens); - is standard input",
     )
     parser.add_argument(
         "--requests", type=_count, metavar="N", help="only the first N requests (default: all)"
@@ -158,7 +158,7 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay; returns 0, or 2 after one line on standard error that says what is wrong."""
-    from flashcore.replay.trace import TraceError, read_trace
+    from flashcore.replay.trace import read_trace
 
     try:
         _check_outputs(args)
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         if args.device == "cuda":
             report = {**head(args.commit), **report}
         _write_outputs(args, engine, report)
-    except (TraceError, _UsageError, MemoryError) as error:
+    except (ValueError, MemoryError) as error:
         print(f"flashcore replay: {error}", file=sys.stderr)
         return 2
     return 0
@@ -177,10 +177,9 @@ def run(args: argparse.Namespace) -> int:
 def _check_outputs(args: argparse.Namespace) -> None:
     """Find out before the long work what would fail after it."""
     for option, path in (("--plot", args.plot), ("--steps-csv", args.steps_csv)):
-        if path is not None and not os.path.isdir(path.parent):
-            raise _UsageError(f"{option} {path}: there is no folder {path.parent}")
-        if path is not None and os.path.isdir(path):
-            raise _UsageError(f"{option} {path}: it is a folder; a file name is needed")
+        prepare_output(option, path, [args.trace])
+    if args.plot is not None and args.plot == args.steps_csv:
+        raise _UsageError(f"--plot and --steps-csv both name {args.plot}")
     if args.plot is not None:
         if args.plot.suffix not in (".png", ".pdf", ".svg"):
             raise _UsageError(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
@@ -267,13 +266,12 @@ def _write_outputs(args: argparse.Namespace, engine: Engine, report: Report) -> 
 
     if (args.plot or args.steps_csv) and not len(engine.log):
         raise _UsageError("every request was refused, nothing to draw; enlarge the cache")
-    try:
-        if args.steps_csv is not None:
+    if args.steps_csv is not None:
+        with writing(args.steps_csv):
             engine.log.write_csv(args.steps_csv)
-        if args.plot is not None:
+    if args.plot is not None:
+        with writing(args.plot):
             draw_plot(engine.log, report, args.plot)
-    except OSError as error:
-        raise _UsageError(f"cannot write {error.filename}: {error.strerror}") from error
     print(json.dumps(report) if args.json else format_report(report))
 
 
@@ -308,7 +306,7 @@ def _not_negative(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of 0 or above")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of 0 or above")
     return value
 
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
+from typing import BinaryIO
 
 HASH_BLOCK_TOKENS = 512
+STANDARD_INPUT = "-"
 # Lengths travel as int32 in the layout; one page of slack keeps sums of them in range.
 MAX_LENGTH_TOKENS = 2**30
 _SHOWN_CHARACTERS = 40
@@ -51,16 +55,16 @@ class TraceError(ValueError):
 def read_trace(path: str | PathLike[str], limit: int | None = None) -> Trace:
     """Read the first `limit` requests of a trace (all of them when None), sorted by arrival.
 
-    Blank lines are skipped. Timestamps may go backwards, as in logs merged from several front
-    ends: the requests are sorted, equal times staying in file order. Lines after the first
-    `limit` requests are not read, so not checked either.
+    A path of "-" is standard input. Blank lines are skipped. Timestamps may go backwards, as in
+    logs merged from several front ends: the requests are sorted, equal times staying in file order.
+    Lines after the first `limit` requests are not read, so not checked either.
 
     Raises TraceError for a file that cannot be read, holds no request, or has a bad line.
     """
-    name = str(path)
+    name = "standard input" if path == STANDARD_INPUT else str(path)
     requests: list[Request] = []
     try:
-        with open(path, "rb") as lines:
+        with _opened(path) as lines:
             for number, line in _filled_lines(lines):
                 if limit is not None and len(requests) == limit:
                     break
@@ -73,6 +77,10 @@ def read_trace(path: str | PathLike[str], limit: int | None = None) -> Trace:
     backwards = sum(later.arrival_ms < earlier.arrival_ms for earlier, later in pairwise(requests))
     requests.sort(key=lambda request: request.arrival_ms)
     return Trace(name, tuple(requests), backwards)
+
+
+def _opened(path: str | PathLike[str]) -> AbstractContextManager[BinaryIO]:
+    return nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else open(path, "rb")
 
 
 def _filled_lines(lines: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:

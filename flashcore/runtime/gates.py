@@ -7,13 +7,11 @@ compiles without a word and gives right results. These gates read the SASS inste
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from flashcore.runtime.cache import KernelCache
@@ -21,6 +19,7 @@ from flashcore.runtime.folder import publish
 from flashcore.runtime.inspect import Resources, inspect_entry
 from flashcore.runtime.kernel import Kernel
 from flashcore.runtime.target import Target
+from flashcore.runtime.workers import run_all
 
 SMEM_BYTES_PER_SM90_CTA = 232_448
 # A healthy main loop arrives once per product of tiles, which is many HGMMA. One arrival for each
@@ -71,22 +70,13 @@ def check_kernels(
     Kernels and verdicts already in the cache cost nothing. A kernel that does not compile is a
     violation, not an exception. `on_done` hears of each kernel as it is finished.
     """
-    rows: dict[int, GateRow] = {}
-    context = multiprocessing.get_context("spawn")  # the DSL keeps state that must not be forked
-    with ProcessPoolExecutor(max_workers=max(1, jobs), mp_context=context) as pool:
-        waiting = {
-            pool.submit(check_kernel, kernel, folder, target): number
-            for number, kernel in enumerate(kernels)
-        }
-        for future in as_completed(waiting):
-            number = waiting[future]
-            try:
-                row = future.result()
-            except BrokenProcessPool:  # the compiler crashed, here or in a kernel beside this one
-                row = GateRow(kernels[number].describe(), None, ["a compiling process died"])
-            rows[number] = row
-            on_done(row)
-    return [rows[number] for number in range(len(kernels))]
+    check = partial(check_kernel, folder=folder, target=target)
+    return run_all(check, kernels, jobs, _crashed, on_done)
+
+
+def _crashed(kernel: Kernel) -> GateRow:
+    # The compiler crashed, in this kernel or in one beside it.
+    return GateRow(kernel.describe(), None, ["a compiling process died"])
 
 
 def check_kernel(kernel: Kernel, folder: Path, target: Target) -> GateRow:

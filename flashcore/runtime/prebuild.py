@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flashcore.runtime.cache import KernelCache
 from flashcore.runtime.kernel import Kernel
 from flashcore.runtime.target import Target
+from flashcore.runtime.workers import run_all
 
 
 @dataclass(frozen=True)
@@ -34,22 +33,12 @@ def prebuild(
 
     `on_done` hears of each kernel as it is finished; the result is in the order of `kernels`.
     """
-    results: dict[int, Built] = {}
-    context = multiprocessing.get_context("spawn")  # the DSL keeps state that must not be forked
-    with ProcessPoolExecutor(max_workers=max(1, jobs), mp_context=context) as pool:
-        waiting = {
-            pool.submit(_build_one, kernel, folder, target): number
-            for number, kernel in enumerate(kernels)
-        }
-        for future in as_completed(waiting):
-            number = waiting[future]
-            try:
-                built = future.result()
-            except BrokenProcessPool:  # the compiler crashed, here or in a kernel beside this one
-                built = Built(kernels[number], False, "a compiling process died")
-            results[number] = built
-            on_done(built)
-    return [results[number] for number in range(len(kernels))]
+    build = partial(_build_one, folder=folder, target=target)
+    return run_all(build, kernels, jobs, _crashed, on_done)
+
+
+def _crashed(kernel: Kernel) -> Built:
+    return Built(kernel, False, "a compiling process died")  # its own, or one beside it
 
 
 def _build_one(kernel: Kernel, folder: Path, target: Target) -> Built:
