@@ -7,7 +7,9 @@ in the pager and the planner, once per batch, and never in an attention call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
+from typing import SupportsIndex
 
 import torch
 
@@ -24,6 +26,34 @@ def positive_int(name: str, value: object, *, maximum: int | None = None) -> int
         upper = "" if maximum is None else f" and at most {maximum}"
         raise ValueError(f"{name} must be at least 1{upper}, got {value}")
     return value
+
+
+def flag(name: str, value: object) -> bool:
+    """`value` if it is True or False: a string such as "no" would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def int_list(name: str, values: object) -> list[int]:
+    """`values` as a list of int32 values: a float would be cut off."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a tensor or a sequence of ints, got {values!r}")
+    found = list(values)
+    for i, value in enumerate(found):
+        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+            raise TypeError(f"{name}[{i}] must be an int, got {value!r}")
+        if not -INT32_MAX <= index(value) <= INT32_MAX:
+            raise ValueError(f"{name}[{i}] must be below 2**31, got {value}")
+    return [index(value) for value in found]
+
+
+def readable(**values: torch.Tensor | None) -> None:
+    """Tensors with contents to look at, in rows and columns: neither meta nor sparse."""
+    for name, value in values.items():
+        if value is not None and (value.is_meta or value.layout != torch.strided):
+            what = "on the meta device" if value.is_meta else str(value.layout)
+            raise ValueError(f"{name} must be a dense tensor with contents, got one that is {what}")
 
 
 def head_counts(num_q_heads: int, num_kv_heads: int) -> int:

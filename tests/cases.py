@@ -50,13 +50,16 @@ class Batch:
     def __post_init__(self) -> None:
         if self.ragged:
             self._lay_out_by_tokens()
-            return
-        self.layout = flashcore.layout_from_page_table(
-            self.page_table,
-            torch.tensor(self.kv_lens, dtype=torch.int32),
-            page_tokens=self.page_tokens,
-            num_pages=self.num_pages,
-        )
+        else:
+            self.layout = flashcore.layout_from_page_table(
+                self.page_table,
+                torch.tensor(self.kv_lens, dtype=torch.int32),
+                page_tokens=self.page_tokens,
+                num_pages=self.num_pages,
+            )
+        # New tokens are among the KV tokens; a sequence without any may still have queries.
+        lengths = zip(self.q_lens, self.kv_lens, strict=True)
+        self.q_lens = [min(q, kv) if kv else q for q, kv in lengths]
 
     def _lay_out_by_tokens(self) -> None:
         """Give each page a random number of its tokens; equal (page, tokens) stay common."""

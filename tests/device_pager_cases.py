@@ -22,6 +22,12 @@ class TokenMap:
     page_tokens: int
     num_pages: int
 
+    def new_tokens(self, seed: int, least: int = 0) -> torch.Tensor:
+        """Query tokens of each sequence, up to 3: among its KV tokens, if it has any."""
+        q_lens = torch.from_numpy(np.random.default_rng(seed).integers(least, 4, len(self.starts)))
+        lengths = self.ends - self.starts
+        return torch.where(lengths > 0, torch.minimum(q_lens, lengths), q_lens).int()
+
 
 def token_map(seed: int, most_rows: int = 9, most_tokens: int = 300) -> TokenMap:
     """Runs of few pages, some longer than a page, pages that return, shared and nested ranges."""

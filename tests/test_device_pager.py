@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,8 +141,7 @@ def test_sequences_that_do_not_fit(seed: int, max_entries: int) -> None:
 def test_plan_of_a_token_map(seed: int, workers: int, idle: bool) -> None:
     """Partial pages stand in the middle of sequences; sequences without queries take no part."""
     m = token_map(seed)
-    rng = np.random.default_rng(seed)
-    q_lens = torch.from_numpy(rng.integers(0 if idle else 1, 4, len(m.starts))).int()
+    q_lens = m.new_tokens(seed, 0 if idle else 1)
     pager, planner = pager_for(m.num_pages, m.page_tokens, "cpu"), planner_of(m, workers)
     emulation = Emulation(planner, seed)
     for _ in range(2):

@@ -167,3 +167,18 @@ def test_unused_slots_may_hold_anything():
     layout = flashcore.layout_from_page_table(table, lens, page_tokens=4, num_pages=1)
     assert layout.cols.tolist() == [0]
     assert layout.row_offsets.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda t: t.to("meta"), "one that is on the meta device"),
+        (lambda t: t.to_sparse(), "one that is torch.sparse_coo"),
+    ],
+)
+def test_tables_without_contents_are_named(change, what):
+    table, lens = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([4])
+    with pytest.raises(ValueError, match=f"page_table must be a dense .* got {what}"):
+        flashcore.layout_from_page_table(change(table), change(lens), page_tokens=4)
+    with pytest.raises(ValueError, match=f"token_to_page must be a dense .* got {what}"):
+        flashcore.build_layout(change(lens), change(lens), change(lens))

@@ -454,11 +454,41 @@ def test_every_reason_occurs(reason):
         ({"tile_m": 0}, ValueError, "tile_m must be at least 1, got 0"),
         ({"num_workers": -1}, ValueError, "num_workers must be at least 1, got -1"),
         ({"itemsize": 9}, ValueError, "itemsize must be at least 1 and at most 8, got 9"),
+        ({"num_workers": True}, TypeError, "num_workers must be an int, got bool"),
+        ({"num_workers": 0.5}, TypeError, "num_workers must be an int, got float"),
+        ({"q_lens": [1.5, 1]}, TypeError, r"q_lens\[0\] must be an int, got 1\.5"),
+        ({"q_lens": [1, True]}, TypeError, r"q_lens\[1\] must be an int, got True"),
+        ({"q_lens": ["1", 1]}, TypeError, r"q_lens\[0\] must be an int, got '1'"),
+        ({"q_lens": 1}, TypeError, "q_lens must be a tensor or a sequence of ints, got 1"),
+        ({"q_lens": "11"}, TypeError, "q_lens must be a tensor or a sequence of ints, got '11'"),
+        ({"q_lens": [2**40, 1]}, ValueError, r"q_lens\[0\] must be below 2\*\*31, got 1099511"),
+        ({"q_lens": [1, 999]}, ValueError, r"q_lens\[1\] = 999 is more than the 32 KV tokens"),
+        (
+            {"q_lens": torch.ones(2, dtype=torch.int32).to_sparse()},
+            ValueError,
+            "q_lens must be a dense tensor with contents, got one that is torch.sparse_coo",
+        ),
+        ({"share": "no"}, TypeError, "share must be True or False, got 'no'"),
+        ({"share": 0}, TypeError, "share must be True or False, got 0"),
+        ({"batch_invariant": "no"}, TypeError, "batch_invariant must be True or False, got 'no'"),
+        (
+            {"fold": "sometimes"},
+            ValueError,
+            "fold must be True, False or 'always', got 'sometimes'",
+        ),
+        ({"fold": 1}, ValueError, "fold must be True, False or 'always', got 1"),
     ],
 )
 def test_plan_names_what_is_wrong(options, error, message):
     with pytest.raises(error, match=message):
         plan_tree(tree(1, 2, 1), **options)
+
+
+def test_a_sequence_with_no_keys_may_have_queries():
+    layout = flashcore.layout_from_page_table(
+        torch.zeros(2, 1, dtype=torch.int32), torch.tensor([0, 3]), page_tokens=16
+    )
+    assert plan_tree(layout, q_lens=[2, 3]).total_q == 5
 
 
 def test_plan_wants_a_layout():

@@ -69,6 +69,7 @@ def build_layout(
         seq_ends=seq_ends,
         page_resident_bitmap=page_resident_bitmap,
     )
+    validate.readable(token_to_page=token_to_page, seq_starts=seq_starts, seq_ends=seq_ends)
     num_pages = _pool_size(page_resident_bitmap, num_pages)
     starts, ends = seq_starts.long(), seq_ends.long()
     _check_ranges(starts, ends, token_to_page.numel())
@@ -114,6 +115,7 @@ def layout_from_page_table(
     validate.same_device(
         "page_table", page_table, seq_lens=seq_lens, page_resident_bitmap=page_resident_bitmap
     )
+    validate.readable(page_table=page_table, seq_lens=seq_lens)
     batch, max_pages = page_table.shape
     if seq_lens.numel() != batch:
         raise ValueError(

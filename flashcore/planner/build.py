@@ -43,8 +43,9 @@ def plan(
 
     Args:
         layout: from `build_layout` or `layout_from_page_table`.
-        q_lens: [batch] query tokens of each sequence, its last q_len KV tokens being their own;
-            None for one each (decode). Sequences with 0 are left out, whatever pages they hold.
+        q_lens: [batch] query tokens of each sequence, its last q_len KV tokens being their own, so
+            the layout's lengths count them; None for one each (decode). Sequences with 0 are left
+            out, whatever pages they hold.
         num_q_heads, num_kv_heads, head_dim: the model's, as this rank sees them.
         page_tokens: tokens of a page, as the layout was built with.
         itemsize: bytes of a K or V element, for the folding rule.
@@ -54,18 +55,23 @@ def plan(
         share: False reads every sequence's pages for itself (for comparison; same results).
         fold: True gives groups back to their sequences where sharing would not pay. False keeps
             every group however small; "always" keeps none that can be given back.
+        batch_invariant: cut runs at fixed places of each sequence and share them by whole pieces,
+            so that on the Hopper kernels the bits of a sequence's results do not depend on the rest
+            of the batch (docs/kernels.md). Wants pages that divide 1024 tokens.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
     """
     group_size = validate.head_counts(num_q_heads, num_kv_heads)
     _check_problem(head_dim, itemsize, tile_m, num_workers)
+    _check_switches(share, fold, batch_invariant)
     lengths = _check_layout(layout, q_lens, page_tokens)
     q_offsets = _offsets(lengths)
     counts = layout.token_counts.long()
     tokens_before = _offsets(counts)
     kv_lens = tokens_before[layout.row_offsets[1:].long()]
     kv_lens = kv_lens - tokens_before[layout.row_offsets[:-1].long()]
+    _check_queries(lengths, kv_lens)
     chunk_pages = None
     if batch_invariant:
         chunk_pages = chunks.chunk_pages(lengths, page_tokens)
@@ -166,8 +172,26 @@ def _check_problem(
     validate.positive_int("itemsize", itemsize, maximum=8)
     if tile_m is not None:
         validate.positive_int("tile_m", tile_m)
-    if num_workers:
+    if num_workers is not None and (isinstance(num_workers, bool) or num_workers != 0):
         validate.positive_int("num_workers", num_workers)
+
+
+def _check_switches(share: bool, fold: Fold, batch_invariant: bool) -> None:
+    validate.flag("share", share)
+    validate.flag("batch_invariant", batch_invariant)
+    if not isinstance(fold, bool) and fold != "always":
+        raise ValueError(f"fold must be True, False or 'always', got {fold!r}")
+
+
+def _check_queries(q_lens: torch.Tensor, kv_lens: torch.Tensor) -> None:
+    """Lengths without the new tokens are the usual slip. A sequence with no keys has zeros."""
+    longer = (q_lens > kv_lens) & (kv_lens > 0)
+    if bool(longer.any()):
+        row = validate.first_index(longer)
+        raise ValueError(
+            f"q_lens[{row}] = {int(q_lens[row])} is more than the {int(kv_lens[row])} KV tokens of "
+            "its sequence in the layout, which count the new ones"
+        )
 
 
 def _workers(num_workers: int | None, layout: Layout, head_dim: int, tile_m: int) -> int:
@@ -194,9 +218,11 @@ def _check_layout(
     if q_lens is None:
         return torch.ones(batch, dtype=torch.long, device=device)
     if not isinstance(q_lens, torch.Tensor):
-        q_lens = torch.tensor(list(q_lens), dtype=torch.long, device=device)
+        lengths = validate.int_list("q_lens", q_lens)
+        q_lens = torch.tensor(lengths, dtype=torch.long, device=device)
     validate.tensor("q_lens", q_lens, dtypes=validate.INT_DTYPES, ndim=1)
     validate.same_device("layout", layout.cols, q_lens=q_lens)
+    validate.readable(q_lens=q_lens)
     if q_lens.numel() != batch:
         raise ValueError(f"q_lens must have one length per row ({batch}), got {q_lens.numel()}")
     if batch and int(q_lens.min()) < 0:

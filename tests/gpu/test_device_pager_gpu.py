@@ -84,7 +84,7 @@ def test_large_maps(kind: str) -> None:
 def test_plans_of_token_maps() -> None:
     for seed in range(20):
         m = token_map(seed)
-        q_lens = torch.from_numpy(np.random.default_rng(seed).integers(0, 4, len(m.starts))).int()
+        q_lens = m.new_tokens(seed)
         pager, planner = pager_for(m.num_pages, m.page_tokens, "cuda"), planner_of(m, 40, "cuda")
         layout = pager.update(*on_gpu(m.pages, m.starts, m.ends))
         planner.update_from_layout(layout, q_lens.cuda())
