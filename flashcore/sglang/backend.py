@@ -15,7 +15,7 @@ from flashcore.sglang import compiled, kernels, planners, warmup
 from flashcore.sglang.counters import Counters
 from flashcore.sglang.padding import real_sequences
 from flashcore.sglang.page_tables import Slots
-from flashcore.sglang.speculation import TreeMasks
+from flashcore.sglang.speculation import TreeMasks, drafts_are_trees
 from flashcore.sglang.support import Model, NotServed, attention_layers, parallel_ranks
 from flashcore.sglang.views import Need, View
 
@@ -58,6 +58,7 @@ class FlashcoreBackend(AttentionBackend):
         self._nothing = False  # no query token in this forward
         self._swa_loc: torch.Tensor | None = None  # of this forward
         self._swa_loc_buffer: torch.Tensor | None = None  # of captured graphs
+        self._swa_filled = 0  # of it, by the last batch
         if not self._is_draft and rank == 0:
             logger.info("%s", self.describe())
 
@@ -95,10 +96,7 @@ class FlashcoreBackend(AttentionBackend):
 
     def _prepare(self, model_runner: Any, max_batch: int) -> None:
         """Compile, load and launch every kernel that a forward can ask for."""
-        args = model_runner.server_args
-        topk = getattr(args, "speculative_eagle_topk", None) or 0
-        ngram = str(getattr(args, "speculative_algorithm", None)).upper() == "NGRAM"
-        tree = topk > 1 or ngram
+        tree = drafts_are_trees(model_runner)
         kinds = kernels.kinds_of(self.model, model_runner)
         needed = kernels.wanted(self.model, kinds, max_batch, tree)
         kernels.prepare(needed)
@@ -112,6 +110,8 @@ class FlashcoreBackend(AttentionBackend):
                 k, v, self.req_to_token, view.translation, view.window, self._workspace
             )
             warmup.run_all(self.model, kind, cache, needed, tree)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()  # what a kernel has against this machine is told here
 
     def describe(self) -> str:
         """What serves, in one line."""
@@ -189,18 +189,12 @@ class FlashcoreBackend(AttentionBackend):
         if self._nothing:
             self._tree = None
             return
-        slots = Slots(
-            self.req_to_token,
-            fb.req_pool_indices[:batch],
-            fb.seq_lens[:batch],
-            new,
-            added,
-            real,
-        )
-        tokens = None
+        requests, seq_lens, tokens = fb.req_pool_indices, fb.seq_lens, None
         if not graph:
+            requests, seq_lens = requests[:batch], seq_lens[:batch]
             lengths = getattr(fb, "seq_lens_cpu", None)
             tokens = None if lengths is None else int(lengths[:batch].sum()) + batch * added
+        slots = Slots(self.req_to_token, requests, seq_lens, new, added, real)
         need = Need(batch, queries, tokens)
         self._count(mode, decode, in_capture)
         for view in self._views:
@@ -213,7 +207,8 @@ class FlashcoreBackend(AttentionBackend):
         lengths = getattr(fb, "extend_seq_lens", None)
         if lengths is None:  # draft extend in a graph: as many for each
             return self.model.draft_tokens, batch * self.model.draft_tokens
-        lengths = lengths[:batch]
+        # int64 where data parallelism makes an extend of a decode: kernels are compiled for int32.
+        lengths = lengths[:batch].int()
         on_host = getattr(fb, "extend_seq_lens_cpu", None)
         if on_host is not None:
             return lengths, int(sum(on_host[:batch]))
@@ -230,9 +225,12 @@ class FlashcoreBackend(AttentionBackend):
             self._swa_loc = translated
             return
         assert self._swa_loc_buffer is not None
-        self._swa_loc_buffer[: loc.numel()].copy_(translated)
-        self._swa_loc_buffer[loc.numel() :].zero_()  # padding writes to the dump of slot 0
-        self._swa_loc = self._swa_loc_buffer[: max(queries, loc.numel())]
+        count = loc.numel()
+        self._swa_loc_buffer[:count].copy_(translated)
+        if count < self._swa_filled:  # padding writes to the dump of slot 0
+            self._swa_loc_buffer[count : self._swa_filled].zero_()
+        self._swa_filled = count
+        self._swa_loc = self._swa_loc_buffer[: max(queries, count)]
 
     def _count(self, mode: Any, decode: bool, in_capture: bool) -> None:
         """Tell the counters of the plan before this one, of the mode it was made in."""

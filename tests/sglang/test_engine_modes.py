@@ -204,7 +204,7 @@ def test_extend_of_no_token() -> None:
 def test_idle_ranks_give_zeros(mode: str) -> None:
     """A rank without requests beside others that have: padded rows, or a made-up request."""
     engine = make_engine(Setup(16))
-    forward = make_forward(engine, getattr(ForwardMode, "EXTEND"), [Request(0, 6)])
+    forward = make_forward(engine, ForwardMode.EXTEND, [Request(0, 6)])
     forward.batch.forward_mode = getattr(ForwardMode, mode)
     forward.batch._original_batch_size = 0
     forward.batch.req_pool_indices = torch.zeros(1, dtype=torch.int64)
