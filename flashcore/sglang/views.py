@@ -124,7 +124,8 @@ class View:
                 )
             return self.decode
         tile = planners.prefill_tile(need.queries, max(need.batch, 1), self.shape)
-        kind = tile, planners.prefill_fold(need.queries, tile)
+        room = None if self._workspace is None else self._workspace.numel()
+        kind = tile, planners.prefill_fold(need.queries, self.shape, room)
         found = self._prefill.get(kind)
         if need.tokens is None or self.window >= 0:
             entries = need.batch * self._width(need.queries)
