@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ class FlashcoreBackend(AttentionBackend):
         kinds = kernels.kinds_of(self.model, model_runner)
         needed = kernels.wanted(self.model, kinds, max_batch, tree)
         kernels.prepare(needed)
+        started = time.monotonic()
         for kind in kinds:
             view = self.windowed if kind.windowed else self.full
             layer = next((x for x in self.layers if _is_windowed(x) == kind.windowed), None)
@@ -112,6 +114,8 @@ class FlashcoreBackend(AttentionBackend):
             warmup.run_all(self.model, kind, cache, needed, tree)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()  # what a kernel has against this machine is told here
+        seconds = time.monotonic() - started
+        logger.info("flashcore attention: %d kernels launched once in %.1f s", len(needed), seconds)
 
     def describe(self) -> str:
         """What serves, in one line."""
