@@ -37,6 +37,7 @@ class FlashcoreBackend(AttentionBackend):
         self.model = Model.of(model_runner)
         self.max_context_len = model_runner.model_config.context_len  # read by EAGLE's worker
         self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.req_to_token_pool = model_runner.req_to_token_pool  # read by SGLang's wrappers
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self._is_draft = model_runner.is_draft_worker
         args = model_runner.server_args
@@ -286,7 +287,8 @@ class FlashcoreBackend(AttentionBackend):
         """SGLang's call of a layer. A rank that idles gives zeros, where the base has leftovers."""
         if forward_batch.forward_mode.is_idle():
             return q.new_zeros(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
-        return self.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **options)
+        out: torch.Tensor = super().forward(q, k, v, layer, forward_batch, save_kv_cache, **options)
+        return out
 
     def forward_extend(
         self,
