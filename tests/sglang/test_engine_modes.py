@@ -393,3 +393,32 @@ def test_pipeline_rank_with_windowed_layers_alone(mode: str) -> None:
     line = engine.backend.describe()
     assert "window 40" in line
     assert "full attention" not in line
+
+
+@pytest.mark.parametrize("windows", [{}, {"window": 100, "two_pools": True}])
+@pytest.mark.parametrize("mode", ["decode", "verify"])
+def test_after_memory_was_given_back(mode: str, windows: dict[str, Any]) -> None:
+    """Release and resume (--enable-memory-saver): pools and request rows hold anything, the
+    reserved row too, and what was not given back is used again as it is."""
+    name, requests = READERS[mode]
+    drafts = 5 if mode == "verify" else 0
+    engine = make_engine(Setup(16, draft_tokens=drafts, **windows))
+    backend, width = engine.backend, max(1, drafts)
+    padded = len(requests()) + PADDING
+    backend.init_cuda_graph_state(padded, padded * width)
+    buffers = graph_buffers(engine, padded)
+    for cycle in range(3):
+        table = engine.runner.req_to_token_pool.req_to_token
+        table.fill_(2**31 - 1 - 16 - cycle)
+        for layer in engine.layers:
+            for pool in engine.runner.token_to_kv_pool.get_kv_buffer(layer.layer_id):
+                pool.fill_(float("nan"))
+        forward = make_forward(engine, getattr(ForwardMode, name), requests(), tree=True)
+        replay = graph_view(engine, forward, padded, buffers)
+        backend.init_forward_metadata_out_graph(replay)
+        backend.init_forward_metadata_in_graph(replay)
+        rows = padded * width
+        inputs = (forward.q, forward.k, forward.v)
+        replay.out_cache_loc = buffers.out_cache_loc
+        wide = Forward(forward.batch, [], [], *([long(x, rows) for x in part] for part in inputs))
+        check(engine, forward, attend(engine, wide, replay))
