@@ -225,13 +225,14 @@ class FlashcoreBackend(AttentionBackend):
         loc = getattr(fb, "out_cache_loc", None)
         if not self._two_pools or loc is None:
             return
-        translated = self.token_to_kv_pool.translate_loc_from_full_to_swa(loc)
         if not graph:
-            self._swa_loc = translated
+            self._swa_loc = self.token_to_kv_pool.translate_loc_from_full_to_swa(loc)
             return
         assert self._swa_loc_buffer is not None
         count = loc.numel()
-        self._swa_loc_buffer[:count].copy_(translated)
+        # The same in one launch; a slot of -1 finds the map's last element, which is -1, too.
+        mapping = self.token_to_kv_pool.full_to_swa_index_mapping
+        torch.take(mapping, loc.long(), out=self._swa_loc_buffer[:count])
         if count < self._swa_filled:  # padding writes to the dump of slot 0
             self._swa_loc_buffer[count : self._swa_filled].zero_()
         self._swa_filled = count

@@ -206,7 +206,7 @@ def test_first_forwards_wait_for_nothing(
             attend(engine, forward, save_kv_cache=False)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
-        assert times[0] < times[1] + 25e-3, mode
+        assert times[0] < times[1] + 50e-3, mode
     assert set(shared_cache().loaded) == loaded
     assert set(page_table_kernel._compiled) == filled
 
