@@ -26,9 +26,8 @@ PLAN_ENTRIES = 1 << 19
 """Pages of all sequences that a plan has room for, where as many can occur: 33 million tokens in
 pages of 64. An entry takes about 250 bytes."""
 
-
-SHARING_QUERIES = 512
-"""New tokens of a prefill up to which sequences share runs: room for partial results is certain."""
+PARTIALS_OF_SHARING = 2
+"""Partial results of each new token of a prefill that shares: of the common prefix, of the rest."""
 
 
 class Planner(Protocol):
@@ -196,6 +195,11 @@ def workspace_for(model: Model, max_q: int) -> torch.Tensor:
     return torch.empty(elements, dtype=torch.float32, device=model.device)
 
 
+def on_kernels(device: torch.device) -> bool:
+    """Whether the Hopper kernels plan and attend there; `support` has checked that they can."""
+    return device.type == "cuda"
+
+
 def multiprocessors(device: torch.device) -> int:
     """Of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -212,7 +216,15 @@ def prefill_tile(queries: int, batch: int, shape: Shape) -> int:
     return 2 * WARPGROUP_ROWS if rows >= 96 * batch else WARPGROUP_ROWS
 
 
-def prefill_fold(queries: int, tile_m: int) -> Fold:
-    """Sequences that fill tiles by themselves share nothing; nor do more query tokens than there
-    is room for partial results of."""
-    return "always" if tile_m > WARPGROUP_ROWS or queries > SHARING_QUERIES else True
+def prefill_fold(queries: int, shape: Shape, room: int | None) -> Fold:
+    """What sharing costs decides, group by group, where `room` holds its partial results.
+
+    room: fp32 elements of the workspace, None for as many as are needed. The rule counts row blocks
+    (docs/kernels.md, Folding): sequences whose own rows fill their tiles share nothing, whatever
+    they have in common; those with fewer rows share, which halves their work or better. Where room
+    is short every exact group is given back at once, as the plan would after counting.
+    """
+    if room is None:
+        return True
+    row = shape.num_q_heads * (shape.head_dim + 1)
+    return True if PARTIALS_OF_SHARING * queries * row <= room else "always"

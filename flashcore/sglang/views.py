@@ -50,6 +50,7 @@ class View:
         self.max_pages = -(-max_tokens // model.page_tokens)
         self.translation, self._workspace = translation, workspace
         self._static: PageTables | None = None
+        self._rows: dict[int, PageTables] = {}  # of them, by batch
         self._prefill: dict[tuple[int, Fold], Planner] = {}
         self.decode = self._planner(
             planners.decode_tile(),
@@ -66,6 +67,7 @@ class View:
         """Tables that captured graphs read, for batches up to `max_batch`."""
         width = self._width(max(1, self.model.draft_tokens))
         self._static = PageTables.empty(max_batch, width, self.model.device)
+        self._rows = {}
 
     @property
     def bytes(self) -> int:
@@ -79,7 +81,10 @@ class View:
         if graph:
             if self._static is None:
                 raise RuntimeError("init_cuda_graph_state was not called before a graph's forward")
-            self.tables = self._static.rows(need.batch)
+            rows = self._rows.get(need.batch)
+            if rows is None:
+                rows = self._rows[need.batch] = self._static.rows(need.batch)
+            self.tables = rows
         else:
             width = self._width(need.queries if not decode else max(1, self.model.draft_tokens))
             self.tables = PageTables.empty(need.batch, width, self.model.device)
@@ -119,7 +124,8 @@ class View:
                 )
             return self.decode
         tile = planners.prefill_tile(need.queries, max(need.batch, 1), self.shape)
-        kind = tile, planners.prefill_fold(need.queries, tile)
+        room = None if self._workspace is None else self._workspace.numel()
+        kind = tile, planners.prefill_fold(need.queries, self.shape, room)
         found = self._prefill.get(kind)
         if need.tokens is None or self.window >= 0:
             entries = need.batch * self._width(need.queries)
