@@ -57,8 +57,7 @@ class Model:
     def of(runner: Any) -> Model:
         """Read and check a ModelRunner; raises NotServed."""
         check_server(runner)
-        window = runner.sliding_window_size
-        window = -1 if window is None else int(window)
+        window = _window(runner)
         full, windowed = _shapes(runner, window)
         model = Model(
             full=full,
@@ -162,6 +161,17 @@ def check_kernels(model: Model, kv_cache_dtype: torch.dtype) -> None:
             raise NotServed(f"head_dim {shape.head_dim} (only {dims})")
 
 
+def _window(runner: Any) -> int:
+    """Of the model's layers; where there is no model to look at, what it announces; -1: none."""
+    layers = attention_layers(runner)
+    if not layers:
+        return -1 if runner.sliding_window_size is None else int(runner.sliding_window_size)
+    windows = {int(layer.sliding_window_size) for layer in layers} - {-1}
+    if len(windows) > 1:
+        raise NotServed(f"layers with different sliding windows ({sorted(windows)})")
+    return windows.pop() if windows else -1
+
+
 def _shapes(runner: Any, window: int) -> tuple[Shape | None, Shape | None]:
     """Of the model's layers; of its configuration where there is no model to look at."""
     layers = attention_layers(runner)
@@ -171,9 +181,6 @@ def _shapes(runner: Any, window: int) -> tuple[Shape | None, Shape | None]:
     for layer in layers:
         check_layer(layer)
     _check_bidirectional(runner, layers)
-    windows = {int(layer.sliding_window_size) for layer in layers} - {-1}
-    if windows - {window}:
-        raise NotServed(f"layers with different sliding windows ({sorted({*windows, window})})")
     kinds = []
     for windowed in (False, True):
         shapes = {
