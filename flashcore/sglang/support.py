@@ -244,7 +244,7 @@ def attention_layers(runner: Any) -> list[Any]:
 def _configured_shape(runner: Any) -> Shape:
     config, ranks = runner.model_config, parallel_ranks(runner).attn_tp_size
     return Shape(
-        config.get_num_attention_heads(ranks), config.get_num_kv_heads(ranks), config.head_dim
+        config.num_attention_heads // ranks, config.get_num_kv_heads(ranks), config.head_dim
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,13 +43,13 @@ WINDOWS = {
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Family]]:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
     """Every family's model, made once."""
     with pytest.MonkeyPatch.context() as patch:
         families.without_a_gpu(patch)
         with families.one_rank(tmp_path_factory.mktemp("groups")):
             models = {name: families.load(name) for name in families.NAMES}
-    yield models
+    return models
 
 
 def engine_of(family: Family) -> Engine:
