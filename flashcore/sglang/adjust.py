@@ -42,6 +42,10 @@ NOT_SERVED = {
         ),
         ("head_dim 512 (Gemma 4)", "use --attention-backend triton"),
     ),
+    **dict.fromkeys(
+        ("InklingForConditionalGeneration", "InklingForConditionalGenerationMTP"),
+        ("biases by distance (Inkling)", "use --attention-backend triton"),
+    ),
 }
 
 DRAFT_MODELS = frozenset({"EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "DFLASH", "DSPARK"})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,6 +191,14 @@ def test_refused_before_the_weights_are_loaded(case: str, tmp_path: Path) -> Non
         arguments(model)
     assert "\n" not in str(raised.value)
     assert "; use --attention-backend" in str(raised.value)
+
+
+@pytest.mark.parametrize("architecture", sorted(adjust.NOT_SERVED))
+def test_refused_by_name(architecture: str) -> None:
+    what, instead = adjust.NOT_SERVED[architecture]
+    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
+    with pytest.raises(NotServed, match=re.escape(f"does not serve {what}; {instead}")):
+        adjust.check_model(config)
 
 
 def test_launchers_with_a_parser_of_their_own() -> None:
