@@ -75,6 +75,15 @@ def check_model(config: Any) -> None:
     check_config(config)
 
 
+def check_arguments(view: Any) -> None:
+    """Raise NotServed for what needs no look at the model."""
+    if view.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
+        raise NotServed(
+            f"--kv-cache-dtype {view.kv_cache_dtype}",
+            "use --kv-cache-dtype auto, or --attention-backend fa3",
+        )
+
+
 def architecture_of(config: Any) -> str:
     """Name of the model's class in SGLang; empty where the configuration has none."""
     return next(iter(getattr(config.hf_config, "architectures", None) or ()), "")
@@ -124,7 +133,7 @@ def algorithm_of(view: Any) -> str:
 def default_draft_backend(view: Any) -> dict[str, str]:
     """The draft model's backend where none is named; SGLang would take the target's name for it."""
     named = view.speculative_draft_attention_backend
-    if named == NAME:
+    if named == NAME and algorithm_of(view):
         raise NotServed(
             "the draft model's attention",
             f"use --speculative-draft-attention-backend {DRAFT_BACKEND}",

@@ -84,6 +84,7 @@ def model_adjustments(server_args: Any, previous: Step) -> None:
         previous(server_args)
         return
     adjust.check_model(config)
+    adjust.check_arguments(view)
     architecture = adjust.architecture_of(config)
     if architecture not in adjust.NAMES_BACKENDS:
         previous(server_args)

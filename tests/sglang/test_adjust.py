@@ -193,6 +193,11 @@ def test_refused_before_the_weights_are_loaded(case: str, tmp_path: Path) -> Non
     assert "; use --attention-backend" in str(raised.value)
 
 
+def test_a_quantised_cache_is_refused_before_the_weights_are_loaded() -> None:
+    with pytest.raises(NotServed, match="--kv-cache-dtype fp8_e4m3; use --kv-cache-dtype auto"):
+        arguments("llama", kv_cache_dtype="fp8_e4m3")
+
+
 @pytest.mark.parametrize("architecture", sorted(adjust.NOT_SERVED))
 def test_refused_by_name(architecture: str) -> None:
     what, instead = adjust.NOT_SERVED[architecture]
