@@ -3,9 +3,11 @@
     python benchmarks/sglang_kit.py --jobs 6 --log kit.log
 
 Every case the kit has for a backend of its kind: eager, sliding windows, decode in CUDA graphs,
-prefill graphs, target verify as a chain and as a tree; and longer contexts with 32/8 heads. On the
-CPU only what is eager runs. To import SGLang takes a process half a minute, which --jobs spends
-side by side. It exits with 1 if a case fails; a case that is skipped fails.
+prefill graphs, target verify as a chain and as a tree; the same for gated delta networks, whose
+layers are SGLang's own beside this backend; and longer contexts with 32/8 heads. On the CPU only
+what is eager runs, and no gated delta network, which has Triton kernels alone. To import SGLang
+takes a process half a minute, which --jobs spends side by side. It exits with 1 if a case fails; a
+case that is skipped fails.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 LAYOUTS = ("shuffled_pages", "interleaved_pages", "non_monotonic_extend", "contiguous")
 EXTEND_ONLY = "non_monotonic_extend"  # scatters new tokens one by one
 PAGES = (1, 16, 64, 128)
+GDN_HEAD_DIMS = (64, 128)  # of the linear layers' keys in real models
 CONTEXT = {"max_context_len": 256}  # whole pages of every size
 
 
@@ -83,6 +86,8 @@ def run_cases(backend: str, device: str, dtype: str, head_dim: int) -> Result:
     cases = [*eager_cases(backend), *verify_cases(backend, graphs=on_gpu)]
     if on_gpu:
         cases += graph_cases(backend)
+        if head_dim in GDN_HEAD_DIMS:
+            cases += gdn_cases(backend)
     base = {"head_dim": head_dim, "hidden_size": 256, "dtype": getattr(torch, dtype)}
     lines, passed = [], 0
     for case in cases:
@@ -168,6 +173,59 @@ def graph_cases(backend: str) -> Iterator[Case]:
         case = case_of(backend, name, ForwardMode.EXTEND, (4, 2), page, **lens)
         options = {"breakable": breakable, "static_num_tokens": 32, **CONTEXT}
         yield Case(name, run, case, options)
+
+
+def gdn_cases(backend: str) -> Iterator[Case]:
+    """Hybrid models: linear layers of SGLang behind its wrapper, metadata of both sides."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    from sglang.test.kits.attention_unittest.attention_methods import gdn_attention as kit
+    from sglang.test.kits.attention_unittest.runner_modes import (
+        cuda_graph_decode_runner,
+        split_op_runner,
+    )
+    from sglang.test.kits.attention_unittest.runner_modes import (
+        speculative_target_verify_runner as verify,
+    )
+
+    def case_of_gdn(name: str, mode: Any, page: int, **lens: Any) -> Any:
+        heads = {"num_k_heads": 2, "num_v_heads": 2}
+        return kit.GDNAttentionCase(
+            name=name, backend=backend, forward_mode=mode, page_size=page, **heads, **lens
+        )
+
+    run = gdn(kit.run_gdn_attention_case)
+    for case in kit.make_gdn_cases(backend):
+        yield Case(f"eager {case.name}", run, case, {})
+    for page in PAGES:
+        case = case_of_gdn("gdn", ForwardMode.DECODE, page, prefix_lens=(14, 15, 16))
+        run = gdn(cuda_graph_decode_runner.run_gdn_cuda_graph_decode_case)
+        yield Case(f"graph gdn decode page {page}", run, case, CONTEXT)
+        lens = {"prefix_lens": (0, 8, 16), "extend_lens": (15, 8, 1)}
+        case = case_of_gdn("gdn", ForwardMode.EXTEND, page, **lens)
+        run = gdn(split_op_runner.run_gdn_split_op_extend_case)
+        for breakable in (False, True):
+            options = {"breakable": breakable, "static_num_tokens": 32, **CONTEXT}
+            name = f"graph gdn prefill {'breakable' if breakable else 'piecewise'} page {page}"
+            yield Case(name, run, case, options)
+        lens = {"prefix_lens": (4, 7), "extend_lens": (3, 3)}
+        case = case_of_gdn("gdn", ForwardMode.TARGET_VERIFY, page, **lens)
+        for topk, kind in ((1, "chain"), (2, "tree")):
+            options = {"topk": topk, **CONTEXT}
+            run = gdn(verify.run_gdn_eagle_verify_case)
+            yield Case(f"eager gdn verify {kind} page {page}", run, case, options)
+            run = gdn(verify.run_gdn_eagle_verify_cuda_graph_case)
+            yield Case(f"graph gdn verify {kind} page {page}", run, case, options)
+
+
+def gdn(run: Any) -> Any:
+    """A run of the kit that wants the heads of linear layers: as large as those of attention."""
+
+    def run_case(
+        testcase: Any, case: Any, *, head_dim: int, hidden_size: int, **options: Any
+    ) -> None:
+        run(testcase, case, head_k_dim=head_dim, head_v_dim=head_dim, **options)
+
+    return run_case
 
 
 def case_of(

@@ -133,7 +133,8 @@ def _load_sglang() -> None:
     from flashcore.sglang.support import Model
 
     register()
-    import sglang.test.kits.attention_unittest.attention_methods.dense_attention  # noqa: F401
+    import sglang.test.kits.attention_unittest.attention_methods.dense_attention
+    import sglang.test.kits.attention_unittest.attention_methods.gdn_attention  # noqa: F401
 
     def on_gpu(runner: Any, of: Any = Model.of) -> Model:
         return dataclasses.replace(of(runner), device=GPU)

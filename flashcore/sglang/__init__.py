@@ -1,6 +1,8 @@
 """The SGLang attention backend `flashcore`; see docs/sglang.md.
 
     register.py     the plugin: SGLang's entry point group `sglang.srt.plugins`
+    adjust.py       defaults and lists of names in SGLang that depend on a backend's name
+    hooks.py        puts them into SGLang's steps
     backend.py      SGLang's AttentionBackend: forward modes, K/V writes, one call per layer
     support.py      what the model asks for, and whether the kernels serve it
     views.py        per forward: page tables from SGLang's slots, and the plan of them
@@ -13,5 +15,10 @@
     kernels.py      the kernels that a model needs, to compile ahead of time
     warmup.py       each of them launched once, before the server serves
 
-Nothing here is imported by `import flashcore`.
+Nothing here is imported by `import flashcore`. `flashcore.sglang.register()` is for launchers that
+read SGLang's arguments before its plugins are loaded.
 """
+
+from flashcore.sglang.register import NAME, register
+
+__all__ = ["NAME", "register"]

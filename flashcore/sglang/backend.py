@@ -37,7 +37,9 @@ class FlashcoreBackend(AttentionBackend):
         self.model = Model.of(model_runner)
         self.max_context_len = model_runner.model_config.context_len  # read by EAGLE's worker
         self.token_to_kv_pool = model_runner.token_to_kv_pool
-        self.req_to_token_pool = model_runner.req_to_token_pool  # read by SGLang's wrappers
+        # Read by SGLang's wrappers: hybrid models', two-batch overlap's, its forward context's.
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.data_type = model_runner.kv_cache_dtype
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self._is_draft = model_runner.is_draft_worker
         args = model_runner.server_args
@@ -303,6 +305,12 @@ class FlashcoreBackend(AttentionBackend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Any number of new tokens: q [tokens, heads * head_dim] to the same shape."""
+        if torch.is_grad_enabled():  # a model whose forward SGLang does not run without gradients
+            k, v, sinks = (x if x is None else x.detach() for x in (k, v, sinks))
+            with torch.no_grad():
+                return self.forward_extend(
+                    q.detach(), k, v, layer, forward_batch, save_kv_cache, sinks=sinks
+                )
         width = layer.tp_q_head_num * layer.head_dim
         out = getattr(forward_batch, "_attn_output", None)
         if out is None or out.shape[0] != q.shape[0]:

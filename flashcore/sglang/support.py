@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from flashcore.config.paged import HEAD_DIMS, PAGE_TOKENS
+
+logger = logging.getLogger(__name__)
 
 ELSEWHERE = "use --attention-backend fa3 or triton"
 
@@ -54,8 +57,7 @@ class Model:
     def of(runner: Any) -> Model:
         """Read and check a ModelRunner; raises NotServed."""
         check_server(runner)
-        window = runner.sliding_window_size
-        window = -1 if window is None else int(window)
+        window = _window(runner)
         full, windowed = _shapes(runner, window)
         model = Model(
             full=full,
@@ -77,12 +79,11 @@ class Model:
 
 def check_server(runner: Any) -> None:
     """Raise NotServed for a kind of attention or a cache that the backend does not know."""
-    config, pool = runner.model_config, runner.token_to_kv_pool
-    if runner.use_mla_backend or getattr(config.attention_arch, "name", "MHA") != "MHA":
-        raise NotServed("multi-head latent attention", "use --attention-backend flashmla or fa3")
-    if config.is_encoder_decoder:
-        raise NotServed("encoder-decoder models", "use --attention-backend fa3")
-    if getattr(runner, "attention_chunk_size", None) is not None:
+    pool = runner.token_to_kv_pool
+    check_config(runner.model_config)
+    if runner.use_mla_backend:
+        raise NotServed(*_MLA)
+    if getattr(runner, "attention_chunk_size", None) is not None and not attention_layers(runner):
         raise NotServed("chunked local attention", "use --attention-backend fa3")
     if getattr(runner, "prefill_aware_swa", False):
         raise NotServed("prefill-aware sliding windows", "use --attention-backend fa3")
@@ -103,6 +104,17 @@ def check_server(runner: Any) -> None:
             raise NotServed(f"a KV cache in {layout} layout")
         if getattr(part, "is_quantized_kv_cache", False):
             raise NotServed("a quantised KV cache", "use --kv-cache-dtype auto")
+
+
+def check_config(config: Any) -> None:
+    """Raise NotServed for what SGLang's ModelConfig says of the model, before it is loaded."""
+    if getattr(config.attention_arch, "name", "MHA") != "MHA":
+        raise NotServed(*_MLA)
+    if config.is_encoder_decoder:
+        raise NotServed("encoder-decoder models", "use --attention-backend fa3")
+
+
+_MLA = ("multi-head latent attention", "use --attention-backend flashmla or fa3")
 
 
 def parallel_ranks(runner: Any) -> Any:
@@ -149,6 +161,17 @@ def check_kernels(model: Model, kv_cache_dtype: torch.dtype) -> None:
             raise NotServed(f"head_dim {shape.head_dim} (only {dims})")
 
 
+def _window(runner: Any) -> int:
+    """Of the model's layers; where there is no model to look at, what it announces; -1: none."""
+    layers = attention_layers(runner)
+    if not layers:
+        return -1 if runner.sliding_window_size is None else int(runner.sliding_window_size)
+    windows = {int(layer.sliding_window_size) for layer in layers} - {-1}
+    if len(windows) > 1:
+        raise NotServed(f"layers with different sliding windows ({sorted(windows)})")
+    return windows.pop() if windows else -1
+
+
 def _shapes(runner: Any, window: int) -> tuple[Shape | None, Shape | None]:
     """Of the model's layers; of its configuration where there is no model to look at."""
     layers = attention_layers(runner)
@@ -157,9 +180,7 @@ def _shapes(runner: Any, window: int) -> tuple[Shape | None, Shape | None]:
         return shape, shape if window >= 0 else None
     for layer in layers:
         check_layer(layer)
-    windows = {int(layer.sliding_window_size) for layer in layers} - {-1}
-    if windows - {window}:
-        raise NotServed(f"layers with different sliding windows ({sorted({*windows, window})})")
+    _check_bidirectional(runner, layers)
     kinds = []
     for windowed in (False, True):
         shapes = {
@@ -179,8 +200,8 @@ def check_layer(layer: Any) -> None:
         raise NotServed("cross attention", "use --attention-backend fa3")
     if layer.v_head_dim != layer.head_dim:
         raise NotServed(f"v_head_dim {layer.v_head_dim} beside head_dim {layer.head_dim}")
-    if layer.attn_type.value == "decoder_bidirectional":
-        raise NotServed("bidirectional attention between image tokens", _TRITON)
+    if layer.attn_type.value == "encoder_only" and layer.sliding_window_size >= 0:
+        raise NotServed("encoder layers with a sliding window", _TRITON)
     if layer.logit_cap and layer.logit_capping_method != "tanh":
         raise NotServed(f"the logit cap {layer.logit_capping_method!r}", _TRITON)
     if layer.xai_temperature_len > 0:
@@ -190,6 +211,24 @@ def check_layer(layer: Any) -> None:
 
 
 _TRITON = "use --attention-backend triton"
+
+
+def _check_bidirectional(runner: Any, layers: list[Any]) -> None:
+    """Layers that may attend in both directions run causally, as with fa3, in a causal model.
+
+    SGLang 0.5.16 marks every layer of Gemma 3 so; the mask over image tokens that it then makes is
+    for triton alone.
+    """
+    if all(layer.attn_type.value != "decoder_bidirectional" for layer in layers):
+        return
+    config = runner.model_config
+    if getattr(getattr(config, "hf_text_config", None), "use_bidirectional_attention", False):
+        raise NotServed("bidirectional attention between prompt tokens", _TRITON)
+    if getattr(config, "is_multimodal", False):
+        logger.warning(
+            "flashcore attention: image tokens attend causally, as with fa3; "
+            "--attention-backend triton lets them see each other"
+        )
 
 
 def attention_layers(runner: Any) -> list[Any]:
@@ -205,7 +244,7 @@ def attention_layers(runner: Any) -> list[Any]:
 def _configured_shape(runner: Any) -> Shape:
     config, ranks = runner.model_config, parallel_ranks(runner).attn_tp_size
     return Shape(
-        config.get_num_attention_heads(ranks), config.get_num_kv_heads(ranks), config.head_dim
+        config.num_attention_heads // ranks, config.get_num_kv_heads(ranks), config.head_dim
     )
 
 

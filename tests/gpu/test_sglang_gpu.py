@@ -111,6 +111,24 @@ def test_head_dims_and_dtypes(mode: str, dtype: torch.dtype, head_dim: int) -> N
     check(engine, forward, attend(engine, forward))
 
 
+@pytest.mark.parametrize("mode", ["extend", "decode"])
+def test_forward_with_gradients_on(mode: str) -> None:
+    """As SGLang runs Starcoder2; sinks are a parameter of the model."""
+    engine = make_engine(setup_of(mode, 64, torch.bfloat16, 64, **WINDOWS["pools"]))
+    forward = forward_of(engine, mode)
+    for values in (forward.q, forward.k, forward.v):
+        for value in values:
+            value.requires_grad_()
+    sinks = torch.nn.Parameter(torch.randn(8, device="cuda", dtype=torch.bfloat16))
+    engine.backend.init_forward_metadata(forward.batch)
+    outs = attend(engine, forward, sinks=sinks)
+    assert not any(out.requires_grad for out in outs)
+    with torch.no_grad():
+        wanted = expected(engine, forward, sinks)
+    for out, exact in zip(outs, wanted, strict=True):
+        assert_close(out, exact, torch.bfloat16)
+
+
 @pytest.mark.parametrize("page_tokens", [1, 64])
 @pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("mode", ["decode", "verify_chain", "verify_tree"])

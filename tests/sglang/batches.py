@@ -200,10 +200,13 @@ def make_forward(
     batch = _batch_of(engine, mode, requests, slots, rows)
     forward = Forward(batch, slots, [r.new for r in requests], [], [], [])
     for layer in engine.layers:
-        for kind, heads in (("q", s.heads[0]), ("k", s.heads[1]), ("v", s.heads[1])):
-            values = torch.randn(forward.tokens, heads, s.head_dim, generator=engine.rng)
+        for kind, heads, dim in (
+            ("q", layer.tp_q_head_num, layer.head_dim),
+            ("k", layer.tp_k_head_num, layer.head_dim),
+            ("v", layer.tp_v_head_num, layer.v_head_dim),
+        ):
+            values = torch.randn(forward.tokens, heads, dim, generator=engine.rng)
             getattr(forward, kind).append(values.to(s.dtype).to(s.device))
-        assert layer.tp_q_head_num == s.heads[0]
     if mode.is_target_verify():
         _add_spec_info(engine, forward, requests, tree)
     return forward
@@ -212,11 +215,11 @@ def make_forward(
 def _fill_cache(engine: Engine, slots: list[torch.Tensor], prefixes: list[int]) -> None:
     s, pool = engine.setup, engine.runner.token_to_kv_pool
     cached = torch.cat([row[:n] for row, n in zip(slots, prefixes, strict=True)]).unique()
-    for layer in range(2):
+    for layer in engine.layers:
         at = cached
-        if s.two_pools and layer == 1:
+        if s.two_pools and layer.sliding_window_size >= 0:
             at = pool.translate_loc_from_full_to_swa(cached)
-        for buffer in pool.get_kv_buffer(layer):
+        for buffer in pool.get_kv_buffer(layer.layer_id):
             values = torch.randn(len(at), *buffer.shape[1:], generator=engine.rng)
             buffer[at] = values.to(s.dtype).to(s.device)
 
@@ -293,7 +296,7 @@ def expected(engine: Engine, forward: Forward, sinks: torch.Tensor | None = None
         rows, begin = [], 0
         for request, slots in enumerate(forward.slots):
             n = forward.new[request]
-            if engine.setup.two_pools and number == 1:
+            if engine.setup.two_pools and layer.sliding_window_size >= 0:
                 slots = pool.translate_loc_from_full_to_swa(slots)
             q = forward.q[number][begin : begin + n]
             tree = forward.tree[request] if forward.tree else None
@@ -313,7 +316,7 @@ def _one(
 ) -> torch.Tensor:
     n, length = q.shape[0], k.shape[0]
     if n == 0:
-        return q.double()
+        return q.new_empty(0, q.shape[1], v.shape[2]).double()
     group = q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double(), v.double()
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)

@@ -43,7 +43,11 @@ UNSERVED: dict[str, tuple[Any, str]] = {
         lambda r: setattr(r.model_config, "is_encoder_decoder", True),
         "encoder-decoder",
     ),
-    "chunked": (lambda r: setattr(r, "attention_chunk_size", 8192), "chunked local attention"),
+    "chunked": (lambda r: setattr(r.model[0], "use_irope", True), "chunked local attention"),
+    "chunked_before_layers": (
+        lambda r: (setattr(r, "model", None), setattr(r, "attention_chunk_size", 8192)),
+        "chunked local attention",
+    ),
     "fp8": (lambda r: setattr(r, "kv_cache_dtype", torch.float8_e4m3fn), "torch.float8_e4m3fn"),
     "hnd": (lambda r: setattr(r.token_to_kv_pool, "use_hnd", True), "HND"),
     "cross": (lambda r: setattr(r.model[0], "is_cross_attention", True), "cross attention"),
