@@ -1,0 +1,106 @@
+"""Many engines, several at a time on each GPU, each asked one thing."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from flashcore.bench.serve.deadline import Deadline
+from flashcore.bench.serve.engine import EngineOptions
+from flashcore.bench.serve.suite import START_TIMEOUT_S, Worker, WorkerError
+
+FEWEST_S = 50.0  # an engine that has less than this is not started
+ANSWER_S = 240.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """An engine to start and what to ask of it. `name` is unique, and that of its log."""
+
+    name: str
+    options: EngineOptions
+    command: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Places:
+    """`jobs` engines at a time on each of `gpus` GPUs, counted from `first`."""
+
+    gpus: int = 1
+    jobs: int = 6
+    first: int = 0
+
+
+Start = Callable[[EngineOptions, IO[bytes]], Worker]
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    places: Places,
+    done: Callable[[Job, dict[str, Any]], None],
+    *,
+    deadline: Deadline,
+    log_dir: Path,
+    start: Start = Worker,
+) -> None:
+    """Run all jobs, in their order as places become free.
+
+    `done` is told each one's answer with `start_s`, or `{"error": one line}`; one call at a time.
+    A job for which no time is left is answered with an error as well.
+    """
+    free: queue.Queue[int] = queue.Queue()
+    for _ in range(places.jobs):
+        for gpu in range(places.gpus):
+            free.put(places.first + gpu)
+    lock = threading.Lock()
+
+    def one(job: Job) -> None:
+        gpu = free.get()
+        try:
+            answer = _answer(job, gpu, places.first, deadline, log_dir, start)
+        except Exception as error:  # the others shall have their turn
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        finally:
+            free.put(gpu)
+        with lock:
+            done(job, answer)
+
+    with ThreadPoolExecutor(max_workers=places.jobs * places.gpus) as threads:
+        for future in [threads.submit(one, job) for job in jobs]:
+            future.result()
+
+
+def _answer(
+    job: Job, gpu: int, first: int, deadline: Deadline, log_dir: Path, start: Start
+) -> dict[str, Any]:
+    if not deadline.allows(FEWEST_S):
+        return {"error": "no time left"}
+    # Engines of several GPUs begin at the first.
+    options = replace(job.options, base_gpu=first if job.options.gpus > 1 else gpu)
+    log_path = log_dir / f"{job.name}.log"
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(log_path.open("ab"))
+        worker = stack.enter_context(start(options, log))
+        try:
+            ready = worker.ready(deadline.within(START_TIMEOUT_S))
+            answer = worker.ask(job.command, deadline.within(ANSWER_S))
+        except WorkerError as error:
+            return {"error": reason(log_path.read_text(errors="replace"), str(error))}
+        arguments = ready.get("arguments", {})
+        return {**answer, "start_s": round(ready["start_s"], 1), "arguments": arguments}
+
+
+def reason(log: str, otherwise: str) -> str:
+    """The line of an engine's log that says why it ended: one line of at most 300 characters."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    for sign in ("does not serve", "NotServed", "Error: ", "Error"):
+        for line in reversed(lines):
+            if sign in line:
+                return line[-300:] if sign == "does not serve" else line[:300]
+    return otherwise.splitlines()[0][:300]
