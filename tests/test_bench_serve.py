@@ -236,6 +236,7 @@ def test_decode_is_timed_without_prefill() -> None:
     assert samples[0]["ttft_cached_tokens"] == 16  # the prefix, its unique part being new
     assert samples[0]["ttft_ms"] == pytest.approx(8 * (1 + 2 + 3 + 4) / 4)
     assert samples[0]["ttft_max_ms"] == pytest.approx(32)
+    assert samples[0]["first_request_ttft_ms"] == samples[0]["ttft_ms"]
     assert "ttft_ms" not in samples[1]
     assert set(engine.temperatures) == {0.0}
 
@@ -251,6 +252,8 @@ def test_time_to_first_token_is_measured_on_new_text_each_time() -> None:
     samples = measure(engine, parse_workload("3x16+8:1"), vocab=VOCAB, page=4, repeats=2)
     assert [sample["ttft_ms"] for sample in samples] == pytest.approx([16, 16])
     assert [sample["ttft_cached_tokens"] for sample in samples] == [16, 16]
+    assert samples[0]["first_request_ttft_ms"] == pytest.approx(16)
+    assert "first_request_ttft_ms" not in samples[1]
 
 
 def test_a_workload_that_does_not_fit_is_refused() -> None:

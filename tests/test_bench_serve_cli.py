@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from flashcore.bench import machine
+from flashcore.bench.serve import engine as engine_module
 from flashcore.bench.serve import soak as soak_module
 from flashcore.bench.serve.logits import compare, comparison_prompts, format_comparison
 from flashcore.bench.serve.report import format_table, plot, summarise
+from flashcore.bench.serve.shapes import SHAPES
 from flashcore.cli import bench_serve
 from tests import cli_calls
 from tests.cli_calls import assert_refused
@@ -48,13 +50,19 @@ def test_table_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_of_the_readme() -> None:
+def load_report() -> Any:
+    """benchmarks/report.py as a module."""
     path = Path(__file__).parent.parent / "benchmarks" / "report.py"
     spec = importlib.util.spec_from_file_location("report", path)
     assert spec is not None
     assert spec.loader is not None
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
+    return report
+
+
+def test_table_of_the_readme() -> None:
+    report = load_report()
     result = result_of(["4x16+8:40", "llama-3.2-1b/4x16+8:1"], ["flashcore", "fa3"])
     named = ("sglang", "torch", "flashinfer-python", "sglang-kernel")
     about = {"versions": dict.fromkeys(named, "1"), "command": "flashcore bench serve"}
@@ -69,6 +77,70 @@ def test_table_of_the_readme() -> None:
     assert lines[-1].endswith("`flashcore bench serve`")
     runs = {"runs": [{"command": "a"}, {"command": "b"}]}
     assert report.serve_table({**result, **about, **runs}).endswith("; `a`, `b`")
+
+
+ABOUT = {
+    "device": "a GPU",
+    "driver": "1",
+    "commit": "abc",
+    "date": "2026-01-01T00:00:00",
+    "command": "flashcore bench serve",
+    "versions": dict.fromkeys(("sglang", "torch", "sglang-kernel"), "1"),
+}
+
+
+def test_table_of_small_steps() -> None:
+    def row(backend: str, step: float, **over: Any) -> dict[str, Any]:
+        figures = {"step_ms": step, "ttft_ms": 20 * step, "first_request_ttft_ms": 30 * step}
+        spread = {"step_ms_quartiles": [step - 0.01, step + 0.02], "ttft_ms_quartiles": None}
+        about = {"workload": "m/1x2+3:4", "spec": "m/1x2+3:4", "model": "m", "backend": backend}
+        return {**about, **figures, **spread, "over_fa3": over}
+
+    ratio = {"median": 0.98, "low": 0.97, "high": 1.0, "pairs": 15}
+    alone = {**row("flashcore", 9.0), "workload": "m/5x2+3:4", "spec": "m/5x2+3:4"}
+    rows = [row("flashcore", 1.47, step_ms=ratio, first_request_ttft_ms=ratio), row("fa3", 1.5)]
+    lines = load_report().serve_small_table({**ABOUT, "rows": [*rows, alone]}).splitlines()
+    assert lines[2:4] == [
+        "| 1x2+3:4 | m | decode step | 1.47 ms (1.46 to 1.49) | 1.5 ms (1.49 to 1.52) | "
+        "0.980 (0.970 to 1.000) |",
+        "| 1x2+3:4 | m | first token, first of its kind | 44.1 ms | 45 ms | "
+        "0.980 (0.970 to 1.000) |",
+    ]
+    assert lines[4] == ""
+    assert lines[5].endswith("`flashcore bench serve`")
+
+
+def test_table_of_model_families() -> None:
+    def row(family: str, backend: str, **more: Any) -> dict[str, Any]:
+        nothing = dict.fromkeys(("peer", "mean_difference", "same_tokens", "tokens", "passed"))
+        return {"family": family, "sglang": "1", "backend": backend, **nothing, **more}
+
+    close = {"peer": "fa3", "mean_difference": 0.0123, "same_tokens": 9, "tokens": 10}
+    rows = [
+        row("llama", "flashcore", **{**close, "passed": True}),
+        row("llama", "triton", **{**close, "mean_difference": 0.02}),
+        row("odd", "flashcore", **{**close, "passed": False, "peer": "triton"}),
+        row("odd", "fa3", error="ValueError: no"),
+        row("mla", "flashcore", passed=False, error="MLA: use fa3 | triton"),
+        row("mla", "triton", **close),
+    ]
+    lines = load_report().models_table({**ABOUT, "rows": rows}).splitlines()
+    assert lines[2:5] == [
+        "| llama | yes | fa3 | 0.0123 | 0.0200 | 9 of 10 |",
+        "| odd | no | triton | 0.0123 | fa3 did not run | 9 of 10 |",
+        "| mla | no: MLA: use fa3 \\| triton | | | 0.0123 | |",
+    ]
+
+
+def test_tables_that_have_no_file_yet_stay_as_they_are(tmp_path: Path) -> None:
+    report = load_report()
+    text = "a\n<!-- table: models -->\nold\n<!-- end -->\nb\n"
+    assert report.filled(text, tmp_path) == text
+    rows = [{"family": "x", "backend": "flashcore", "passed": False, "error": "e"}]
+    (tmp_path / "models_h100.json").write_text(json.dumps({**ABOUT, "rows": rows}))
+    assert "| x | no: e |" in report.filled(text, tmp_path)
+    for page in report.PAGES:
+        assert report.filled(page.read_text()) == page.read_text(), page
 
 
 def test_table_without_the_baseline() -> None:
@@ -109,6 +181,18 @@ def test_refusals(
         (("--model-shape", "tiny"), "workload shared-16k: 17024 tokens a sequence, the limit of"),
         (("--workloads", "gpt/1x1+1:9"), "--model-shape gpt"),
         (("--layers", "33"), "--layers must be 1 to 32 for llama-3.1-8b, got 33"),
+        (("--small", "--workloads", "x"), "unknown workload 'x'"),
+        (("--base-gpu", "-1"), "--base-gpu must be at least 0, got -1"),
+        (("--dp-attention", "--tp", "2"), "--tp 2 must be a multiple of --dp 1, and that above 1"),
+        (("--dp-attention", "--tp", "3", "--dp", "2"), "--tp 3 must be a multiple of --dp 2"),
+        (("--only", "llama"), "--only goes with --families or --modes"),
+        (("--modes", "--resume"), "--resume goes with --families or --modes, and --log-dir"),
+        (("--hicache", "direct"), "--hicache goes with --soak"),
+        (("--soak", "1", "--hicache", "x"), "--hicache x: 'x' is not one of kernel, direct"),
+        (("--soak", "0"), "--soak must be more than 0 minutes, got 0"),
+        (("--deadline", "9"), "--deadline goes with --small, --families, --modes or --cycles"),
+        (("--logits", "--deadline", "9"), "--deadline does not go with --logits"),
+        (("--soak", "1", "--deadline", "9"), "--deadline does not go with --soak"),
     ],
 )
 def test_values_that_make_no_sense(words: tuple[str, ...], message: str) -> None:
@@ -124,6 +208,9 @@ def test_values_that_make_no_sense(words: tuple[str, ...], message: str) -> None
         ("--engine-args", "[1]"),
         ("--engine-args", "{"),
         ("--soak", "1", "--logits"),
+        ("--small", "--modes"),
+        ("--deadline", "0"),
+        ("--cycles", "0"),
     ],
 )
 def test_bad_options_exit_with_usage(words: tuple[str, ...]) -> None:
@@ -138,6 +225,94 @@ def test_no_gpu_is_named(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_refused(bench_serve, parse(), "torch sees no CUDA device", capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        ((), 1),
+        (("--base-gpu", "1"), 1),
+        (("--tp", "2"), 2),
+        (("--tp", "2", "--pp", "2"), 4),
+        (("--dp", "3"), 3),
+        (("--tp", "4", "--dp", "2", "--dp-attention"), 4),
+        (("--modes", "--gpus", "2"), 2),
+        (("--families", "somewhere", "--gpus", "4"), 4),
+        (("--cycles", "2", "--tp", "2"), 2),
+    ],
+)
+def test_too_few_gpus_are_refused(
+    words: tuple[str, ...],
+    needed: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = parse(*words)
+    there = args.base_gpu + needed - 1
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    told = f"it takes {needed} GPUs from number {args.base_gpu} on, there are {there}"
+    assert_refused(bench_serve, args, told, capsys)
+
+
+def test_options_reach_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashcore.bench.serve.engine import server_arguments
+
+    words = ("--tp", "4", "--dp", "2", "--dp-attention", "--base-gpu", "1", "--kv-pool", "4096")
+    options = bench_serve._options(parse(*words), "fa3", SHAPES["tiny"])
+    assert (options.gpus, options.max_total_tokens) == (4, 4096)
+    known = {"cuda_graph_bs", "cuda_graph_max_bs", "disable_prefill_cuda_graph"}
+    monkeypatch.setattr(engine_module, "_server_fields", lambda: known)
+    arguments = server_arguments(options, "/m")
+    wanted = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True, "base_gpu_id": 1}
+    assert wanted.items() <= arguments.items()
+    assert "pp_size" not in arguments
+
+
+@pytest.mark.parametrize(
+    ("words", "backends"),
+    [
+        ((), "flashcore,fa3"),
+        (("--small",), "flashcore,fa3"),
+        (("--modes",), "flashcore,fa3"),
+        (("--families", "x"), "flashcore,fa3,triton"),
+        (("--logits",), "flashcore,fa3,triton"),
+        (("--soak", "1"), "flashcore"),
+        (("--cycles", "1"), "flashcore"),
+    ],
+)
+def test_backends_by_what_is_asked(words: tuple[str, ...], backends: str) -> None:
+    assert bench_serve._default_backends(parse(*words)) == backends
+
+
+def test_a_check_writes_its_result_as_it_goes_and_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashcore.bench.serve import families
+
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    config = {**SHAPES["tiny"].config(), "model_type": "other"}
+    (tmp_path / "models" / "tiny" / "config.json").write_text(json.dumps(config))
+    written: list[int] = []
+
+    def run_families(found: Any, base: Any, backends: Any, places: Any, **how: Any) -> Any:
+        assert (places.gpus, places.jobs) == (1, 3)
+        assert how["log_dir"].is_dir()
+        row = {"family": found[0].name, "backend": "flashcore", "peer": None, "error": "x"}
+        how["keep"]({"rows": [row], "passed": False})
+        written.append(len(json.loads((tmp_path / "out.json").read_text())["rows"]))
+        return {"rows": [row, row], "passed": False}
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(families, "run_families", run_families)
+    words = ["--families", str(tmp_path / "models"), "--device", "cpu", "--jobs", "3"]
+    assert bench_serve.run(parse(*words, "--json", str(tmp_path / "out.json"))) == 1
+    assert written == [1]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert len(result["rows"]) == 2
+    assert {"device", "driver", "versions", "commit", "date", "command"} <= set(result)
+    assert "FAILED" in capsys.readouterr().out
 
 
 def test_results_are_redrawn_and_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,6 +107,10 @@ def gpus(args: argparse.Namespace, needed: int) -> int:
     ):
         if given and not fits:
             raise ValueError(f"{name} goes with {_PARTNERS[name]}")
+    if args.deadline is not None and not (args.small or asked(args)):
+        raise ValueError("--deadline goes with --small, --families, --modes or --cycles")
+    if args.deadline is not None and args.logits:
+        raise ValueError("--deadline does not go with --logits")
     if args.soak is not None:
         if not args.soak > 0:
             raise ValueError(f"--soak must be more than 0 minutes, got {args.soak}")

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from flashcore.bench.serve.engine import Engine
 
 # One request's answer: `tokens`, `output` their log-probabilities, `prompt` those of the prompt's
-# tokens but the first (where asked for), `cached` tokens of the prompt found in the cache.
+# tokens but the first (where asked for), `cached` tokens of the prompt found in the cache, the
+# draft's `accepted` tokens a step, `retractions` for want of memory.
 Answer = dict[str, Any]
 
 
@@ -44,6 +45,7 @@ def _answer(answer: dict[str, Any], prompt: bool) -> Answer:
         "prompt": [entry[0] for entry in prompts][1:],  # the first token has none
         "cached": meta.get("cached_tokens") or 0,
         "accepted": meta.get("spec_accept_length"),
+        "retractions": meta.get("num_retractions") or 0,
     }
 
 
@@ -55,23 +57,24 @@ def distance(
     `prompt_difference` and `decode_difference` are the means of |log-probability - other's|;
     decoded tokens count up to and with the first that differs, where each side gives its own
     favourite's. `mean_difference` is the larger of the two, so that thousands of prompt tokens do
-    not hide a wrong decode. `tokens` were compared, `same_tokens` of them alike, `not_finite`
-    values neither side may have.
+    not hide a wrong decode. `tokens` were compared, `same_tokens` of them alike; `not_finite`
+    counts values that are not, and answers of unequal length.
     """
     prompt: list[float] = []
     decode: list[float] = []
-    same = tokens = 0
+    same = tokens = unequal = 0
     for round_a, round_b in zip(ours, theirs, strict=True):
         for a, b in zip(round_a, round_b, strict=True):
-            pairs = zip(a["prompt"], b["prompt"], strict=True)
+            unequal += any(len(a[key]) != len(b[key]) for key in ("prompt", "tokens", "output"))
+            pairs = zip(a["prompt"], b["prompt"], strict=False)
             prompt += [abs(p - q) for p, q in pairs if p is not None and q is not None]
-            for place, (first, second) in enumerate(zip(a["tokens"], b["tokens"], strict=True)):
+            for place, (first, second) in enumerate(zip(a["tokens"], b["tokens"], strict=False)):
                 tokens += 1
                 decode.append(abs(a["output"][place] - b["output"][place]))
                 if first != second:
                     break
                 same += 1
-    not_finite = sum(not math.isfinite(value) for value in (*prompt, *decode))
+    not_finite = unequal + sum(not math.isfinite(value) for value in (*prompt, *decode))
     parts = {"prompt_difference": _mean(prompt), "decode_difference": _mean(decode)}
     means = [mean for mean in parts.values() if mean is not None]
     return {

@@ -85,13 +85,15 @@ def step_figures(steps: list[Step], sequences: int) -> dict[str, float] | None:
         return None
     first, last, count = taken[0], taken[-1], len(taken) - 1
     gaps = [(b.at - a.at) / 1e6 for a, b in pairwise(taken)]
-    host = (last.host - first.host) - (last.launch - first.launch)
-    return {
+    figures = {
         "step_ms": (last.at - first.at) / count / 1e6,
         "step_ms_p50": statistics.median(gaps),
-        "host_us": host / count / 1e3,
-        "metadata_us": (last.metadata - first.metadata) / count / 1e3,
     }
+    if last.host > first.host:  # there is a graph to launch
+        host = (last.host - first.host) - (last.launch - first.launch)
+        figures["host_us"] = host / count / 1e3
+        figures["metadata_us"] = (last.metadata - first.metadata) / count / 1e3
+    return figures
 
 
 def install(file: str) -> None:

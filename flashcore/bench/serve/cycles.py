@@ -17,12 +17,14 @@ from typing import Any
 from flashcore.bench.serve.clock import EXTEND
 from flashcore.bench.serve.deadline import Deadline
 from flashcore.bench.serve.engine import Engine, EngineOptions
+from flashcore.bench.serve.soak import device_mib
 from flashcore.bench.serve.suite import START_TIMEOUT_S, Worker, WorkerError, log_file
 from flashcore.bench.serve.workloads import Prompts, Workload
 
 SAVER = "torch_memory_saver"
 OUTPUT = 64
-CYCLE_TIMEOUT_S = 120.0
+CYCLE_TIMEOUT_S = 240.0
+MOST_HELD = 0.7  # of the memory, by contexts and workspaces, when the rest is given back
 _PAUSED_S = 0.2
 _BUSY_S = 0.015  # into the prefill of a long prompt of two chunks
 _ATTEMPTS = 5
@@ -45,21 +47,25 @@ def cycle(engine: Engine, number: int) -> dict[str, Any]:
     they were one batch each time; bits depend on a batch's size.
     """
     prompts = cycle_prompts(engine.options.shape.vocab)
+    memory = {}
     if number:
+        memory["held_mib"] = device_mib(engine)
         engine.release()
+        memory["released_mib"] = device_mib(engine)
         engine.resume()
         # By turns the two ways in which a trainer hands weights over.
         problem = engine.load_weights() if number % 2 else engine.update_weights()
         if problem:
             return {"error": f"the weights were not updated: {problem}"}
     found = [_answers(engine, prompts, way) for way in ("empty", "full", "paused")]
-    return {"tokens": [tokens for tokens, _ in found], "together": all(t for _, t in found)}
+    together = all(one_batch for _, one_batch in found)
+    return {"tokens": [tokens for tokens, _ in found], "together": together, **memory}
 
 
 def _answers(engine: Engine, prompts: list[list[int]], way: str) -> tuple[list[list[int]], bool]:
     """Greedy answers to prompts that are one batch; whether they were, after some attempts."""
     chunk = engine.options.chunked_prefill
-    length = min(2 * chunk, engine.options.shape.longest - 1)
+    length = min(2 * chunk, engine.options.shape.longest - 16)
     before = Prompts(Workload("before", 1, 0, length, 1), engine.options.shape.vocab, 400)
     for _ in range(_ATTEMPTS):
         if way == "empty":
@@ -153,7 +159,8 @@ def run_cycles(
                 first = first or answer["tokens"]
                 if number:
                     alike = same_tokens(first, answer["tokens"])
-                    told.append({"cycle": number, **alike, "together": answer["together"]})
+                    notes = {key: value for key, value in answer.items() if key != "tokens"}
+                    told.append({"cycle": number, **alike, **notes})
                     after(f"cycle {number}: {told[-1]['same']} of {told[-1]['tokens']} tokens")
                 keep(result())
         except WorkerError as error:
@@ -172,15 +179,22 @@ def same_tokens(first: list[Any], now: list[Any]) -> dict[str, Any]:
 
 
 def judged(result: dict[str, Any]) -> dict[str, Any]:
-    """With `failures` and `passed`: every cycle that was asked for, and the same tokens in each."""
+    """With `failures` and `passed`: every cycle that was asked for, the same tokens in each, and
+    the memory given back."""
     failures = [
         f"cycle {one['cycle']}: {one['same']} of {one['tokens']} tokens are the same"
         + ("" if one["together"] else ", and the prompts were not one batch")
         for one in result["cycles"]
         if not one["passed"]
     ]
+    failures += [
+        f"cycle {one['cycle']}: {one['released_mib']:.0f} of {one['held_mib']:.0f} MiB of GPU "
+        "memory were still held after the release"
+        for one in result["cycles"]
+        if one.get("held_mib") and one["released_mib"] > MOST_HELD * one["held_mib"]
+    ]
     if result["error"]:
-        failures.append(result["error"])
+        failures.append(result["error"].splitlines()[0])
     elif len(result["cycles"]) < result["asked"]:
         failures.append(f"{len(result['cycles'])} cycles of {result['asked']}")
     return {**result, "failures": failures, "passed": not failures}

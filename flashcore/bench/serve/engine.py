@@ -319,7 +319,9 @@ class Engine:
         """Hand the same weights over as tensors; says why if that failed, else nothing."""
         from safetensors.torch import load_file
 
-        tensors = load_file(self.folder / "model.safetensors", device=self.options.device)
+        device = self.options.device
+        device = f"{device}:{self.options.base_gpu}" if device == "cuda" else device
+        tensors = load_file(self.folder / "model.safetensors", device=device)
         return _problem(self._engine.update_weights_from_tensor(list(tensors.items())))
 
     async def pause(self) -> None:

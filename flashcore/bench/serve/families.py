@@ -226,7 +226,8 @@ def format_families(result: dict[str, Any]) -> str:
             continue
         cells = [row["mean_difference"], row.get("peers_difference")]
         figures = "".join(f"{'-':>9}" if v is None else f"{v:>9.4f}" for v in cells)
-        same = f"{row['same_tokens']}/{row['tokens']}"
+        known = row["same_tokens"] is not None
+        same = f"{row['same_tokens']}/{row['tokens']}" if known else "-"
         verdict = {True: "passed", False: "FAILED", None: ""}[row["passed"]]
         lines.append(f"{head}{figures}{same:>14}  {verdict}")
     return "\n".join([*lines, "passed" if result["passed"] else "FAILED"])

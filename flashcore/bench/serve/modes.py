@@ -26,7 +26,10 @@ from flashcore.bench.serve.workloads import Prompts, Workload
 SHAPE = ModelShape("llama-3.1-8b-3l", 3, 4096, 4096, 32, 8, 128, 32000, context=8192)
 OUTPUT = 32
 DOCUMENTS, DOCUMENT, ROUNDS, QUESTIONS = 5, 3000, 3, 4
-POOL, SMALL_POOL, TIGHT_POOL = 40960, 14016, 6016  # tokens
+POOL, SMALL_POOL, TIGHT_POOL = 40960, 14016, 4032  # tokens
+# Of a cache that is too small for what running sequences grow to: how many, their tokens, answers'.
+GROWING, GROWING_PROMPT, GROWING_OUTPUT = 6, 500, 600
+_PORT = 31000
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Mode:
     page_size: int = 64
     pool: int = POOL
     request: dict[str, Any] = field(default_factory=dict)  # arguments of every request
+    growing: bool = False  # few prompts with long answers, so that some are retracted
 
 
 def _hicache(backend: str, layout: str) -> Mode:
@@ -74,7 +78,7 @@ MODES: dict[str, Mode] = {
     "tp2": Mode(ranks=(2, 1, 1)),
     "dp-attention": Mode(ranks=(2, 1, 2), dp_attention=True),
     "pp2": Mode(ranks=(1, 2, 1)),
-    "retract": Mode(pool=TIGHT_POOL),
+    "retract": Mode(pool=TIGHT_POOL, growing=True),
     "mixed": Mode({"enable_mixed_chunk": True, "chunked_prefill_size": 256}),
     "no-graphs": Mode({"disable_decode_cuda_graph": True}),
     "page-1": Mode(page_size=1),
@@ -112,6 +116,10 @@ def _gpus(mode: Mode) -> int:
 
 def mode_rounds(vocab: int, mode: Mode) -> list[dict[str, Any]]:
     """Each document in turn, QUESTIONS about it at a time, all of them ROUNDS times."""
+    if mode.growing:
+        part = Workload("growing", GROWING, 0, GROWING_PROMPT, GROWING_OUTPUT)
+        prompts = Prompts(part, vocab, 6).batch()
+        return [{"prompts": prompts, "output": GROWING_OUTPUT, "flush": True}] * 2
     documents = Prompts(Workload("documents", DOCUMENTS, 0, DOCUMENT, OUTPUT), vocab, 5).batch()
     rounds = []
     for number in range(ROUNDS):
@@ -127,8 +135,11 @@ def mode_rounds(vocab: int, mode: Mode) -> list[dict[str, Any]]:
     return rounds
 
 
-def mode_options(base: EngineOptions, mode: Mode, backend: str) -> EngineOptions:
+def mode_options(base: EngineOptions, mode: Mode, backend: str, number: int = 0) -> EngineOptions:
+    """The engine of a mode. `number`: of the backend, whose engines may run side by side."""
     draft = {**SHAPE.config(), "architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1}
+    # Data-parallel attention talks over ports counted from this one.
+    port = (("port", _PORT + 64 * number),) if mode.dp_attention else ()
     return replace(
         base,
         backend=backend,
@@ -142,7 +153,7 @@ def mode_options(base: EngineOptions, mode: Mode, backend: str) -> EngineOptions
         ranks=mode.ranks,
         dp_attention=mode.dp_attention,
         draft=json.dumps(draft) if mode.draft else None,
-        extra=(*mode.arguments.items(), *base.extra),
+        extra=(*port, *mode.arguments.items(), *base.extra),
     )
 
 
@@ -178,11 +189,11 @@ def run_modes(
     jobs = [
         Job(
             f"mode-{name}.{backend}",
-            mode_options(base, mode, backend),
+            mode_options(base, mode, backend, number),
             {"do": "answers", "rounds": mode_rounds(SHAPE.vocab, mode)},
         )
         for name, mode in modes.items()
-        for backend in backends
+        for number, backend in enumerate(backends)
         if f"mode-{name}.{backend}" not in answers
     ]
     run_jobs(jobs, places, done, deadline=deadline, log_dir=log_dir, start=start)
@@ -198,7 +209,8 @@ def _rows(
         answer = answers.get(f"mode-{mode}.{backend}")
         return None if answer is None or "error" in answer else answer["rounds"]
 
-    same, plain = rounds(name, PEER), rounds("plain", PEER)
+    same = rounds(name, PEER)
+    plain = None if MODES[name].growing else rounds("plain", PEER)  # others are asked the same
     # fa3 against itself in another mode: what a mode changes by rounding alone.
     between = distance(same, plain)["mean_difference"] if same and plain else None
     rows = []
@@ -226,6 +238,7 @@ def _rows(
                 **told,
                 "peers_difference": between,
                 "cached_tokens": cached,
+                "retractions": sum(one["retractions"] for r in ours for one in r),
                 "accept_length": sum(accepted) / len(accepted) if accepted else None,
                 "passed": passed if backend == OURS else None,
                 "start_s": answer["start_s"],
