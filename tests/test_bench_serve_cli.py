@@ -339,6 +339,18 @@ def test_results_are_redrawn_and_joined(tmp_path: Path, capsys: pytest.CaptureFi
         bench_serve.run(parse(*words))
 
 
+def test_joined_results_by_turns_have_the_bars_of_their_rows(tmp_path: Path) -> None:
+    results = [result_of([text], ["flashcore", "fa3"]) for text in ("4x16+8:40", "5x16+8:40")]
+    for value, result in zip((0.9, 1.2), results, strict=True):
+        ratio = {"step_ms": {"median": value, "low": value, "high": value, "pairs": 9}}
+        result["rows"] = [{**row, "over_fa3": ratio} for row in result["rows"]]
+    joined = bench_serve._joined([*results, results[1]])
+    assert [(bar["workload"], bar["met"]) for bar in joined["bars"]] == [
+        ("4x16+8:40", True),
+        ("5x16+8:40", False),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("{}", "it has no commit, date, device"), ("[1", "Expecting")]
 )

@@ -37,6 +37,7 @@ class CycledEngine:
         self.loop = asyncio.new_event_loop()
         self.done: list[str] = []
         self.problem = ""
+        self.long_prompts: set[tuple[int, ...]] = set()
         self._together_at = together_at  # the attempt at which prompts are one batch
         self._attempts = 0
         self._waiting = 0
@@ -73,6 +74,8 @@ class CycledEngine:
 
         async def answers() -> Any:
             if output == 1:
+                assert tuple(prompt) not in self.long_prompts  # it would be cached
+                self.long_prompts.add(tuple(prompt))
                 self._attempts += 1
                 yield {"output_ids": [1]}
                 return

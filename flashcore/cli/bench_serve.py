@@ -331,6 +331,7 @@ def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:
     Raises ValueError if they are of different devices.
     """
     from flashcore.bench.serve.report import summarise
+    from flashcore.bench.serve.turns import bars
 
     if len(results) == 1:
         return results[0]
@@ -343,8 +344,10 @@ def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [row for row in rows if row["workload"] not in anew] + result["rows"]
     joined = {
         key: [value for result in results for value in result.get(key, [])]
-        for key in ("skipped", "engines", *(["bars"] if "bars" in results[0] else []))
+        for key in ("skipped", "engines")
     }
+    if any("over_fa3" in row for row in rows):
+        joined["bars"] = bars([row for row in rows if "over_fa3" in row])
     runs = [{key: r.get(key) for key in ("date", "commit", "command", "clocks")} for r in results]
     return {**results[0], **joined, "rows": rows, "summary": summarise(rows), "runs": runs}
 

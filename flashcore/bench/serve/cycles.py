@@ -57,16 +57,24 @@ def cycle(engine: Engine, number: int) -> dict[str, Any]:
         problem = engine.load_weights() if number % 2 else engine.update_weights()
         if problem:
             return {"error": f"the weights were not updated: {problem}"}
-    found = [_answers(engine, prompts, way) for way in ("empty", "full", "paused")]
+    found = [
+        _answers(engine, prompts, way, 10 * number + place)
+        for place, way in enumerate(("empty", "full", "paused"))
+    ]
     together = all(one_batch for _, one_batch in found)
     return {"tokens": [tokens for tokens, _ in found], "together": together, **memory}
 
 
-def _answers(engine: Engine, prompts: list[list[int]], way: str) -> tuple[list[list[int]], bool]:
-    """Greedy answers to prompts that are one batch; whether they were, after some attempts."""
+def _answers(
+    engine: Engine, prompts: list[list[int]], way: str, seed: int
+) -> tuple[list[list[int]], bool]:
+    """Greedy answers to prompts that are one batch; whether they were, after some attempts.
+
+    `seed` draws the long prompt before them, which must not be found in the cache.
+    """
     chunk = engine.options.chunked_prefill
     length = min(2 * chunk, engine.options.shape.longest - 16)
-    before = Prompts(Workload("before", 1, 0, length, 1), engine.options.shape.vocab, 400)
+    before = Prompts(Workload("before", 1, 0, length, 1), engine.options.shape.vocab, 400 + seed)
     for _ in range(_ATTEMPTS):
         if way == "empty":
             engine.flush()

@@ -204,7 +204,7 @@ class _Run:
         taken, page = self._taken[workload.name], self._options[0].page_size
         samples = [*taken.later.get(backend, []), *taken.decode.get(backend, [])]
         first = [sample["ttft_ms"] for sample in taken.first.get(backend, [])]
-        if not samples and not first:
+        if not samples:  # nothing but a first request, which alone says little
             return None
         row = make_row(workload, backend, self.shapes[workload.name], page, samples)
         found = {
