@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import IO, Any
 
 from flashcore.bench.serve.engine import EngineOptions
+from flashcore.bench.serve.report import summarise
 from flashcore.bench.serve.shapes import SHAPES
 from flashcore.bench.serve.suite import WorkerError, run_serve
 from flashcore.bench.serve.workloads import Workload, parse_workload
@@ -100,3 +101,10 @@ def starting(
 ) -> Callable[[EngineOptions, IO[bytes]], Any]:
     """What starts such workers."""
     return lambda options, log: AskedWorker(options, log, answer)
+
+
+def result_of(texts: list[str], backends: list[str]) -> dict[str, Any]:
+    """A whole result of such a run."""
+    measured, _ = fake_run(texts, backends)
+    about = {"device": "a GPU", "driver": "1", "commit": "abc", "date": "2026-01-01T00:00:00"}
+    return {**about, **measured, "summary": summarise(measured["rows"])}

@@ -49,6 +49,7 @@ def cycle(engine: Engine, number: int) -> dict[str, Any]:
     prompts = cycle_prompts(engine.options.shape.vocab)
     memory = {}
     if number:
+        engine.flush()  # waits until the engine is idle, which a release asserts
         memory["held_mib"] = device_mib(engine)
         engine.release()
         memory["released_mib"] = device_mib(engine)
@@ -139,13 +140,14 @@ def run_cycles(
         raise ValueError(f"--cycles needs a Llama-like --model-shape, got {options.shape.name}")
     prompts = cycle_prompts(options.shape.vocab)
     saver = (("enable_memory_saver", True),) if options.device == "cuda" else ()
+    room = ("max_running_requests", 2 * len(prompts))  # the long one before them has a place too
     ready = replace(
         options,
         checkpoint=True,
         clock=True,
         decode_batches=(len(prompts),),
         max_total_tokens=options.max_total_tokens or 65536,
-        extra=(*saver, *options.extra),
+        extra=(*saver, room, *options.extra),
     )
     told: list[dict[str, Any]] = []
 

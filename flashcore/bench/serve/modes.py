@@ -135,6 +135,10 @@ def mode_rounds(vocab: int, mode: Mode) -> list[dict[str, Any]]:
     return rounds
 
 
+def _shape(base: EngineOptions) -> ModelShape:
+    return SHAPES["tiny"] if base.device == "cpu" else SHAPE
+
+
 def mode_options(base: EngineOptions, mode: Mode, backend: str, number: int = 0) -> EngineOptions:
     """The engine of a mode. `number`: of the backend, whose engines may run side by side."""
     draft = {**SHAPE.config(), "architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1}
@@ -143,7 +147,7 @@ def mode_options(base: EngineOptions, mode: Mode, backend: str, number: int = 0)
     return replace(
         base,
         backend=backend,
-        shape=SHAPES["tiny"] if base.device == "cpu" else SHAPE,
+        shape=_shape(base),
         score_deviation=1.0,
         decode_batches=(8, 16),
         chunked_prefill=2048,
@@ -190,7 +194,7 @@ def run_modes(
         Job(
             f"mode-{name}.{backend}",
             mode_options(base, mode, backend, number),
-            {"do": "answers", "rounds": mode_rounds(SHAPE.vocab, mode)},
+            {"do": "answers", "rounds": mode_rounds(_shape(base).vocab, mode)},
         )
         for name, mode in modes.items()
         for number, backend in enumerate(backends)
