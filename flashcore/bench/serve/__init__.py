@@ -1,4 +1,4 @@
-"""The serving benchmark: SGLang's engine with made-up weights, one attention backend beside another.
+"""The serving benchmark: SGLang's engine with made-up weights, backend beside backend.
 
 `shapes`, `configs` and `workloads` say what is run. `engine` starts SGLang and sends requests;
 `scheduler` adds `weights`, the `clock` and the counts of `hicache` to its processes. `worker` is
