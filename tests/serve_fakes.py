@@ -89,6 +89,9 @@ class AskedWorker:
     def begin(self) -> None:
         pass
 
+    def stop(self, patience: float = 90.0) -> None:
+        self.stopped = patience
+
     def ready(self, timeout: float = 1.0) -> dict[str, Any]:
         return {"start_s": 2.0, "capacity": 100, **self._answer(self.options, {"do": "start"})}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -22,7 +22,7 @@ from flashcore.bench.serve.engine import EngineOptions
 from flashcore.bench.serve.pool import Job, Places, reason, run_jobs
 from flashcore.bench.serve.shapes import SHAPES
 from flashcore.bench.serve.suite import WorkerError
-from tests.serve_fakes import OPTIONS, starting
+from tests.serve_fakes import OPTIONS, AskedWorker, starting
 
 TINY = SHAPES["tiny"]
 
@@ -195,6 +195,40 @@ def test_what_no_time_is_left_for_is_not_started(tmp_path: Path) -> None:
     found = run_all(jobs(*"abcd"), Places(jobs=1), tmp_path, answer, deadline=deadline)
     late = [name for name, told in found.items() if told.get("error") == "no time left"]
     assert late == ["c", "d"]
+
+
+def test_an_end_from_outside_ends_the_engines(tmp_path: Path) -> None:
+    released, begun = threading.Event(), threading.Event()
+
+    class Endless(AskedWorker):
+        def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
+            if self.backend == "quick":
+                begun.wait(10)
+                return {}
+            begun.set()
+            released.wait(10)
+            raise WorkerError("killed")
+
+        def stop(self, patience: float = 90.0) -> None:
+            released.set()
+
+    def done(job: Job, told: dict[str, Any]) -> None:
+        if job.name == "quick":
+            raise SystemExit(143)
+
+    names = ("quick", "slow", "late")
+    some = [Job(n, replace(OPTIONS, backend=n), {"do": "answers"}) for n in names]
+    started: list[str] = []
+
+    def start(options: EngineOptions, log: IO[bytes]) -> Any:
+        started.append(options.backend)
+        return Endless(options, log, lambda options, command: {})
+
+    began = time.monotonic()
+    with pytest.raises(SystemExit):
+        run_jobs(some, Places(jobs=2), done, deadline=Deadline(), log_dir=tmp_path, start=start)
+    assert time.monotonic() - began < 5
+    assert released.is_set()
 
 
 # Families

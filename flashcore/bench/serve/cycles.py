@@ -174,6 +174,7 @@ def run_cycles(
                     after(f"cycle {number}: {told[-1]['same']} of {told[-1]['tokens']} tokens")
                 keep(result())
         except WorkerError as error:
+            worker.stop(patience=5)
             return result(str(error))
     return result()
 

@@ -17,6 +17,7 @@ from flashcore.bench.serve.suite import START_TIMEOUT_S, Worker, WorkerError
 
 FEWEST_S = 50.0  # an engine that has less than this is not started
 ANSWER_S = 240.0
+IMPATIENCE_S = 5.0  # with an engine that failed
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,15 @@ def run_jobs(
     for _ in range(places.jobs):
         for gpu in range(places.gpus):
             free.put(places.first + gpu)
+    engines = _Engines(deadline, log_dir, start)
     lock = threading.Lock()
 
     def one(job: Job) -> None:
         gpu = free.get()
         try:
-            answer = _answer(job, gpu, places.first, deadline, log_dir, start)
+            # Engines of several GPUs begin at the first.
+            first = places.first if job.options.gpus > 1 else gpu
+            answer = engines.answer(job, replace(job.options, base_gpu=first))
         except Exception as error:  # the others shall have their turn
             answer = {"error": f"{type(error).__name__}: {error}"}
         finally:
@@ -72,28 +76,45 @@ def run_jobs(
             done(job, answer)
 
     with ThreadPoolExecutor(max_workers=places.jobs * places.gpus) as threads:
-        for future in [threads.submit(one, job) for job in jobs]:
-            future.result()
-
-
-def _answer(
-    job: Job, gpu: int, first: int, deadline: Deadline, log_dir: Path, start: Start
-) -> dict[str, Any]:
-    if not deadline.allows(FEWEST_S):
-        return {"error": "no time left"}
-    # Engines of several GPUs begin at the first.
-    options = replace(job.options, base_gpu=first if job.options.gpus > 1 else gpu)
-    log_path = log_dir / f"{job.name}.log"
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(log_path.open("ab"))
-        worker = stack.enter_context(start(options, log))
         try:
-            ready = worker.ready(deadline.within(START_TIMEOUT_S))
-            answer = worker.ask(job.command, deadline.within(ANSWER_S))
-        except WorkerError as error:
-            return {"error": reason(log_path.read_text(errors="replace"), str(error))}
-        arguments = ready.get("arguments", {})
-        return {**answer, "start_s": round(ready["start_s"], 1), "arguments": arguments}
+            for future in [threads.submit(one, job) for job in jobs]:
+                future.result()
+        except BaseException:  # told to end: nobody waits for answers any more
+            threads.shutdown(wait=False, cancel_futures=True)
+            engines.stop()
+            raise
+
+
+class _Engines:
+    """Those that are running, so that all can be ended at once."""
+
+    def __init__(self, deadline: Deadline, log_dir: Path, start: Start) -> None:
+        self._deadline, self._log_dir, self._start = deadline, log_dir, start
+        self._running: set[Worker] = set()
+        self._stopped = False
+
+    def answer(self, job: Job, options: EngineOptions) -> dict[str, Any]:
+        if self._stopped or not self._deadline.allows(FEWEST_S):
+            return {"error": "no time left"}
+        log_path = self._log_dir / f"{job.name}.log"
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(log_path.open("ab"))
+            worker = stack.enter_context(self._start(options, log))
+            self._running.add(worker)
+            stack.callback(self._running.discard, worker)
+            try:
+                ready = worker.ready(self._deadline.within(START_TIMEOUT_S))
+                answer = worker.ask(job.command, self._deadline.within(ANSWER_S))
+            except WorkerError as error:
+                worker.stop(patience=IMPATIENCE_S)
+                return {"error": reason(log_path.read_text(errors="replace"), str(error))}
+            arguments = ready.get("arguments", {})
+            return {**answer, "start_s": round(ready["start_s"], 1), "arguments": arguments}
+
+    def stop(self) -> None:
+        self._stopped = True
+        for worker in list(self._running):
+            worker.stop(patience=0)
 
 
 def reason(log: str, otherwise: str) -> str:

@@ -35,6 +35,7 @@ from flashcore.bench.serve.suite import (
 )
 from flashcore.bench.serve.workloads import Workload
 
+IMPATIENCE_S = 5.0  # with an engine that failed
 FEWEST = 3  # samples, however long they take
 _START_S = 45.0  # what is left must be more than this for a start to make sense
 # Time over fa3's: what it may be at most, and what it should be.
@@ -195,7 +196,7 @@ class _Run:
         return {backend: workers[backend] for backend in answers}
 
     def _lost(self, workers: dict[str, Worker], backend: str, error: WorkerError) -> None:
-        workers.pop(backend)
+        workers.pop(backend).stop(patience=IMPATIENCE_S)
         self.skipped[backend] = str(error)
         self._after(str(error))
 
