@@ -426,6 +426,35 @@ def test_a_mode_fits_its_pool_and_asks_every_document_again(name: str) -> None:
     assert (dict(options.extra).get("port") != dict(beside.extra).get("port")) is mode.dp_attention
 
 
+def run_modes(folder: Path, told: Callable[..., Any], *names: str) -> dict[str, Any]:
+    return modes.run_modes(
+        modes.find_modes(names, 1),
+        OPTIONS,
+        ["flashcore", "fa3"],
+        Places(jobs=2),
+        sglang="0.5.16",
+        log_dir=folder,
+        deadline=Deadline(),
+        start=starting(told),
+    )
+
+
+@pytest.mark.parametrize(
+    ("fails", "passed"), [(("flashcore", "fa3"), None), (("flashcore",), False)]
+)
+def test_a_mode_that_nobody_runs_says_nothing(
+    tmp_path: Path, fails: tuple[str, ...], passed: bool | None
+) -> None:
+    def told(options: EngineOptions, command: dict[str, Any]) -> dict[str, Any]:
+        mixed = dict(options.extra).get("enable_mixed_chunk")
+        return family_answer(NOISE, fails if mixed else ())(options, command)
+
+    result = run_modes(tmp_path, told, "plain", "mixed")
+    rows = {(row["mode"], row["backend"]): row for row in result["rows"]}
+    assert rows["mixed", "flashcore"]["passed"] is passed
+    assert result["passed"] is (passed is None)
+
+
 def test_rows_of_modes(tmp_path: Path) -> None:
     def told(options: EngineOptions, command: dict[str, Any]) -> dict[str, Any]:
         mixed = dict(options.extra).get("enable_mixed_chunk")
@@ -433,16 +462,7 @@ def test_rows_of_modes(tmp_path: Path) -> None:
             raise WorkerError("fa3 ended")
         return family_answer({"fa3": 0.0, "flashcore": 0.05 if mixed else 0.01})(options, command)
 
-    result = modes.run_modes(
-        modes.find_modes(["plain", "mixed", "retract"], 1),
-        OPTIONS,
-        ["flashcore", "fa3"],
-        Places(jobs=2),
-        sglang="0.5.16",
-        log_dir=tmp_path,
-        deadline=Deadline(),
-        start=starting(told),
-    )
+    result = run_modes(tmp_path, told, "plain", "mixed", "retract")
     rows = {(row["mode"], row["backend"]): row for row in result["rows"]}
     assert set(rows) == {
         ("plain", "flashcore"),

@@ -7,6 +7,7 @@ import json
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,24 +236,15 @@ def _options(args: argparse.Namespace, backend: str, shape: ModelShape) -> Engin
 def _measure(
     args: argparse.Namespace, options: list[EngineOptions], workloads: list[Workload]
 ) -> int:
-    from flashcore.bench.machine import read_clocks
     from flashcore.bench.serve.report import summarise
     from flashcore.bench.serve.suite import run_serve
 
-    on_gpu = args.device == "cuda"
     head = _head(args)
-    clocks = []
-    idle = read_clocks(args.base_gpu) if on_gpu else {}
-
-    def after(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-        if on_gpu:
-            clocks.append({"after": text.split(":")[0], **read_clocks(args.base_gpu)})
+    clocks, after = _clocks(args)
 
     def whole(measured: dict[str, Any]) -> dict[str, Any]:
-        clocks_of_run = {"before": idle, "during": clocks}
         summary = summarise(measured["rows"])
-        return {**head, "clocks": clocks_of_run, **measured, "summary": summary}
+        return {**head, "clocks": clocks, **measured, "summary": summary}
 
     measured = run_serve(
         workloads,
@@ -267,6 +259,21 @@ def _measure(
     return _deliver(args, whole(measured))
 
 
+def _clocks(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[str], None]]:
+    """The GPU's clocks before the run and during it, and what to call after each part of it."""
+    from flashcore.bench.machine import read_clocks
+
+    on_gpu = args.device == "cuda"
+    during: list[dict[str, Any]] = []
+
+    def after(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+        if on_gpu:
+            during.append({"after": text.split(":")[0], **read_clocks(args.base_gpu)})
+
+    return {"before": read_clocks(args.base_gpu) if on_gpu else {}, "during": during}, after
+
+
 def _by_turns(
     args: argparse.Namespace, options: list[EngineOptions], workloads: list[Workload]
 ) -> int:
@@ -275,9 +282,11 @@ def _by_turns(
     from flashcore.bench.serve.turns import Plan, format_bars, run_turns
 
     head = _head(args)
+    clocks, after = _clocks(args)
 
     def whole(measured: dict[str, Any]) -> dict[str, Any]:
-        return {**head, **measured, "summary": summarise(measured["rows"])}
+        summary = summarise(measured["rows"])
+        return {**head, "clocks": clocks, **measured, "summary": summary}
 
     plan = Plan(repeats=args.repeats or 15, starts=args.starts, deadline=Deadline(args.deadline))
     measured = run_turns(
@@ -285,7 +294,7 @@ def _by_turns(
         options,
         plan,
         log_dir=args.log_dir,
-        after=lambda text: print(text, file=sys.stderr, flush=True),
+        after=after,
         keep=lambda measured: _write(args, whole(measured)),
     )
     print(format_bars(measured["bars"]))
