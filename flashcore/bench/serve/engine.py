@@ -219,6 +219,9 @@ class Engine:
             counts=str(self.counts) if self.counts else None,
         ).announce()
 
+        if not hasattr(Sglang, "run_scheduler_process_func"):
+            raise RuntimeError("this version of SGLang starts its schedulers in another way")
+
         class WithAdditions(Sglang):  # type: ignore[misc]
             run_scheduler_process_func = staticmethod(run)
 
