@@ -194,6 +194,37 @@ def test_a_check_writes_its_result_as_it_goes_and_at_the_end(
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_small_steps_write_as_they_go_and_print_their_bars(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashcore.bench.serve import turns
+
+    def run_turns(workloads: Any, options: Any, plan: Any, **how: Any) -> dict[str, Any]:
+        assert (plan.repeats, plan.starts) == (15, 3)
+        assert [one.backend for one in options] == ["flashcore", "fa3"]
+        rows = result_of([one.name for one in workloads], ["flashcore", "fa3"])["rows"]
+        ratio = {"step_ms": {"median": 0.4, "low": 0.4, "high": 0.4, "pairs": 16}}
+        rows = [{**row, "over_fa3": ratio} for row in rows]
+        measured = {"rows": rows, "bars": turns.bars(rows), "skipped": [], "engines": []}
+        how["after"]("4x16+8:40: done")
+        how["keep"](measured)
+        assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
+        return measured
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(turns, "run_turns", run_turns)
+    words = ["--small", "--workloads", "4x16+8:40", "--device", "cpu", "--starts", "3"]
+    assert bench_serve.run(parse(*words, "--json", str(tmp_path / "out.json"))) == 0
+    printed = capsys.readouterr()
+    assert "PASS  4x16+8:40" in printed.out
+    assert "4x16+8:40: done" in printed.err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert {"device", "driver", "commit", "date", "rows", "summary", "skipped"} <= set(result)
+    assert result["clocks"] == {"before": {}, "during": []}
+    again = ["--from-json", str(tmp_path / "out.json")]
+    assert bench_serve.run(parse(*again)) == 0
+
+
 def test_results_are_redrawn_and_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     first = result_of(["4x16+8:40", "5x16+8:40"], ["flashcore", "fa3"])
