@@ -1,4 +1,4 @@
-"""Fills the tables of README.md from the JSON files in results/: python benchmarks/report.py
+"""Fills the tables of README.md and docs/sglang.md from results/: python benchmarks/report.py
 
 Each table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test checks that what stands
 there is what the files say.
@@ -184,6 +184,85 @@ def serve_table(data: dict[str, Any]) -> str:
     )
 
 
+def serve_small_table(data: dict[str, Any]) -> str:
+    """Figures of serve_small_h100.json as Markdown: steps and first tokens, ours over fa3's."""
+    head = ["workload", "model", "what", "flashcore", "fa3", "flashcore / fa3"]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for by_backend in by_workload(data["rows"], "backend").values():
+        ours, theirs = by_backend.get("flashcore"), by_backend.get("fa3")
+        if ours is None or theirs is None:
+            continue
+        spec = ours["spec"].split("/")[-1]
+        for figure, what in SMALL_FIGURES.items():
+            ratio = ours["over_fa3"].get(figure)
+            if ratio is None:
+                continue
+            cells = (_small(row, figure) for row in (ours, theirs))
+            spread = f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+            rows.append(f"| {spec} | {ours['model']} | {what} | {' | '.join(cells)} | {spread} |")
+    versions = data["versions"]
+    runs = data.get("runs", [data])
+    return (
+        "\n".join(rows) + "\n\nMedians with quartiles; the ratio is the median over pairs taken in "
+        f"turn, with an interval of 95 % for it. {data['device']}, driver {data['driver']}, SGLang "
+        f"{versions['sglang']}, torch {versions['torch']}, sgl_kernel {versions['sglang-kernel']}, "
+        f"{data['date'][:10]}, commit {data['commit']}; "
+        + ", ".join(f"`{run['command']}`" for run in runs)
+    )
+
+
+def _small(row: dict[str, Any], figure: str) -> str:
+    spread = row.get(f"{figure}_quartiles")
+    quartiles = "" if spread is None else f" ({spread[0]:.3g} to {spread[1]:.3g})"
+    return f"{row[figure]:.3g} ms{quartiles}"
+
+
+SMALL_FIGURES = {
+    "step_ms": "decode step",
+    "ttft_ms": "first token",
+    "first_request_ttft_ms": "first token, first of its kind",
+}
+
+
+def models_table(data: dict[str, Any]) -> str:
+    """Rows of models_h100.json as Markdown: a line a model family."""
+    families: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        families.setdefault(row["family"], {})[row["backend"]] = row
+    head = ["model family", "served", "from", "mean difference", "triton from fa3", "same tokens"]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for family, by_backend in families.items():
+        ours = by_backend.get("flashcore")
+        if ours is None:
+            continue
+        served = "yes" if ours["passed"] else "no"
+        if ours.get("error"):
+            why = ours["error"].replace("|", "\\|")
+            rows.append(f"| {family} | {served}: {why} | | | {_peers(by_backend)} | |")
+            continue
+        peer = ours["peer"] or "nobody runs it"
+        mean = "" if ours["mean_difference"] is None else f"{ours['mean_difference']:.4f}"
+        same = "" if ours["same_tokens"] is None else f"{ours['same_tokens']} of {ours['tokens']}"
+        rows.append(f"| {family} | {served} | {peer} | {mean} | {_peers(by_backend)} | {same} |")
+    versions = data["versions"]
+    return (
+        "\n".join(rows) + "\n\nMean difference of log-probabilities, the larger of prompts' and "
+        f"decoded tokens'; made-up weights of unit gain. {data['device']}, driver "
+        f"{data['driver']}, SGLang {versions['sglang']}, torch {versions['torch']}, "
+        f"{data['date'][:10]}, commit {data['commit']}; `{data['command']}`"
+    )
+
+
+def _peers(by_backend: dict[str, dict[str, Any]]) -> str:
+    """How far triton lies from fa3, or which of them does not run."""
+    idle = [name for name, row in by_backend.items() if name != "flashcore" and row.get("error")]
+    if idle:
+        return f"{' and '.join(idle)} did not run"
+    triton = by_backend.get("triton")
+    known = triton is not None and triton["mean_difference"] is not None
+    return f"{triton['mean_difference']:.4f}" if triton is not None and known else ""
+
+
 def _served(row: dict[str, Any]) -> str:
     if row["tokens_per_s"] is None:
         return f"first token {row['ttft_ms']:.0f} ms"
@@ -209,12 +288,18 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "paged": ("paged_h100.json", paged_table),
     "serve": ("serve_h100.json", serve_table),
 }
+# Of measurements that a tree need not have: in whichever page has the markers.
+LATER: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "serve-small": ("serve_small_h100.json", serve_small_table),
+    "models": ("models_h100.json", models_table),
+}
+PAGES = (README, HERE.parent / "docs" / "sglang.md")
 
 
-def filled(text: str) -> str:
-    """README text with every known table made anew."""
-    for name, (file, table) in TABLES.items():
-        path = HERE / "results" / file
+def filled(text: str, results: Path = HERE / "results") -> str:
+    """A page's text with every known table made anew; those without a file stay as they are."""
+    for name, (file, table) in {**TABLES, **LATER}.items():
+        path = results / file
         if not path.exists():
             continue
         body = table(json.loads(path.read_text()))
@@ -224,4 +309,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import IO, Any
 
 from flashcore.bench.serve.engine import EngineOptions
+from flashcore.bench.serve.report import summarise
 from flashcore.bench.serve.shapes import SHAPES
 from flashcore.bench.serve.suite import WorkerError, run_serve
 from flashcore.bench.serve.workloads import Workload, parse_workload
@@ -65,3 +67,47 @@ def fake_run(texts: list[str], backends: list[str], **how: Any) -> tuple[dict[st
         start=lambda options, log: FakeWorker(options, calls),  # type: ignore[arg-type,return-value]
     )
     return result, calls
+
+
+class AskedWorker:
+    """A worker whose answers are those of `answer(options, command)`; it may raise WorkerError."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        log: IO[bytes],
+        answer: Callable[[EngineOptions, dict[str, Any]], dict[str, Any]],
+    ) -> None:
+        self.options, self.backend, self.log, self._answer = options, options.backend, log, answer
+
+    def __enter__(self) -> AskedWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self) -> None:
+        pass
+
+    def stop(self, patience: float = 90.0) -> None:
+        self.stopped = patience
+
+    def ready(self, timeout: float = 1.0) -> dict[str, Any]:
+        return {"start_s": 2.0, "capacity": 100, **self._answer(self.options, {"do": "start"})}
+
+    def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
+        return self._answer(self.options, command)
+
+
+def starting(
+    answer: Callable[[EngineOptions, dict[str, Any]], dict[str, Any]],
+) -> Callable[[EngineOptions, IO[bytes]], Any]:
+    """What starts such workers."""
+    return lambda options, log: AskedWorker(options, log, answer)
+
+
+def result_of(texts: list[str], backends: list[str]) -> dict[str, Any]:
+    """A whole result of such a run."""
+    measured, _ = fake_run(texts, backends)
+    about = {"device": "a GPU", "driver": "1", "commit": "abc", "date": "2026-01-01T00:00:00"}
+    return {**about, **measured, "summary": summarise(measured["rows"])}

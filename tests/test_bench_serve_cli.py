@@ -1,9 +1,8 @@
-"""The serving benchmark's report, command line, comparison of logits, and soak."""
+"""The serving benchmark's command line, comparison of logits, and soak."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -14,67 +13,19 @@ import pytest
 import torch
 
 from flashcore.bench import machine
+from flashcore.bench.serve import engine as engine_module
 from flashcore.bench.serve import soak as soak_module
 from flashcore.bench.serve.logits import compare, comparison_prompts, format_comparison
-from flashcore.bench.serve.report import format_table, plot, summarise
+from flashcore.bench.serve.shapes import SHAPES
 from flashcore.cli import bench_serve
 from tests import cli_calls
 from tests.cli_calls import assert_refused
-from tests.serve_fakes import fake_run
+from tests.serve_fakes import result_of
 
 VOCAB = 1000
 
 
-# Report and command line
-
-
-def result_of(texts: list[str], backends: list[str]) -> dict[str, Any]:
-    measured, _ = fake_run(texts, backends)
-    about = {"device": "a GPU", "driver": "1", "commit": "abc", "date": "2026-01-01T00:00:00"}
-    return {**about, **measured, "summary": summarise(measured["rows"])}
-
-
-def test_table_and_plot(tmp_path: Path) -> None:
-    result = result_of(["4x16+8:40", "4x16+8:1", "7x1+1:9"], ["flashcore", "fa3"])
-    table = format_table(result).splitlines()
-    assert table[1].split() == [
-        "4x16+8:40",
-        *["flashcore", "400", "10.00", "1.0", "2.500", "0.0", "1.38"],
-    ]
-    assert table[3].split()[:5] == ["4x16+8:1", "flashcore", "-", "-", "10.0"]
-    assert table[-1] == "not timed: fa3 on 7x1+1:9: needs room"
-    pytest.importorskip("matplotlib")
-    plot(result, tmp_path / "p.png")
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_table_of_the_readme() -> None:
-    path = Path(__file__).parent.parent / "benchmarks" / "report.py"
-    spec = importlib.util.spec_from_file_location("report", path)
-    assert spec is not None
-    assert spec.loader is not None
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
-    result = result_of(["4x16+8:40", "llama-3.2-1b/4x16+8:1"], ["flashcore", "fa3"])
-    named = ("sglang", "torch", "flashinfer-python", "sglang-kernel")
-    about = {"versions": dict.fromkeys(named, "1"), "command": "flashcore bench serve"}
-    lines = report.serve_table({**result, **about}).splitlines()
-    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
-    assert lines[2] == (
-        "| 4x16+8:40 | tiny | 400 tokens/s, 10.0 ms | 160 tokens/s, 25.0 ms | 2.50 |"
-    )
-    assert lines[3] == (
-        "| 4x16+8:1 | llama-3.2-1b | first token 10 ms | first token 25 ms | 2.50 |"
-    )
-    assert lines[-1].endswith("`flashcore bench serve`")
-    runs = {"runs": [{"command": "a"}, {"command": "b"}]}
-    assert report.serve_table({**result, **about, **runs}).endswith("; `a`, `b`")
-
-
-def test_table_without_the_baseline() -> None:
-    result = result_of(["4x16+8:40"], ["flashcore"])
-    assert format_table(result).splitlines()[1].split()[5] == "-"
-    assert "speed_over_fa3" not in result["summary"][0]
+# Command line
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -109,6 +60,18 @@ def test_refusals(
         (("--model-shape", "tiny"), "workload shared-16k: 17024 tokens a sequence, the limit of"),
         (("--workloads", "gpt/1x1+1:9"), "--model-shape gpt"),
         (("--layers", "33"), "--layers must be 1 to 32 for llama-3.1-8b, got 33"),
+        (("--small", "--workloads", "x"), "unknown workload 'x'"),
+        (("--base-gpu", "-1"), "--base-gpu must be at least 0, got -1"),
+        (("--dp-attention", "--tp", "2"), "--tp 2 must be a multiple of --dp 1, and that above 1"),
+        (("--dp-attention", "--tp", "3", "--dp", "2"), "--tp 3 must be a multiple of --dp 2"),
+        (("--only", "llama"), "--only goes with --families or --modes"),
+        (("--modes", "--resume"), "--resume goes with --families or --modes, and --log-dir"),
+        (("--hicache", "direct"), "--hicache goes with --soak"),
+        (("--soak", "1", "--hicache", "x"), "--hicache x: 'x' is not one of kernel, direct"),
+        (("--soak", "0"), "--soak must be more than 0 minutes, got 0"),
+        (("--deadline", "9"), "--deadline goes with --small, --families, --modes or --cycles"),
+        (("--logits", "--deadline", "9"), "--deadline does not go with --logits"),
+        (("--soak", "1", "--deadline", "9"), "--deadline does not go with --soak"),
     ],
 )
 def test_values_that_make_no_sense(words: tuple[str, ...], message: str) -> None:
@@ -124,6 +87,9 @@ def test_values_that_make_no_sense(words: tuple[str, ...], message: str) -> None
         ("--engine-args", "[1]"),
         ("--engine-args", "{"),
         ("--soak", "1", "--logits"),
+        ("--small", "--modes"),
+        ("--deadline", "0"),
+        ("--cycles", "0"),
     ],
 )
 def test_bad_options_exit_with_usage(words: tuple[str, ...]) -> None:
@@ -138,6 +104,125 @@ def test_no_gpu_is_named(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_refused(bench_serve, parse(), "torch sees no CUDA device", capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        ((), 1),
+        (("--base-gpu", "1"), 1),
+        (("--tp", "2"), 2),
+        (("--tp", "2", "--pp", "2"), 4),
+        (("--dp", "3"), 3),
+        (("--tp", "4", "--dp", "2", "--dp-attention"), 4),
+        (("--modes", "--gpus", "2"), 2),
+        (("--families", "somewhere", "--gpus", "4"), 4),
+        (("--cycles", "2", "--tp", "2"), 2),
+    ],
+)
+def test_too_few_gpus_are_refused(
+    words: tuple[str, ...],
+    needed: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = parse(*words)
+    there = args.base_gpu + needed - 1
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    told = f"it takes {needed} GPUs from number {args.base_gpu} on, there are {there}"
+    assert_refused(bench_serve, args, told, capsys)
+
+
+def test_options_reach_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashcore.bench.serve.engine import server_arguments
+
+    words = ("--tp", "4", "--dp", "2", "--dp-attention", "--base-gpu", "1", "--kv-pool", "4096")
+    options = bench_serve._options(parse(*words), "fa3", SHAPES["tiny"])
+    assert (options.gpus, options.max_total_tokens) == (4, 4096)
+    known = {"cuda_graph_bs", "cuda_graph_max_bs", "disable_prefill_cuda_graph"}
+    monkeypatch.setattr(engine_module, "_server_fields", lambda: known)
+    arguments = server_arguments(options, "/m")
+    wanted = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True, "base_gpu_id": 1}
+    assert wanted.items() <= arguments.items()
+    assert "pp_size" not in arguments
+
+
+@pytest.mark.parametrize(
+    ("words", "backends"),
+    [
+        ((), "flashcore,fa3"),
+        (("--small",), "flashcore,fa3"),
+        (("--modes",), "flashcore,fa3"),
+        (("--families", "x"), "flashcore,fa3,triton"),
+        (("--logits",), "flashcore,fa3,triton"),
+        (("--soak", "1"), "flashcore"),
+        (("--cycles", "1"), "flashcore"),
+    ],
+)
+def test_backends_by_what_is_asked(words: tuple[str, ...], backends: str) -> None:
+    assert bench_serve._default_backends(parse(*words)) == backends
+
+
+def test_a_check_writes_its_result_as_it_goes_and_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashcore.bench.serve import families
+
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    config = {**SHAPES["tiny"].config(), "model_type": "other"}
+    (tmp_path / "models" / "tiny" / "config.json").write_text(json.dumps(config))
+    written: list[int] = []
+
+    def run_families(found: Any, base: Any, backends: Any, places: Any, **how: Any) -> Any:
+        assert (places.gpus, places.jobs) == (1, 3)
+        assert how["log_dir"].is_dir()
+        row = {"family": found[0].name, "backend": "flashcore", "peer": None, "error": "x"}
+        how["keep"]({"rows": [row], "passed": False})
+        written.append(len(json.loads((tmp_path / "out.json").read_text())["rows"]))
+        return {"rows": [row, row], "passed": False}
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(families, "run_families", run_families)
+    words = ["--families", str(tmp_path / "models"), "--device", "cpu", "--jobs", "3"]
+    assert bench_serve.run(parse(*words, "--json", str(tmp_path / "out.json"))) == 1
+    assert written == [1]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert len(result["rows"]) == 2
+    assert {"device", "driver", "versions", "commit", "date", "command"} <= set(result)
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_small_steps_write_as_they_go_and_print_their_bars(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashcore.bench.serve import turns
+
+    def run_turns(workloads: Any, options: Any, plan: Any, **how: Any) -> dict[str, Any]:
+        assert (plan.repeats, plan.starts) == (15, 3)
+        assert [one.backend for one in options] == ["flashcore", "fa3"]
+        rows = result_of([one.name for one in workloads], ["flashcore", "fa3"])["rows"]
+        ratio = {"step_ms": {"median": 0.4, "low": 0.4, "high": 0.4, "pairs": 16}}
+        rows = [{**row, "over_fa3": ratio} for row in rows]
+        measured = {"rows": rows, "bars": turns.bars(rows), "skipped": [], "engines": []}
+        how["after"]("4x16+8:40: done")
+        how["keep"](measured)
+        assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
+        return measured
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(turns, "run_turns", run_turns)
+    words = ["--small", "--workloads", "4x16+8:40", "--device", "cpu", "--starts", "3"]
+    assert bench_serve.run(parse(*words, "--json", str(tmp_path / "out.json"))) == 0
+    printed = capsys.readouterr()
+    assert "PASS  4x16+8:40" in printed.out
+    assert "4x16+8:40: done" in printed.err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert {"device", "driver", "commit", "date", "rows", "summary", "skipped"} <= set(result)
+    assert result["clocks"] == {"before": {}, "during": []}
+    again = ["--from-json", str(tmp_path / "out.json")]
+    assert bench_serve.run(parse(*again)) == 0
 
 
 def test_results_are_redrawn_and_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +247,18 @@ def test_results_are_redrawn_and_joined(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "b").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="results of different devices"):
         bench_serve.run(parse(*words))
+
+
+def test_joined_results_by_turns_have_the_bars_of_their_rows(tmp_path: Path) -> None:
+    results = [result_of([text], ["flashcore", "fa3"]) for text in ("4x16+8:40", "5x16+8:40")]
+    for value, result in zip((0.9, 1.2), results, strict=True):
+        ratio = {"step_ms": {"median": value, "low": value, "high": value, "pairs": 9}}
+        result["rows"] = [{**row, "over_fa3": ratio} for row in result["rows"]]
+    joined = bench_serve._joined([*results, results[1]])
+    assert [(bar["workload"], bar["met"]) for bar in joined["bars"]] == [
+        ("4x16+8:40", True),
+        ("5x16+8:40", False),
+    ]
 
 
 @pytest.mark.parametrize(

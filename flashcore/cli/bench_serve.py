@@ -7,11 +7,13 @@ import json
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashcore.bench.serve.shapes import DEFAULT_SHAPE, SHAPES
+from flashcore.cli import bench_serve_checks
 from flashcore.cli.bench import positive, read_result, refuse
 
 if TYPE_CHECKING:
@@ -34,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--backends",
         metavar="A,B",
-        help="(default: flashcore,fa3; with --logits flashcore,fa3,triton; with --soak flashcore)",
+        help="(default: flashcore,fa3; with --logits and --families flashcore,fa3,triton; with "
+        "--soak and --cycles flashcore)",
     )
     add(
         "--workloads",
-        default=DEFAULT_WORKLOADS,
         metavar="A,B",
         help="names, or [MODEL/][GROUPS*]SEQUENCESxPREFIX+UNIQUE:OUTPUT in tokens, such as "
         f"64x16384+512:128 (default: {DEFAULT_WORKLOADS}; further names: headline-1b, headline-3b)",
@@ -47,9 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-shape",
         default=DEFAULT_SHAPE,
         metavar="NAME",
-        help=f"a config.json, or one of {', '.join(SHAPES)} (default: {DEFAULT_SHAPE})",
+        help="the config.json of any model that SGLang can load, or one of "
+        f"{', '.join(SHAPES)} (default: {DEFAULT_SHAPE})",
     )
-    add("--layers", type=positive, metavar="N", help="keep only N layers of the model")
+    add("--layers", type=positive, metavar="N", help="keep only N layers, some of each kind")
+    add("--tp", type=positive, default=1, metavar="N", help="tensor parallelism (default: 1)")
+    add("--pp", type=positive, default=1, metavar="N", help="pipeline parallelism (default: 1)")
+    add("--dp", type=positive, default=1, metavar="N", help="data parallelism (default: 1)")
+    add("--dp-attention", action="store_true", help="data parallelism of the attention only")
+    add("--base-gpu", type=int, default=0, metavar="N", help="the first GPU to use (default: 0)")
     add("--page-size", type=positive, default=64, metavar="N", help="(default: 64)")
     add(
         "--mem-fraction",
@@ -58,7 +66,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="part of the GPU's memory for weights and KV cache (default: 0.88)",
     )
-    add("--repeats", type=positive, default=3, metavar="N", help="samples each (default: 3)")
+    add(
+        "--kv-pool",
+        type=positive,
+        metavar="TOKENS",
+        help="size of the KV cache, where several engines share a GPU (default: what fits)",
+    )
+    add(
+        "--repeats",
+        type=positive,
+        metavar="N",
+        help="samples each (default: 3; with --small 15)",
+    )
     add(
         "--rounds",
         type=positive,
@@ -80,20 +99,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="further arguments of sglang.Engine, as a JSON object",
     )
     add("--device", default="cuda", choices=["cuda", "cpu"], help=argparse.SUPPRESS)
+    add(
+        "--deadline",
+        type=_seconds,
+        metavar="SECONDS",
+        help="stop after so long with what there is; not with --soak, and not while engines are "
+        "timed one after the other",
+    )
     other = parser.add_mutually_exclusive_group()
     other.add_argument(
-        "--logits",
+        "--small",
         action="store_true",
-        help="time nothing: compare the logits of 32 greedy steps between the backends, with "
-        "weights that make attention matter",
+        help="small steps and first tokens: all engines side by side, sample by sample in turn, "
+        "medians of ratios with an interval, the first request of each kind after a start apart",
     )
-    other.add_argument(
-        "--soak",
-        type=float,
-        metavar="MINUTES",
-        help="time nothing: mixed load for so long on the first backend; fails on an error, a "
-        "value that is not finite, or growing memory",
-    )
+    bench_serve_checks.add_arguments(parser, other)
     add("--log-dir", type=Path, metavar="DIR", help="keep the engines' logs there")
     add("--json", type=Path, metavar="FILE", help="write the result as JSON, after every workload")
     add("--plot", type=Path, metavar="FILE.png", help="draw it; needs matplotlib")
@@ -103,6 +123,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="FILE",
         help="time nothing: print and plot results that --json wrote; several are joined",
+    )
+    add(
+        "--starts",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="with --small: sets of fresh engines (default: 2)",
     )
     add("--commit", help="commit to record where the package is no git checkout")
 
@@ -128,23 +155,28 @@ def _run(args: argparse.Namespace) -> int:
     from flashcore.bench.serve.suite import WorkerError
 
     shape = model_shape(args.model_shape, layers=args.layers)
-    workloads = _workloads(args, shape) if args.soak is None and not args.logits else []
+    workloads = [] if bench_serve_checks.asked(args) else _workloads(args, shape)
     backends = (args.backends or _default_backends(args)).split(",")
     if not all(backends):
         return refuse(f"--backends {args.backends!r}: an empty name")
+    options = [_options(args, backend, shape) for backend in backends]
+    needed = bench_serve_checks.gpus(args, options[0].gpus)
     if find_spec("sglang") is None:
         return refuse("SGLang is not installed: pip install 'flashcore-attention[sglang]'")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        return refuse("torch sees no CUDA device to serve on")
-    options = [_options(args, backend, shape) for backend in backends]
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            return refuse("torch sees no CUDA device to serve on")
+        if args.base_gpu + needed > torch.cuda.device_count():
+            return refuse(
+                f"it takes {needed} GPUs from number {args.base_gpu} on, there are "
+                f"{torch.cuda.device_count()}"
+            )
     # By default SIGTERM would leave the engines running.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        if args.soak is not None:
-            return _soak(args, options[0])
-        if args.logits:
-            return _logits(args, options)
-        return _measure(args, options, workloads)
+        if bench_serve_checks.asked(args):
+            return bench_serve_checks.run(args, options, _head, _write)
+        return (_by_turns if args.small else _measure)(args, options, workloads)
     except WorkerError as error:
         print(f"flashcore bench: {error}", file=sys.stderr)
         return 1
@@ -152,9 +184,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _workloads(args: argparse.Namespace, shape: ModelShape) -> list[Workload]:
     from flashcore.bench.serve.shapes import model_shape
-    from flashcore.bench.serve.workloads import parse_workload
+    from flashcore.bench.serve.workloads import SMALL, parse_workload
 
-    workloads = [parse_workload(text) for text in args.workloads.split(",")]
+    default = ",".join(SMALL) if args.small else DEFAULT_WORKLOADS
+    workloads = [parse_workload(text) for text in (args.workloads or default).split(",")]
     if len({workload.name for workload in workloads}) < len(workloads):
         raise ValueError("--workloads names one of them twice")
     for workload in workloads:
@@ -169,22 +202,33 @@ def _workloads(args: argparse.Namespace, shape: ModelShape) -> list[Workload]:
 
 
 def _default_backends(args: argparse.Namespace) -> str:
-    if args.soak is not None:
+    if args.soak is not None or args.cycles is not None:
         return "flashcore"
-    return "flashcore,fa3,triton" if args.logits else "flashcore,fa3"
+    three = args.logits or args.families is not None
+    return "flashcore,fa3,triton" if three else "flashcore,fa3"
 
 
 def _options(args: argparse.Namespace, backend: str, shape: ModelShape) -> EngineOptions:
     from flashcore.bench.serve.engine import EngineOptions
 
+    if args.base_gpu < 0:
+        raise ValueError(f"--base-gpu must be at least 0, got {args.base_gpu}")
+    if args.dp_attention and (args.dp == 1 or args.tp % args.dp):
+        raise ValueError(
+            f"--dp-attention: --tp {args.tp} must be a multiple of --dp {args.dp}, and that above 1"
+        )
     return EngineOptions(
         backend=backend,
         shape=shape,
         decode_batches=(),
         page_size=args.page_size,
         mem_fraction=args.mem_fraction,
+        max_total_tokens=args.kv_pool,
         prefill_graph=args.prefill_graph,
         device=args.device,
+        base_gpu=args.base_gpu,
+        ranks=(args.tp, args.pp, args.dp),
+        dp_attention=args.dp_attention,
         extra=tuple(args.engine_args.items()),
     )
 
@@ -192,29 +236,20 @@ def _options(args: argparse.Namespace, backend: str, shape: ModelShape) -> Engin
 def _measure(
     args: argparse.Namespace, options: list[EngineOptions], workloads: list[Workload]
 ) -> int:
-    from flashcore.bench.machine import read_clocks
     from flashcore.bench.serve.report import summarise
     from flashcore.bench.serve.suite import run_serve
 
-    on_gpu = args.device == "cuda"
     head = _head(args)
-    clocks = []
-    idle = read_clocks(0) if on_gpu else {}
-
-    def after(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-        if on_gpu:
-            clocks.append({"after": text.split(":")[0], **read_clocks(0)})
+    clocks, after = _clocks(args)
 
     def whole(measured: dict[str, Any]) -> dict[str, Any]:
-        clocks_of_run = {"before": idle, "during": clocks}
         summary = summarise(measured["rows"])
-        return {**head, "clocks": clocks_of_run, **measured, "summary": summary}
+        return {**head, "clocks": clocks, **measured, "summary": summary}
 
     measured = run_serve(
         workloads,
         options,
-        repeats=args.repeats,
+        repeats=args.repeats or 3,
         rounds=args.rounds,
         together=args.together,
         log_dir=args.log_dir,
@@ -224,24 +259,46 @@ def _measure(
     return _deliver(args, whole(measured))
 
 
-def _logits(args: argparse.Namespace, options: list[EngineOptions]) -> int:
-    from flashcore.bench.serve.logits import compare_backends, format_comparison
+def _clocks(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[str], None]]:
+    """The GPU's clocks before the run and during it, and what to call after each part of it."""
+    from flashcore.bench.machine import read_clocks
 
-    result = compare_backends(options, log_dir=args.log_dir)
-    print(format_comparison(result))
-    _write(args, {**_head(args), **result})
-    return 0 if result["passed"] else 1
+    on_gpu = args.device == "cuda"
+    during: list[dict[str, Any]] = []
+
+    def after(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+        if on_gpu:
+            during.append({"after": text.split(":")[0], **read_clocks(args.base_gpu)})
+
+    return {"before": read_clocks(args.base_gpu) if on_gpu else {}, "during": during}, after
 
 
-def _soak(args: argparse.Namespace, options: EngineOptions) -> int:
-    from flashcore.bench.serve.soak import format_soak, run_soak
+def _by_turns(
+    args: argparse.Namespace, options: list[EngineOptions], workloads: list[Workload]
+) -> int:
+    from flashcore.bench.serve.deadline import Deadline
+    from flashcore.bench.serve.report import summarise
+    from flashcore.bench.serve.turns import Plan, format_bars, run_turns
 
-    if not args.soak > 0:
-        return refuse(f"--soak must be more than 0 minutes, got {args.soak}")
-    result = run_soak(options, minutes=args.soak, log_dir=args.log_dir)
-    print(format_soak(result))
-    _write(args, {**_head(args), **result})
-    return 0 if result["passed"] else 1
+    head = _head(args)
+    clocks, after = _clocks(args)
+
+    def whole(measured: dict[str, Any]) -> dict[str, Any]:
+        summary = summarise(measured["rows"])
+        return {**head, "clocks": clocks, **measured, "summary": summary}
+
+    plan = Plan(repeats=args.repeats or 15, starts=args.starts, deadline=Deadline(args.deadline))
+    measured = run_turns(
+        workloads,
+        options,
+        plan,
+        log_dir=args.log_dir,
+        after=after,
+        keep=lambda measured: _write(args, whole(measured)),
+    )
+    print(format_bars(measured["bars"]))
+    return _deliver(args, whole(measured))
 
 
 def _head(args: argparse.Namespace) -> dict[str, Any]:
@@ -283,6 +340,7 @@ def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:
     Raises ValueError if they are of different devices.
     """
     from flashcore.bench.serve.report import summarise
+    from flashcore.bench.serve.turns import bars
 
     if len(results) == 1:
         return results[0]
@@ -297,6 +355,8 @@ def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:
         key: [value for result in results for value in result.get(key, [])]
         for key in ("skipped", "engines")
     }
+    if any("over_fa3" in row for row in rows):
+        joined["bars"] = bars([row for row in rows if "over_fa3" in row])
     runs = [{key: r.get(key) for key in ("date", "commit", "command", "clocks")} for r in results]
     return {**results[0], **joined, "rows": rows, "summary": summarise(rows), "runs": runs}
 
@@ -324,6 +384,13 @@ def _fraction(text: str) -> float:
     number = float(text)
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {number}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {number}")
     return number
 
 

@@ -1,7 +1,9 @@
-"""The serving benchmark: SGLang's engine with dummy weights, one attention backend beside another.
+"""The serving benchmark: SGLang's engine with made-up weights, backend beside backend.
 
-`shapes` and `workloads` say what is run, `timeline` turns token arrivals into figures, `engine`
-starts SGLang and sends requests, `measure`, `logits` and `soak` are the three things done with an
-engine, `worker` is the process that holds one, `suite` starts the workers and collects, `report`
-prints.
+`shapes`, `configs` and `workloads` say what is run. `engine` starts SGLang and sends requests;
+`scheduler` adds `weights`, the `clock` and the counts of `hicache` to its processes. `worker` is
+the process that holds an engine and does what it is asked: `measure`, `session`, `answers`,
+`logits`, `soak`, `cycles`. `suite` starts workers one after the other or together, `turns` has them
+take turns, `pool` runs many; `families` and `modes` say which. `timeline` and `spread` are the
+arithmetic, `deadline` ends a run in time, `report` prints.
 """

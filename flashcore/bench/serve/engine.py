@@ -7,12 +7,15 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashcore.bench.serve.clock import Clock
+from flashcore.bench.serve.scheduler import Additions, run
 from flashcore.bench.serve.shapes import ModelShape
 from flashcore.bench.serve.timeline import Timeline
 
@@ -45,10 +48,23 @@ class EngineOptions:
     chunked_prefill: int = 8192
     prefill_graph: bool = False
     overlap: bool = True
-    random_weights: bool = False  # weights of unit gain instead of SGLang's dummy weights
+    score_deviation: float | None = None  # weights of unit gain, attention scores that deviate so
+    checkpoint: bool = False  # such weights in a file, of a Llama-like shape
+    clock: bool = False  # the steps' times, from the scheduler itself
+    counts: bool = False  # evictions and loads of the hierarchical cache
+    draft: str | None = None  # config.json of a draft model
     logit_processor: bool = False
     device: str = "cuda"
+    base_gpu: int = 0
+    ranks: tuple[int, int, int] = (1, 1, 1)  # tensor, pipeline, data parallelism
+    dp_attention: bool = False
     extra: tuple[tuple[str, Any], ...] = ()  # further ServerArgs
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it takes. Data-parallel attention divides those of tensor parallelism."""
+        tensor, pipeline, data = self.ranks
+        return tensor * pipeline * (1 if self.dp_attention else data)
 
 
 def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
@@ -60,7 +76,7 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
     batches = sorted({1, *options.decode_batches})
     arguments: dict[str, Any] = {
         "model_path": model_path,
-        "load_format": "auto" if options.random_weights else "dummy",
+        "load_format": "auto" if options.checkpoint else "dummy",
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
         "device": options.device,
@@ -77,6 +93,13 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
         "disable_overlap_schedule": not options.overlap,
         "enable_custom_logit_processor": options.logit_processor,
     }
+    if options.base_gpu:
+        arguments["base_gpu_id"] = options.base_gpu
+    for name, ranks in zip(("tp_size", "pp_size", "dp_size"), options.ranks, strict=True):
+        if ranks > 1:
+            arguments[name] = ranks
+    if options.dp_attention:
+        arguments["enable_dp_attention"] = True
     if options.max_total_tokens is not None:
         arguments["max_total_tokens"] = options.max_total_tokens
     if options.device == "cuda":
@@ -113,10 +136,10 @@ def _first_known(known: set[str], *names: str) -> str:
     raise ValueError(f"this version of SGLang has none of the arguments {', '.join(names)}")
 
 
-def write_model(shape: ModelShape, folder: Path, *, random_weights: bool, device: str) -> None:
-    """The model's config.json in `folder`, and with `random_weights` its weights."""
+def write_model(shape: ModelShape, folder: Path, *, checkpoint: bool, device: str) -> None:
+    """The model's config.json in `folder`, and with `checkpoint` its weights."""
     folder.joinpath("config.json").write_text(json.dumps(shape.config(), indent=1))
-    if random_weights:
+    if checkpoint:
         import torch
         from safetensors.torch import save_file
 
@@ -129,9 +152,8 @@ def write_model(shape: ModelShape, folder: Path, *, random_weights: bool, device
 def random_tensors(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:
     """Weights in bfloat16 by their names in a checkpoint, the same every time; made on `device`.
 
-    They keep activations at unit scale and make attention prefer some tokens, so that an error in
-    attention shows in the logits. With SGLang's dummy weights, all below 1e-3, every logit is next
-    to zero and every token weighs the same.
+    Like those of `weights`, for a Llama-like shape: what an engine reads that has to load them
+    again.
     """
     import torch
 
@@ -170,27 +192,43 @@ def random_tensors(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:
 
 def load() -> None:
     """Import what an engine is made of, so that it starts the sooner."""
-    import sglang
+    from sglang.srt.entrypoints import engine
+    from sglang.srt.managers import scheduler  # noqa: F401
 
-    _ = sglang.Engine  # imported when it is named
+    _ = engine.Engine
 
 
 class Engine:
     """A running SGLang engine. Only one in a process."""
 
     def __init__(self, options: EngineOptions, folder: Path) -> None:
-        import sglang
+        from sglang.srt.entrypoints.engine import Engine as Sglang
 
-        write_model(
-            options.shape,
-            folder,
-            random_weights=options.random_weights,
-            device=options.device,
-        )
-        self.options = options
+        write_model(options.shape, folder, checkpoint=options.checkpoint, device=options.device)
+        self.options, self.folder = options, folder
         self.arguments = server_arguments(options, str(folder))
+        if options.draft is not None:
+            (folder / "draft").mkdir()
+            (folder / "draft" / "config.json").write_text(options.draft)
+            self.arguments["speculative_draft_model_path"] = str(folder / "draft")
+        self.clock = Clock(folder / "clock") if options.clock else None
+        self.counts = folder / "counts" if options.counts else None
+        Additions(
+            score_deviation=options.score_deviation,
+            clock=str(folder / "clock") if options.clock else None,
+            counts=str(self.counts) if self.counts else None,
+        ).announce()
+
+        if not hasattr(Sglang, "run_scheduler_process_func"):
+            raise RuntimeError("this version of SGLang starts its schedulers in another way")
+
+        class WithAdditions(Sglang):  # type: ignore[misc]
+            run_scheduler_process_func = staticmethod(run)
+
+        if self.arguments.get("enable_memory_saver"):  # SGLang leaves graphs out otherwise
+            os.environ.setdefault("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "1")
         started = time.perf_counter()
-        self._engine = sglang.Engine(**self.arguments)
+        self._engine = WithAdditions(**self.arguments)
         self.start_seconds = time.perf_counter() - started
         info = self._engine.get_server_info()
         self.capacity = int(info["max_total_num_tokens"])
@@ -248,6 +286,59 @@ class Engine:
         answers: list[dict[str, Any]] = self._engine.generate(**options)
         return answers
 
+    def seconds(
+        self, prompts: Sequence[list[int]], output: int, *, temperature: float = 0.0
+    ) -> float:
+        """Send all prompts at once; wall time until all of each answer is there, not streamed."""
+        sampling = {"max_new_tokens": output, "ignore_eos": True, "temperature": temperature}
+        started = time.perf_counter()
+        answers = self._engine.generate(input_ids=list(prompts), sampling_params=sampling)
+        taken = time.perf_counter() - started
+        short = [n for a in answers if (n := a["meta_info"]["completion_tokens"]) != output]
+        if short:
+            raise RuntimeError(f"a request answered {short[0]} tokens instead of {output}")
+        return taken
+
+    def settle(self) -> None:
+        """Collect garbage now, and leave what is alive out of later collections."""
+        import gc
+
+        gc.collect()
+        gc.freeze()
+        self._engine.freeze_gc()
+
+    def release(self) -> None:
+        """Give back the memory of KV cache, weights and CUDA graphs."""
+        self._engine.release_memory_occupation()
+
+    def resume(self) -> None:
+        self._engine.resume_memory_occupation()
+
+    def load_weights(self) -> str:
+        """Read the weights from their file once more; says why if that failed, else nothing."""
+        return _problem(self._engine.update_weights_from_disk(str(self.folder)))
+
+    def update_weights(self) -> str:
+        """Hand the same weights over as tensors; says why if that failed, else nothing."""
+        from safetensors.torch import load_file
+
+        device = self.options.device
+        device = f"{device}:{self.options.base_gpu}" if device == "cuda" else device
+        tensors = load_file(self.folder / "model.safetensors", device=device)
+        return _problem(self._engine.update_weights_from_tensor(list(tensors.items())))
+
+    async def pause(self) -> None:
+        """Stop generating; what runs stays where it is."""
+        from sglang.srt.managers.io_struct import PauseGenerationReqInput
+
+        request = PauseGenerationReqInput(mode="in_place")
+        await self._engine.tokenizer_manager.pause_generation(request)
+
+    async def go_on(self) -> None:
+        from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+        await self._engine.tokenizer_manager.continue_generation(ContinueGenerationReqInput())
+
     def abort(self, request: str) -> None:
         """Stop a request by its id; an id that is not running is ignored."""
         self._engine.tokenizer_manager.abort_request(rid=request)
@@ -263,3 +354,9 @@ class Engine:
 
     def stop(self) -> None:
         self._engine.shutdown()
+
+
+def _problem(done: Any) -> str:
+    """What an update of weights says of itself if it failed: a tuple, or an object, by version."""
+    success, message = done[:2] if isinstance(done, tuple) else (done.success, done.message)
+    return "" if success else str(message)

@@ -135,7 +135,7 @@ def _fitted(options: EngineOptions) -> EngineOptions:
         options,
         # Steps are counted by the tokens a request has, which overlap would run behind.
         overlap=False,
-        random_weights=True,
+        score_deviation=2.5,
         logit_processor=True,
         decode_batches=(len(prompts),),
         max_total_tokens=options.max_total_tokens or 2 * sum(map(len, prompts)),

@@ -56,9 +56,14 @@ def measure(
 def _time_to_first_token(
     engine: Runner, workload: Workload, prompts: Prompts, page: int, repeats: int
 ) -> list[Sample]:
-    """Fresh unique parts every time; the prefixes stay in the cache, being used all the time."""
-    engine.run(prompts.batch(), 1)
-    return [_first_token_sample(engine.run(prompts.batch(), 1)) for _ in range(repeats)]
+    """Fresh unique parts every time; the prefixes stay in the cache, being used all the time.
+
+    The first batch is timed apart: it may be the engine's first of that kind.
+    """
+    first = first_token_sample(engine.run(prompts.batch(), 1))
+    samples = [first_token_sample(engine.run(prompts.batch(), 1)) for _ in range(repeats)]
+    samples[0]["first_request_ttft_ms"] = first["ttft_ms"]
+    return samples
 
 
 def _decode(
@@ -71,7 +76,7 @@ def _decode(
     """
     batch = prompts.batch()
     temperature = 0.0 if workload.unique else 1.0  # samples of one prompt shall differ
-    first = _first_token_sample(engine.run(batch, 1))
+    first = first_token_sample(engine.run(batch, 1))
     engine.run(batch, min(WARM_TOKENS, workload.output), temperature=temperature)
     samples = []
     for number in range(repeats):
@@ -87,12 +92,13 @@ def _decode(
                 "retractions": sum(timeline.retractions for timeline in timelines),
             }
         )
-        if number == 0:  # the prompts were new only once
-            samples[0].update(first)
+        if number == 0:  # the prompts were new only once, and perhaps their kind
+            samples[0].update(first, first_request_ttft_ms=first["ttft_ms"])
     return samples
 
 
-def _first_token_sample(timelines: Sequence[Timeline]) -> Sample:
+def first_token_sample(timelines: Sequence[Timeline]) -> Sample:
+    """Of one batch sent at once."""
     mean, largest = first_token_seconds(timelines)
     return {
         "ttft_ms": 1e3 * mean,

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flashcore.bench.serve.configs import cut_layers, text_config
+
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama-like decoder (gated MLP, grouped-query attention), 16-bit weights and KV."""
+    """Sizes of a Llama-like decoder (gated MLP, grouped-query attention), 16-bit weights and KV.
+
+    With `source`, a config.json as text, it is whatever model that describes; its sizes are then
+    those that the config names, and what a step reads is not known.
+    """
 
     name: str
     layers: int
@@ -23,6 +30,7 @@ class ModelShape:
     context: int = 131072  # tokens
     tied: bool = False  # the output layer is the embedding
     qwen: bool = False  # Qwen2: biases on q, k and v
+    source: str | None = None
 
     @property
     def longest(self) -> int:
@@ -30,8 +38,13 @@ class ModelShape:
         return self.context - 2
 
     @property
-    def weight_bytes_per_step(self) -> int:
-        """Bytes of the weights that a decode step reads: every layer and the output layer."""
+    def weight_bytes_per_step(self) -> int | None:
+        """Bytes of the weights that a decode step reads: every layer and the output layer.
+
+        None for a model of another family, of which the sizes say too little.
+        """
+        if self.source is not None and json.loads(self.source)["model_type"] not in _FAMILIES:
+            return None
         projections = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         layer = projections + 3 * self.hidden * self.intermediate
         return 2 * (self.layers * layer + self.hidden * self.vocab)
@@ -43,6 +56,9 @@ class ModelShape:
 
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
+        if self.source is not None:
+            source: dict[str, Any] = json.loads(self.source)
+            return source
         family = ("Qwen2ForCausalLM", "qwen2") if self.qwen else ("LlamaForCausalLM", "llama")
         return {
             "architectures": [family[0]],
@@ -77,14 +93,21 @@ SHAPES = {
 }
 DEFAULT_SHAPE = "llama-3.1-8b"
 _FAMILIES = {"llama": False, "qwen2": True}
+_PLAIN = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 
 
 def model_shape(name: str, *, layers: int | None = None) -> ModelShape:
     """A named shape, or that of a model's config.json; `layers` keeps only that many of them.
 
-    Raises ValueError for an unknown name or a model of another family.
+    A name that ends in -8l is that shape with 8 layers.
+
+    Raises ValueError for an unknown name, a config without the sizes that are needed, or so few
+    layers that one of its kinds would be missing.
     """
     shape = SHAPES.get(name)
+    short = re.fullmatch(r"(.+)-(\d+)l", name)
+    if shape is None and short is not None and short[1] in SHAPES and layers is None:
+        return model_shape(short[1], layers=int(short[2]))
     if shape is None:
         path = Path(name)
         if not path.is_file():
@@ -96,6 +119,12 @@ def model_shape(name: str, *, layers: int | None = None) -> ModelShape:
         return shape
     if not 1 <= layers <= shape.layers:
         raise ValueError(f"--layers must be 1 to {shape.layers} for {shape.name}, got {layers}")
+    if shape.source is not None:
+        try:
+            source = json.dumps(cut_layers(json.loads(shape.source), layers))
+        except ValueError as error:
+            raise ValueError(f"--layers for {shape.name} {error}") from None
+        shape = replace(shape, source=source)
     return replace(shape, layers=layers, name=f"{shape.name}-{layers}l")
 
 
@@ -103,23 +132,30 @@ def _from_config(path: Path) -> ModelShape:
     try:
         config = json.loads(path.read_text())
         family = config["model_type"]
-        if family not in _FAMILIES:
-            raise ValueError(f"model_type {family!r} is not one of {', '.join(_FAMILIES)}")
-        heads = config["num_attention_heads"]
+        text = text_config(config)
+        architectures = config.get("architectures") or [None]
+        plain = family in _FAMILIES and architectures[0] in (None, *_PLAIN)
+        heads = text["num_attention_heads"]
         return ModelShape(
             name=path.resolve().parent.name if path.name == "config.json" else path.stem,
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            intermediate=config["intermediate_size"],
+            layers=text["num_hidden_layers"],
+            hidden=text["hidden_size"],
+            intermediate=text["intermediate_size"] if plain else text.get("intermediate_size", 0),
             heads=heads,
-            kv_heads=config.get("num_key_value_heads", heads),
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocab=config["vocab_size"],
-            context=config["max_position_embeddings"],
-            tied=config.get("tie_word_embeddings", False),
-            qwen=_FAMILIES[family],
+            kv_heads=text.get("num_key_value_heads", heads),
+            head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+            vocab=text["vocab_size"],
+            context=text["max_position_embeddings"],
+            tied=text.get("tie_word_embeddings", False),
+            qwen=_FAMILIES.get(family, False),
+            source=None if plain and not _departs(text) else json.dumps(config),
         )
     except KeyError as error:
         raise ValueError(f"--model-shape {path}: it has no {error.args[0]}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"--model-shape {path}: {error}") from error
+
+
+def _departs(text: dict[str, Any]) -> bool:
+    """Whether a Llama or Qwen2 has more to it than the sizes."""
+    return bool(text.get("rope_scaling") or text.get("use_sliding_window"))

@@ -22,12 +22,21 @@ from pathlib import Path
 from typing import Any
 
 from flashcore.bench.serve.engine import Engine, EngineOptions
+from flashcore.bench.serve.hicache import read_counts
 from flashcore.bench.serve.workloads import RESERVED_IDS
 
 GRAPH_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MAX_HOST_GROWTH_MIB = 256
 MAX_DEVICE_GROWTH_MIB = 64
 MAX_CANARY_DRIFT = 0.5  # of a log-probability; logits have a deviation of about 3
+# With a hierarchical cache: so many prefixes that most are on the host when they are asked for.
+HICACHE_PREFIXES = 48
+HICACHE_RATIO = 4.0  # of the host's pool to the GPU's
+HICACHE_LAYOUTS = {
+    "kernel": ("page_first", "layer_first"),
+    "direct": ("page_first_direct", "layer_first"),
+}
+HICACHE_BAR = 1000  # evictions and loads each that make a soak worth its name
 _OUTSTANDING = 96  # requests at a time, half as many again as may run
 _SAMPLE_EVERY_S = 5.0
 _TOLD_EVERY_S = 60.0
@@ -60,14 +69,18 @@ class Record:
 
 
 class Traffic:
-    """Draws requests: (kind, prompts, output tokens). The same for the same seed."""
+    """Draws requests: (kind, prompts, output tokens). The same for the same seed.
 
-    def __init__(self, vocab: int, longest: int, seed: int) -> None:
+    Prefixes are at most an eighth of the longest sequence; `prefixes` of them live at a time.
+    """
+
+    def __init__(self, vocab: int, longest: int, seed: int, prefixes: int = 4) -> None:
         self._random = random.Random(seed)
         self._vocab, self._longest = vocab, longest
         self._prefixes: list[list[int]] = []
         self._turns: list[list[int]] = []
-        for _ in range(4):
+        self._living = prefixes
+        for _ in range(prefixes):
             self.renew_prefix()
 
     def ids(self, count: int) -> list[int]:
@@ -78,7 +91,10 @@ class Traffic:
         room = self._longest // 8
         stem = self._random.choice(self._prefixes) if self._prefixes else []
         stem = stem if self._random.random() < 0.5 and len(stem) < room else []
-        self._prefixes = [*self._prefixes[-3:], stem + self.ids(self._random.randint(1, room))]
+        self._prefixes = [
+            *self._prefixes[1 - self._living :],
+            stem + self.ids(self._random.randint(1, room)),
+        ]
 
     def draw(self) -> tuple[str, list[list[int]], int]:
         pick = self._random
@@ -115,8 +131,10 @@ def soak(engine: Engine, *, minutes: float, seed: int) -> dict[str, Any]:
     """Load the engine for so long; the result without its verdict."""
     record = Record()
     engine.loop.run_until_complete(_Soak(engine, record, seed).run(60 * minutes))
+    counts = read_counts(engine.counts) if engine.counts is not None else None
     engine.flush()  # refused while anything is held by a request
     return {
+        **({} if engine.counts is None else {"hicache": counts}),
         "minutes": minutes,
         "requests": dict(record.requests),
         "tokens": record.tokens,
@@ -132,7 +150,8 @@ class _Soak:
         self._engine, self._record = engine, record
         shape = engine.options.shape
         self._vocab = shape.vocab
-        self._traffic = Traffic(shape.vocab, shape.longest, seed)
+        prefixes = HICACHE_PREFIXES if engine.counts is not None else 4
+        self._traffic = Traffic(shape.vocab, shape.longest, seed, prefixes)
         self._canary = Traffic(shape.vocab, shape.longest, 0).ids(min(1500, shape.longest // 4))
         self._expected: list[tuple[float, int]] | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -301,23 +320,53 @@ def growth(memory: Sequence[Sequence[float | None]], column: int) -> float | Non
 
 
 def run_soak(
-    options: EngineOptions, *, minutes: float, seed: int = 0, log_dir: Path | None = None
+    options: EngineOptions,
+    *,
+    minutes: float,
+    seed: int = 0,
+    log_dir: Path | None = None,
+    hicache: str | None = None,
 ) -> dict[str, Any]:
-    """Soak an engine that has less cache than the load would fill; result and verdict."""
+    """Soak an engine that has less cache than the load would fill; result and verdict.
+
+    `hicache`: IO[:LAYOUT] of a hierarchical cache, such as `direct` or `kernel:layer_first`.
+    """
     from flashcore.bench.serve.suite import Worker, log_file
 
     context = options.shape.context
     ready = replace(
         options,
-        random_weights=True,
+        score_deviation=2.5,
         decode_batches=GRAPH_BATCHES,
-        max_total_tokens=options.max_total_tokens or 2 * context,
+        max_total_tokens=options.max_total_tokens or (9 * context // 8 if hicache else 2 * context),
     )
+    if hicache is not None:
+        ready = replace(ready, counts=True, extra=(*hicache_arguments(hicache), *options.extra))
     with log_file(log_dir, ready) as log, Worker(ready, log) as worker:
         worker.ready()
         command = {"do": "soak", "minutes": minutes, "seed": seed}
         result = worker.ask(command, 60 * minutes + 600)
     return judged({"backend": options.backend, "model": options.shape.name, **result})
+
+
+def hicache_arguments(text: str) -> tuple[tuple[str, Any], ...]:
+    """Arguments of an engine with a hierarchical cache, from IO[:LAYOUT].
+
+    Raises ValueError for an I/O backend or a pair that SGLang would change by itself.
+    """
+    io, _, layout = text.partition(":")
+    layouts = HICACHE_LAYOUTS.get(io)
+    if layouts is None:
+        raise ValueError(f"--hicache {text}: {io!r} is not one of {', '.join(HICACHE_LAYOUTS)}")
+    layout = layout or layouts[0]
+    if layout not in layouts:
+        raise ValueError(f"--hicache {text}: with {io}, {layout!r} is not one of {layouts}")
+    return (
+        ("enable_hierarchical_cache", True),
+        ("hicache_ratio", HICACHE_RATIO),
+        ("hicache_io_backend", io),
+        ("hicache_mem_layout", layout),
+    )
 
 
 def judged(result: dict[str, Any]) -> dict[str, Any]:
@@ -336,6 +385,13 @@ def judged(result: dict[str, Any]) -> dict[str, Any]:
         failures.append(f"the fixed prompt drifted by {drift:.3f}, limit {MAX_CANARY_DRIFT}")
     if not result["requests"].get("aborted") or not result["tokens"]:
         failures.append("too short: no request was answered, or none aborted")
+    if "hicache" in result:
+        counts = result["hicache"] or {}
+        for name in ("evictions", "loads"):
+            if not counts.get(name):
+                failures.append(f"the hierarchical cache made no {name}")
+        enough = all(counts.get(name, 0) > HICACHE_BAR for name in ("evictions", "loads"))
+        result = {**result, "hicache_bar": HICACHE_BAR, "hicache_enough": enough}
     return {
         **result,
         "host_growth_mib": host,
@@ -353,6 +409,9 @@ def format_soak(result: dict[str, Any]) -> str:
         f"{result['tokens']} tokens; requests: {counts}",
         f"largest drift of the fixed prompt's log-probabilities: {result['canary_drift']:.3f}",
     ]
+    if result.get("hicache"):
+        told = ", ".join(f"{count} {name}" for name, count in result["hicache"].items())
+        lines.append(f"hierarchical cache: {told}")
     for name in ("host", "device"):
         grown = result[f"{name}_growth_mib"]
         if grown is not None:

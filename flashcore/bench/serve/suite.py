@@ -67,10 +67,10 @@ class Worker:
             self._tell(asdict(self._options))
             self._options = None
 
-    def ready(self) -> dict[str, Any]:
+    def ready(self, timeout: float = START_TIMEOUT_S) -> dict[str, Any]:
         """What the engine says of itself once it has started. To be called first, and once."""
         self.begin()
-        return self._answer(START_TIMEOUT_S)
+        return self._answer(timeout)
 
     def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
         """The answer to a command; WorkerError if the process ends or stays silent."""
@@ -202,9 +202,9 @@ def run_serve(
         skipped[f"{one.backend} on {one.shape.name}"] = str(error)
         after(str(error))
 
-    def take_turns(fitted: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
+    def take_turns(those: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
         with contextlib.ExitStack() as stack:
-            launched = [(one, launch(one, stack)) for one in fitted]
+            launched = [(one, launch(one, stack)) for one in those]
             for _, worker in launched:  # they start side by side
                 worker.begin()
             workers = {one: worker for one, worker in launched if started(one, worker)}
@@ -237,14 +237,14 @@ def run_serve(
                         except WorkerError as error:
                             failed(one, error)
 
-    for shape, group in _by_model(workloads, options[0].shape):
+    for shape, group in by_model(workloads, options[0].shape):
         shapes.update({workload.name: shape for workload in group})
-        fitted = [_fitted(one, shape, group, together) for one in options]
+        those = [fitted(one, shape, group, together) for one in options]
         if together:
             for _ in range(rounds):
-                take_turns(fitted, group)
+                take_turns(those, group)
         else:
-            one_after_the_other(fitted * rounds, group)
+            one_after_the_other(those * rounds, group)
     return result()
 
 
@@ -273,7 +273,8 @@ def make_row(
     step_ms = median("step_ms")
     half = workload.output / 2  # the batch as it is in the middle of decoding
     unique = workload.tokens_unique(half, page)
-    traffic = shape.weight_bytes_per_step + unique * shape.kv_bytes_per_token
+    weights = shape.weight_bytes_per_step
+    traffic = None if weights is None else weights + unique * shape.kv_bytes_per_token
     return {
         "workload": workload.name,
         "spec": workload.spec,
@@ -287,16 +288,17 @@ def make_row(
         "ttft_ms": median("ttft_ms"),
         "ttft_ms_all": values("ttft_ms"),
         "ttft_max_ms": median("ttft_max_ms"),
+        "first_request_ttft_ms": median("first_request_ttft_ms"),
         "wall_s": median("wall_s"),
         "cached_tokens": min(values("cached_tokens") or values("ttft_cached_tokens"), default=None),
         "retractions": sum(values("retractions")),
-        "gb_per_step": None if step_ms is None else traffic / 1e9,
+        "gb_per_step": None if step_ms is None or traffic is None else traffic / 1e9,
         "reuse": workload.tokens_per_sequence(half) / unique,
         "counters": next((s["counters"] for s in reversed(samples) if s.get("counters")), None),
     }
 
 
-def _by_model(
+def by_model(
     workloads: Sequence[Workload], default: ModelShape
 ) -> Iterator[tuple[ModelShape, list[Workload]]]:
     for name in dict.fromkeys(workload.model for workload in workloads):
@@ -304,7 +306,7 @@ def _by_model(
         yield (default if name is None else model_shape(name)), group
 
 
-def _fitted(
+def fitted(
     options: EngineOptions, shape: ModelShape, workloads: Sequence[Workload], together: bool
 ) -> EngineOptions:
     """The options for these workloads: a graph for each batch size, and no more cache than needed

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from flashcore.bench.serve.engine import Engine, EngineOptions, load
 from flashcore.bench.serve.measure import DoesNotFitError, measure
+from flashcore.bench.serve.session import Session
 from flashcore.bench.serve.shapes import ModelShape
 from flashcore.bench.serve.timeline import NotTogetherError
 from flashcore.bench.serve.workloads import Workload
@@ -39,8 +40,9 @@ def serve(commands: IO[str], answers: IO[str]) -> None:
                     "arguments": {**engine.arguments, "model_path": engine.options.shape.name},
                 }
             )
+            asked = Commands(engine)
             for line in commands:
-                answer(_do(engine, json.loads(line)))
+                answer(asked.do(json.loads(line)))
         finally:
             engine.stop()
 
@@ -52,33 +54,72 @@ def options_from(values: dict[str, Any]) -> EngineOptions:
             **values,
             "shape": ModelShape(**values["shape"]),
             "decode_batches": tuple(values["decode_batches"]),
+            "ranks": tuple(values["ranks"]),
             "extra": tuple((key, value) for key, value in values["extra"]),
         }
     )
 
 
-def _do(engine: Engine, command: dict[str, Any]) -> dict[str, Any]:
-    if command["do"] == "measure":
+class Commands:
+    """What an engine is asked to do, one command after another."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._session: Session | None = None
+
+    def do(self, command: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a command. Raises ValueError for one that there is not."""
+        engine, name = self._engine, command["do"]
+        if name == "measure":
+            return self._measure(command)
+        if name in ("prepare", "first_token", "ready", "decode"):
+            return self._by_turns(command)
+        if name == "logits":
+            from flashcore.bench.serve.logits import record
+
+            return record(engine, Path(command["file"]), command["forced"])
+        if name == "answers":
+            from flashcore.bench.serve.answers import ask
+
+            return ask(engine, command["rounds"])
+        if name == "soak":
+            from flashcore.bench.serve.soak import soak
+
+            return soak(engine, minutes=command["minutes"], seed=command["seed"])
+        if name == "cycle":
+            from flashcore.bench.serve.cycles import cycle
+
+            return cycle(engine, command["number"])
+        raise ValueError(f"unknown command {name!r}")
+
+    def _measure(self, command: dict[str, Any]) -> dict[str, Any]:
         try:
             samples = measure(
-                engine,
+                self._engine,
                 Workload(**command["workload"]),
-                vocab=engine.options.shape.vocab,
-                page=engine.options.page_size,
+                vocab=self._engine.options.shape.vocab,
+                page=self._engine.options.page_size,
                 repeats=command["repeats"],
             )
         except (DoesNotFitError, NotTogetherError) as error:
             return {"skipped": str(error)}
         return {"samples": samples}
-    if command["do"] == "logits":
-        from flashcore.bench.serve.logits import record
 
-        return record(engine, Path(command["file"]), command["forced"])
-    if command["do"] == "soak":
-        from flashcore.bench.serve.soak import soak
-
-        return soak(engine, minutes=command["minutes"], seed=command["seed"])
-    raise ValueError(f"unknown command {command['do']!r}")
+    def _by_turns(self, command: dict[str, Any]) -> dict[str, Any]:
+        if command["do"] == "prepare":
+            options = self._engine.options
+            self._session = Session(self._engine, vocab=options.shape.vocab, page=options.page_size)
+            try:
+                workload = Workload(**command["workload"])
+                return {"sample": self._session.prepare(workload, command["seed"])}
+            except DoesNotFitError as error:
+                return {"skipped": str(error)}
+        assert self._session is not None
+        if command["do"] == "ready":
+            self._session.ready()
+            return {"sample": {}}
+        decode = command["do"] == "decode"
+        return {"sample": self._session.decode() if decode else self._session.first_token()}
 
 
 if __name__ == "__main__":

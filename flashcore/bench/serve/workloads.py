@@ -84,6 +84,28 @@ PRESETS = {
         Workload("headline-3b", 768, 1024, 64, 128, model="llama-3.2-3b"),
     )
 }
+# What `bench serve --small` takes: small steps, and first tokens of every workload above and of
+# batches of short prompts. The large ones run with few of their model's layers, whose kernels are
+# the same, so that the engines of all backends lie in one GPU's memory side by side.
+SMALL_STEPS = (
+    "llama-3.2-1b/1x64+448:256",
+    "llama-3.2-1b/8x64+960:256",
+    "llama-3.2-1b/64x64+192:256",
+    "llama-3.1-8b/1x64+448:128",
+)
+FIRST_TOKENS = (
+    "llama-3.2-1b/512x4096+64:1",
+    "llama-3.2-1b/128x256+64:1",
+    "llama-3.2-1b/64x64+192:1",
+    "llama-3.1-8b-8l/64x16384+512:1",
+    "llama-3.1-8b-8l/256x4096+512:1",
+    "llama-3.1-8b-8l/8x104448+26368:1",
+    "llama-3.1-8b-8l/64*8x2048+0:1",
+    "llama-3.1-8b-8l/32x64+8128:1",
+    "llama-3.1-8b-8l/16x32768+2048:1",
+    "llama-3.2-3b-8l/768x1024+64:1",
+)
+SMALL = (*SMALL_STEPS, *FIRST_TOKENS)
 _SPEC = re.compile(
     r"(?:(?P<model>[^/]+)/)?(?:(?P<groups>\d+)\*)?(?P<sequences>\d+)x(?P<prefix>\d+)"
     r"\+(?P<unique>\d+):(?P<output>\d+)"

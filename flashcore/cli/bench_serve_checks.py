@@ -1,0 +1,236 @@
+"""What `flashcore bench serve` does with engines besides timing them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashcore.cli.bench import positive
+
+if TYPE_CHECKING:
+    from flashcore.bench.serve.engine import EngineOptions
+
+Head = Callable[[argparse.Namespace], dict[str, Any]]
+Write = Callable[[argparse.Namespace, dict[str, Any]], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser, other: Any) -> None:
+    """Add the checks, of which one at most is asked for, and their options."""
+    other.add_argument(
+        "--logits",
+        action="store_true",
+        help="time nothing: compare the logits of 32 greedy steps between the backends, with "
+        "weights that make attention matter",
+    )
+    other.add_argument(
+        "--families",
+        type=Path,
+        metavar="DIR",
+        help="time nothing: start every model DIR/NAME/config.json with each backend, many side by "
+        "side, and compare log-probabilities",
+    )
+    other.add_argument(
+        "--modes",
+        action="store_true",
+        help="time nothing: compare log-probabilities in SGLang's modes (HiCache, speculation, "
+        "parallelism, torch.compile, ...)",
+    )
+    other.add_argument(
+        "--soak",
+        type=float,
+        metavar="MINUTES",
+        help="time nothing: mixed load for so long on the first backend; fails on an error, a "
+        "value that is not finite, or growing memory",
+    )
+    other.add_argument(
+        "--cycles",
+        type=positive,
+        metavar="N",
+        help="time nothing: release memory, update weights, resume, pause and go on, N times; the "
+        "tokens must stay the same",
+    )
+    add = parser.add_argument
+    add(
+        "--hicache",
+        metavar="IO[:LAYOUT]",
+        help="with --soak: a hierarchical cache with I/O by kernel or direct, evictions and loads "
+        "counted",
+    )
+    add("--only", metavar="A,B", help="with --families, --modes: only these")
+    add(
+        "--jobs",
+        type=positive,
+        default=6,
+        metavar="N",
+        help="with --families, --modes: engines at a time on a GPU (default: 6)",
+    )
+    add(
+        "--gpus",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="with --families, --modes: GPUs to use (default: 1)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="with --families, --modes: keep the answers that an earlier run left in --log-dir",
+    )
+
+
+def asked(args: argparse.Namespace) -> bool:
+    """Whether a check is to run instead of a measurement."""
+    return (
+        args.logits
+        or args.modes
+        or args.families is not None
+        or args.soak is not None
+        or args.cycles is not None
+    )
+
+
+def gpus(args: argparse.Namespace, needed: int) -> int:
+    """How many GPUs the command takes, one engine taking `needed`.
+
+    Raises ValueError for options that do not belong together.
+    """
+    many = args.modes or args.families is not None
+    for name, given, fits in (
+        ("--only", args.only, many),
+        ("--resume", args.resume, many and args.log_dir is not None),
+        ("--hicache", args.hicache, args.soak is not None),
+    ):
+        if given and not fits:
+            raise ValueError(f"{name} goes with {_PARTNERS[name]}")
+    if args.deadline is not None and not (args.small or asked(args)):
+        raise ValueError("--deadline goes with --small, --families, --modes or --cycles")
+    if args.deadline is not None and args.logits:
+        raise ValueError("--deadline does not go with --logits")
+    if args.soak is not None:
+        if not args.soak > 0:
+            raise ValueError(f"--soak must be more than 0 minutes, got {args.soak}")
+        if args.deadline is not None:
+            raise ValueError("--deadline does not go with --soak, which takes as long as it says")
+        if args.hicache is not None:
+            from flashcore.bench.serve.soak import hicache_arguments
+
+            hicache_arguments(args.hicache)
+    return max(args.gpus, needed) if many else needed
+
+
+_PARTNERS = {
+    "--only": "--families or --modes",
+    "--resume": "--families or --modes, and --log-dir",
+    "--hicache": "--soak",
+}
+
+
+def run(args: argparse.Namespace, options: list[EngineOptions], head: Head, write: Write) -> int:
+    """Carry out the check that is asked for: 0 passed, 1 failed, 2 it cannot run."""
+    if args.soak is not None:
+        result, text = _soak(args, options[0])
+    elif args.logits:
+        result, text = _logits(args, options)
+    elif args.cycles is not None:
+        result, text = _cycles(args, options[0], head, write)
+    else:
+        with tempfile.TemporaryDirectory(prefix="flashcore-serve-") as folder:
+            logs = args.log_dir or Path(folder)
+            check = _modes if args.modes else _families
+            result, text = check(args, options, logs, head, write)
+    print(text)
+    write(args, {**head(args), **result})
+    return 0 if result["passed"] else 1
+
+
+def _logits(args: argparse.Namespace, options: list[EngineOptions]) -> tuple[dict[str, Any], str]:
+    from flashcore.bench.serve.logits import compare_backends, format_comparison
+
+    result = compare_backends(options, log_dir=args.log_dir)
+    return result, format_comparison(result)
+
+
+def _soak(args: argparse.Namespace, options: EngineOptions) -> tuple[dict[str, Any], str]:
+    from flashcore.bench.serve.soak import format_soak, run_soak
+
+    result = run_soak(options, minutes=args.soak, log_dir=args.log_dir, hicache=args.hicache)
+    return result, format_soak(result)
+
+
+def _cycles(
+    args: argparse.Namespace, options: EngineOptions, head: Head, write: Write
+) -> tuple[dict[str, Any], str]:
+    from flashcore.bench.serve.cycles import format_cycles, run_cycles
+    from flashcore.bench.serve.deadline import Deadline
+
+    about = head(args)
+    result = run_cycles(
+        options,
+        args.cycles,
+        deadline=Deadline(args.deadline),
+        log_dir=args.log_dir,
+        after=_tell,
+        keep=lambda so_far: write(args, {**about, **so_far}),
+    )
+    return result, format_cycles(result)
+
+
+def _families(
+    args: argparse.Namespace, options: list[EngineOptions], logs: Path, head: Head, write: Write
+) -> tuple[dict[str, Any], str]:
+    from flashcore.bench.serve.deadline import Deadline
+    from flashcore.bench.serve.families import (
+        find_families,
+        format_families,
+        read_answers,
+        run_families,
+    )
+    from flashcore.bench.serve.pool import Places
+
+    about = head(args)
+    result = run_families(
+        find_families(args.families, args.only.split(",") if args.only else None),
+        options[0],
+        [one.backend for one in options],
+        Places(args.gpus, args.jobs, args.base_gpu),
+        sglang=about["versions"].get("sglang", "unknown"),
+        log_dir=logs,
+        deadline=Deadline(args.deadline),
+        known=read_answers(logs) if args.resume else None,
+        after=_tell,
+        keep=lambda so_far: write(args, {**about, **so_far}),
+    )
+    return result, format_families(result)
+
+
+def _modes(
+    args: argparse.Namespace, options: list[EngineOptions], logs: Path, head: Head, write: Write
+) -> tuple[dict[str, Any], str]:
+    from flashcore.bench.serve.deadline import Deadline
+    from flashcore.bench.serve.families import read_answers
+    from flashcore.bench.serve.modes import find_modes, format_modes, run_modes
+    from flashcore.bench.serve.pool import Places
+
+    about = head(args)
+    result = run_modes(
+        find_modes(args.only.split(",") if args.only else None, args.gpus),
+        replace(options[0], max_total_tokens=None),
+        [one.backend for one in options],
+        Places(args.gpus, args.jobs, args.base_gpu),
+        sglang=about["versions"].get("sglang", "unknown"),
+        log_dir=logs,
+        deadline=Deadline(args.deadline),
+        known=read_answers(logs) if args.resume else None,
+        after=_tell,
+        keep=lambda so_far: write(args, {**about, **so_far}),
+    )
+    return result, format_modes(result)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
