@@ -281,6 +281,26 @@ def test_a_soak_counts_evictions_and_loads(
     assert (result["hicache_enough"], result["hicache_bar"]) == (enough, 1000)
 
 
+def test_a_soak_that_does_not_end_idle_keeps_what_it_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Run:
+        def __init__(self, engine: Any, record: soak_module.Record, seed: int) -> None:
+            record.tokens = 7
+
+        async def run(self, seconds: float) -> None:
+            pass
+
+    class Busy:
+        options, counts, arguments = CPU, None, dict[str, Any]()
+        loop = asyncio.new_event_loop()
+
+        def flush(self) -> None:
+            raise RuntimeError("requests are still running")
+
+    monkeypatch.setattr(soak_module, "_Soak", Run)
+    result = soak_module.soak(Busy(), minutes=1, seed=0)  # type: ignore[arg-type]
+    assert (result["tokens"], result["errors"]) == (7, ["requests are still running"])
+
+
 def test_most_prefixes_of_a_hicache_soak_are_not_on_the_gpu() -> None:
     longest = 131070
     traffic = soak_module.Traffic(1000, longest, 3, soak_module.HICACHE_PREFIXES)

@@ -24,6 +24,7 @@ standins.install()
 
 
 def test_its_classes_have_what_is_wrapped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("setproctitle")
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
@@ -99,7 +100,8 @@ def test_evictions_and_loads_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_its_engine_starts_schedulers_by_a_function_of_ours() -> None:
-    pytest.importorskip("uvloop")
+    for needed in ("uvloop", "setproctitle"):
+        pytest.importorskip(needed)
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.managers.scheduler import run_scheduler_process
 

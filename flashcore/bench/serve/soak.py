@@ -132,7 +132,10 @@ def soak(engine: Engine, *, minutes: float, seed: int) -> dict[str, Any]:
     record = Record()
     engine.loop.run_until_complete(_Soak(engine, record, seed).run(60 * minutes))
     counts = read_counts(engine.counts) if engine.counts is not None else None
-    engine.flush()  # refused while anything is held by a request
+    try:
+        engine.flush()  # refused while anything is held by a request
+    except RuntimeError as error:
+        record.errors.append(str(error))
     return {
         **({} if engine.counts is None else {"hicache": counts}),
         "minutes": minutes,
