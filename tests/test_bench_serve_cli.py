@@ -35,8 +35,8 @@ def parse(*words: str) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--json", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),
-        (("--log-dir", "/nowhere/at"), "there is no such folder"),
+        (("--json", "/dev/null/all.json"), "/dev/null/all.json: /dev/null is no folder"),
+        (("--log-dir", "/dev/null"), "--log-dir /dev/null: /dev/null is no folder"),
         (("--backends", "fa3,,x"), "an empty name"),
         ((), "SGLang is not installed"),
     ],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flashcore.bench.serve.shapes import DEFAULT_SHAPE, SHAPES
 from flashcore.cli import bench_serve_checks
 from flashcore.cli.bench import positive, read_result, refuse
+from flashcore.cli.files import prepare_folder, prepare_output
 
 if TYPE_CHECKING:
     from flashcore.bench.serve.engine import EngineOptions
@@ -136,11 +137,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out: 0 done, 1 nothing was timed or a check failed, 2 it cannot run."""
-    for name, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            return refuse(f"{name} {path}: there is no folder {path.absolute().parent}")
-    if args.log_dir is not None and not args.log_dir.is_dir():
-        return refuse(f"--log-dir {args.log_dir}: there is no such folder")
+    try:
+        for name, path in (("--json", args.json), ("--plot", args.plot)):
+            prepare_output(name, path, args.from_json or ())
+        if args.log_dir is not None:
+            prepare_folder("--log-dir", args.log_dir)
+    except ValueError as error:
+        return refuse(str(error))
     if args.from_json is not None:
         return _redraw(args)
     return _run(args)

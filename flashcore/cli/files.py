@@ -15,17 +15,29 @@ def prepare_output(option: str, path: Path | None, inputs: Sequence[str | Path |
     """
     if path is None:
         return
-    try:
+    with _named(option, path):
         if path.is_dir():
             raise ValueError(f"{option} {path}: it is a folder; a file name is needed")
         path.parent.mkdir(parents=True, exist_ok=True)
+    for one in inputs:
+        if one is not None and _same_file(path, Path(one)):
+            raise ValueError(f"{option} {path}: it would replace the input; name another file")
+
+
+def prepare_folder(option: str, path: Path) -> None:
+    """Make the folder `path`; ValueError where that cannot be."""
+    with _named(option, path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _named(option: str, path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileExistsError as error:
         raise ValueError(f"{option} {path}: {error.filename} is no folder") from error
     except OSError as error:
         raise ValueError(f"{option} {path}: cannot be written: {error.strerror}") from error
-    for one in inputs:
-        if one is not None and _same_file(path, Path(one)):
-            raise ValueError(f"{option} {path}: it would replace the input; name another file")
 
 
 def _same_file(path: Path, other: Path) -> bool:
