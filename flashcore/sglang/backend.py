@@ -282,13 +282,18 @@ class FlashcoreBackend(AttentionBackend):
         *,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Any number of new tokens: q [tokens, heads * head_dim] to the same shape."""
+        """Any number of new tokens: q [tokens, heads * head_dim] to the same shape.
+
+        Gemma 3 gives q as [tokens, heads, head_dim] or [1, tokens, heads, head_dim], the latter
+        transposed; the result is [tokens, heads * head_dim] for these too.
+        """
         if torch.is_grad_enabled():  # a model whose forward SGLang does not run without gradients
             k, v, sinks = (x if x is None else x.detach() for x in (k, v, sinks))
             with torch.no_grad():
                 return self.forward_extend(
                     q.detach(), k, v, layer, forward_batch, save_kv_cache, sinks=sinks
                 )
+        q = q.reshape(-1, layer.tp_q_head_num * layer.head_dim)
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(
                 layer,
@@ -300,7 +305,7 @@ class FlashcoreBackend(AttentionBackend):
             )
         rows = (q.shape[0], layer.tp_q_head_num, layer.head_dim)
         out = getattr(forward_batch, "_attn_output", None)
-        if out is None or out.shape[0] != rows[0]:
+        if out is None or out.numel() != q.numel():
             out = torch.empty(rows[0], rows[1] * rows[2], dtype=q.dtype, device=q.device)
         k_pool, v_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         tree = self._tree
