@@ -304,16 +304,21 @@ class FlashcoreBackend(AttentionBackend):
         *,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Any number of new tokens: q [tokens, heads * head_dim] to the same shape."""
+        """Any number of new tokens: q [tokens, heads * head_dim] to the same shape.
+
+        Gemma 3 gives q as [tokens, heads, head_dim] or [1, tokens, heads, head_dim], the latter
+        transposed; the result is [tokens, heads * head_dim] for these too.
+        """
         if torch.is_grad_enabled():  # a model whose forward SGLang does not run without gradients
             k, v, sinks = (x if x is None else x.detach() for x in (k, v, sinks))
             with torch.no_grad():
                 return self.forward_extend(
                     q.detach(), k, v, layer, forward_batch, save_kv_cache, sinks=sinks
                 )
-        width = layer.tp_q_head_num * layer.head_dim
+        q = q.reshape(-1, layer.tp_q_head_num * layer.head_dim)
+        width = layer.tp_q_head_num * layer.v_head_dim
         out = getattr(forward_batch, "_attn_output", None)
-        if out is None or out.shape[0] != q.shape[0]:
+        if out is None or out.numel() != q.shape[0] * width:
             out = q.new_empty(q.shape[0], width)
         if k is None or not save_kv_cache:
             k = v = loc = None

@@ -170,6 +170,16 @@ def load(name: str) -> Family:
     return Family(config, model, window, resolved(args, "page_size"))
 
 
+def materialise(model: torch.nn.Module, layer: RadixAttention, rng: torch.Generator) -> Any:
+    """The module that holds the layer, with random parameters on the CPU."""
+    module = next(m for m in model.modules() if any(child is layer for child in m.children()))
+    module.to_empty(device="cpu").float()
+    for values in (*module.parameters(), *module.buffers()):
+        if values.is_floating_point():
+            values.data.copy_(torch.randn(values.shape, generator=rng) * values.shape[-1] ** -0.5)
+    return module
+
+
 def make_runner(family: Family, max_context: int, max_batch: int) -> tuple[Any, bool]:
     """SGLang's mock of a runner with the family's layers and pools; whether there are two pools."""
     first = family.layers[0]

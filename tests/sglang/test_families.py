@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,13 +45,12 @@ WINDOWS = {
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Family]]:
     """Every family's model, made once."""
     with pytest.MonkeyPatch.context() as patch:
         families.without_a_gpu(patch)
         with families.one_rank(tmp_path_factory.mktemp("groups")):
-            models = {name: families.load(name) for name in families.NAMES}
-    return models
+            yield {name: families.load(name) for name in families.NAMES}
 
 
 def engine_of(family: Family) -> Engine:
@@ -98,6 +99,51 @@ def test_forwards(loaded: dict[str, Family], name: str) -> None:
                 wanted = expected(engine, forward, sinks)[number]
             assert_close(out, wanted, torch.float32)
     assert not any(buffer.requires_grad for buffer in pool.get_kv_buffer(engine.layers[0].layer_id))
+
+
+# Families whose modules have kernels for a GPU alone before or after attention.
+GPU_ONLY = {"qwen3.5", "minimax-m2"}
+
+
+@pytest.mark.parametrize("name", sorted(set(families.NAMES) - GPU_ONLY))
+def test_modules_of_the_model(loaded: dict[str, Family], name: str) -> None:
+    """The model's own attention modules, in whatever form and type they hand over q, k and v."""
+    engine = engine_of(loaded[name])
+    called: list[tuple[torch.Tensor, torch.Tensor]] = []
+    forward_of_backend = engine.backend.forward
+
+    def noting(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = forward_of_backend(q, *args, **kwargs)
+        called.append((q.detach(), out))
+        return out
+
+    engine.backend.forward = noting
+    for number, layer in enumerate(engine.layers):
+        module = families.materialise(loaded[name].model, layer, engine.rng)
+        sinks = getattr(module, "sinks", None)
+        for mode, requests in REQUESTS.items():
+            forward = make_forward(engine, mode, requests)
+            engine.backend.init_forward_metadata(forward.batch)
+            with forward_context(ForwardContext(attn_backend=engine.backend)):
+                run_module(module, layer, forward, loaded[name], engine.rng)
+            (q, out), called[:] = called[-1], []
+            forward.q[number] = q.reshape(forward.tokens, layer.tp_q_head_num, layer.head_dim)
+            with torch.no_grad():
+                wanted = expected(engine, forward, sinks)[number]
+            assert_close(out, wanted, torch.float32)
+
+
+def run_module(module: Any, layer: Any, forward: Any, family: Family, rng: Any) -> None:
+    """One forward on random hidden states."""
+    run = getattr(module, "self_attention", module.forward)
+    hidden = torch.randn(forward.tokens, family.config.hidden_size, generator=rng)
+    inputs = {
+        "positions": forward.batch.positions,
+        "hidden_states": hidden,
+        "forward_batch": forward.batch,
+        "position_embeddings": tuple(torch.rand(2, 1, forward.tokens, layer.head_dim)),
+    }
+    run(**{name: inputs[name] for name in inspect.signature(run).parameters if name in inputs})
 
 
 def test_every_layer_of_a_family_is_seen(loaded: dict[str, Family]) -> None:

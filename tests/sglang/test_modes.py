@@ -194,6 +194,32 @@ def test_strided_queries() -> None:
     check(engine, forward, [out])
 
 
+def by_heads(q: torch.Tensor) -> torch.Tensor:
+    return q
+
+
+def transposed(q: torch.Tensor) -> torch.Tensor:
+    """[1, tokens, heads, dim] whose memory is [1, heads, tokens, dim]."""
+    return q.transpose(0, 1).contiguous().unsqueeze(0).permute(0, 2, 1, 3)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given_output", "own_output"])
+@pytest.mark.parametrize("mode", ["extend", "decode"])
+@pytest.mark.parametrize("form", [by_heads, transposed])
+def test_queries_by_heads(form: Any, mode: str, given: bool) -> None:
+    """As Gemma 3 gives them in SGLang 0.5.23 and 0.5.16, to a graph's output in the same form."""
+    engine = make_engine(Setup(16))
+    forward = forward_of(engine, mode)
+    engine.backend.init_forward_metadata(forward.batch)
+    q = form(forward.q[0])
+    if given:
+        forward.batch._attn_output = torch.full(q.shape, float("nan"))
+    out = engine.backend.forward(q, forward.k[0], forward.v[0], engine.layers[0], forward.batch)
+    assert out.shape == (forward.tokens, 64)
+    assert not given or out.data_ptr() == forward.batch._attn_output.data_ptr()
+    check(engine, forward, [out])
+
+
 def test_idle() -> None:
     engine = make_engine(Setup(16))
     forward = make_forward(engine, ForwardMode.DECODE, [Request(5, 1)])
