@@ -11,9 +11,11 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-from flashcore.sglang import kernels, page_tables, planners
+from flashcore.sglang import compiled, kernels, planners, warmup
 from flashcore.sglang.counters import Counters
+from flashcore.sglang.padding import real_sequences
 from flashcore.sglang.page_tables import Slots
+from flashcore.sglang.speculation import TreeMasks
 from flashcore.sglang.support import Model, NotServed, attention_layers, parallel_ranks
 from flashcore.sglang.views import Need, View
 
@@ -37,14 +39,14 @@ class FlashcoreBackend(AttentionBackend):
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self._is_draft = model_runner.is_draft_worker
         args = model_runner.server_args
-        self._make_views(model_runner.req_to_token_pool.size)
+        max_batch = model_runner.req_to_token_pool.size
+        self._make_views(max_batch)
+        self.layers = attention_layers(model_runner)
+        compiled.number_layers(self.layers)
+        self.number = compiled.enter(self)  # of `compiled`
+        self._masks = TreeMasks(self.model, self.max_context_len, max_batch, self._is_draft)
         if self._workspace is not None:
-            capped = any(layer.logit_cap for layer in attention_layers(model_runner))
-            topk = getattr(args, "speculative_eagle_topk", None) or 0
-            ngram = str(getattr(args, "speculative_algorithm", None)).upper() == "NGRAM"
-            kernels.prepare(
-                self.model, model_runner.req_to_token_pool.size, capped, topk > 1 or ngram
-            )
+            self._prepare(model_runner, max_batch)
         rank = parallel_ranks(model_runner).attn_tp_rank
         interval = getattr(args, "decode_log_interval", None) or 40
         self._counters = {
@@ -53,8 +55,7 @@ class FlashcoreBackend(AttentionBackend):
         }
         self._mode = "decode"
         self._tree: torch.Tensor | None = None  # mask of this forward
-        self._tree_buffer: torch.Tensor | None = None  # of captured graphs
-        self._draft_mask: torch.Tensor | None = None  # that EAGLE's worker fills
+        self._nothing = False  # no query token in this forward
         self._swa_loc: torch.Tensor | None = None  # of this forward
         self._swa_loc_buffer: torch.Tensor | None = None  # of captured graphs
         if not self._is_draft and rank == 0:
@@ -70,7 +71,7 @@ class FlashcoreBackend(AttentionBackend):
             if translation is None:
                 raise NotServed("this sliding-window pool, which has no map from slot to slot")
         self._workspace = None
-        if model.device.type == "cuda":
+        if planners.on_kernels(model.device):
             queries = max_batch * max(1, model.draft_tokens)
             self._workspace = planners.workspace_for(model, min(queries, 1024))
 
@@ -92,6 +93,26 @@ class FlashcoreBackend(AttentionBackend):
             self.windowed = view(model.windowed, model.window, windowed_pool, translation)
         self._views = [v for v in (self.full, self.windowed) if v is not None]
 
+    def _prepare(self, model_runner: Any, max_batch: int) -> None:
+        """Compile, load and launch every kernel that a forward can ask for."""
+        args = model_runner.server_args
+        topk = getattr(args, "speculative_eagle_topk", None) or 0
+        ngram = str(getattr(args, "speculative_algorithm", None)).upper() == "NGRAM"
+        tree = topk > 1 or ngram
+        kinds = kernels.kinds_of(self.model, model_runner)
+        needed = kernels.wanted(self.model, kinds, max_batch, tree)
+        kernels.prepare(needed)
+        for kind in kinds:
+            view = self.windowed if kind.windowed else self.full
+            layer = next((x for x in self.layers if _is_windowed(x) == kind.windowed), None)
+            if view is None or layer is None or self._workspace is None:
+                continue
+            k, v = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+            cache = warmup.Cache(
+                k, v, self.req_to_token, view.translation, view.window, self._workspace
+            )
+            warmup.run_all(self.model, kind, cache, needed, tree)
+
     def describe(self) -> str:
         """What serves, in one line."""
         model = self.model
@@ -108,7 +129,7 @@ class FlashcoreBackend(AttentionBackend):
 
     def _bytes(self) -> int:
         workspace = 0 if self._workspace is None else 4 * self._workspace.numel()
-        return workspace + sum(view.bytes for view in self._views)
+        return workspace + self._masks.bytes + sum(view.bytes for view in self._views)
 
     # Metadata of a forward
 
@@ -121,13 +142,11 @@ class FlashcoreBackend(AttentionBackend):
         """Allocate what captured graphs read."""
         for view in self._views:
             view.allocate_graph_tables(max_bs)
-        n, device = self.model.draft_tokens, self.model.device
         if self._two_pools:
-            self._swa_loc_buffer = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
-        if n:
-            self._tree_buffer = torch.ones(max_num_tokens, n, dtype=torch.bool, device=device)
-            if not self._is_draft:
-                self._allocate_draft_mask(max_bs, max_num_tokens)
+            self._swa_loc_buffer = torch.zeros(
+                max_num_tokens, dtype=torch.int64, device=self.model.device
+            )
+        self._masks.allocate(max_bs, max_num_tokens)
         size = self._bytes() / 2**20
         logger.info("flashcore attention: graphs of up to %d, buffers now %.0f MiB", max_bs, size)
 
@@ -142,6 +161,8 @@ class FlashcoreBackend(AttentionBackend):
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """The plan, from the tables alone: kernels, recorded first in a captured graph."""
+        if self._nothing:
+            return
         for view in self._views:
             view.make_plan()
 
@@ -152,8 +173,9 @@ class FlashcoreBackend(AttentionBackend):
     def _take(self, fb: Any, *, graph: bool, in_capture: bool = False) -> None:
         mode = fb.forward_mode
         decode = _is_decode_like(mode)
-        batch = fb.batch_size
-        real = batch - (getattr(fb, "num_padding", 0) or 0)
+        real = real_sequences(fb)
+        # A graph has its batch's size; an eager batch may be padded beyond what can run.
+        batch = fb.batch_size if graph else real
         new: torch.Tensor | int = 1
         added, queries = 0, batch
         if mode.is_target_verify():
@@ -162,26 +184,40 @@ class FlashcoreBackend(AttentionBackend):
             new = added = int(fb.spec_info.draft_token_num)
             queries = batch * new
         elif not mode.is_decode_or_idle():
-            new, queries = self._new_tokens(fb)
-        slots = Slots(self.req_to_token, fb.req_pool_indices, fb.seq_lens, new, added, real)
-        lengths = getattr(fb, "seq_lens_cpu", None)
-        tokens = None if lengths is None else int(lengths.sum()) + batch * added
+            new, queries = self._new_tokens(fb, batch)
+        self._nothing = not graph and (queries == 0 or mode.is_idle())
+        if self._nothing:
+            self._tree = None
+            return
+        slots = Slots(
+            self.req_to_token,
+            fb.req_pool_indices[:batch],
+            fb.seq_lens[:batch],
+            new,
+            added,
+            real,
+        )
+        tokens = None
+        if not graph:
+            lengths = getattr(fb, "seq_lens_cpu", None)
+            tokens = None if lengths is None else int(lengths[:batch].sum()) + batch * added
         need = Need(batch, queries, tokens)
         self._count(mode, decode, in_capture)
         for view in self._views:
             view.take(slots, need, decode=decode, graph=graph)
         self._take_swa_loc(fb, queries, graph)
-        self._take_tree(fb, real, queries, graph, in_capture)
+        self._tree = self._masks.take(fb, real, queries, graph, in_capture)
 
-    def _new_tokens(self, fb: Any) -> tuple[torch.Tensor | int, int]:
-        """New tokens of each sequence, and of all of them."""
+    def _new_tokens(self, fb: Any, batch: int) -> tuple[torch.Tensor | int, int]:
+        """New tokens of each of `batch` sequences, and of all of them."""
         lengths = getattr(fb, "extend_seq_lens", None)
         if lengths is None:  # draft extend in a graph: as many for each
-            return self.model.draft_tokens, fb.batch_size * self.model.draft_tokens
+            return self.model.draft_tokens, batch * self.model.draft_tokens
+        lengths = lengths[:batch]
         on_host = getattr(fb, "extend_seq_lens_cpu", None)
         if on_host is not None:
-            return lengths, int(sum(on_host))
-        return lengths, fb.positions.numel()
+            return lengths, int(sum(on_host[:batch]))
+        return lengths, fb.positions.numel() if batch else 0
 
     def _take_swa_loc(self, fb: Any, queries: int, graph: bool) -> None:
         """Where windowed layers write: SGLang has the slots of the other pool alone."""
@@ -198,24 +234,6 @@ class FlashcoreBackend(AttentionBackend):
         self._swa_loc_buffer[loc.numel() :].zero_()  # padding writes to the dump of slot 0
         self._swa_loc = self._swa_loc_buffer[: max(queries, loc.numel())]
 
-    def _take_tree(self, fb: Any, real: int, queries: int, graph: bool, in_capture: bool) -> None:
-        self._tree = None
-        spec = fb.spec_info
-        if not fb.forward_mode.is_target_verify() or not _is_tree(spec):
-            return
-        n = int(spec.draft_token_num)
-        if graph:
-            assert self._tree_buffer is not None
-            self._tree = self._tree_buffer[:queries]
-            if in_capture:
-                return  # there is no tree yet
-        else:
-            self._tree = torch.empty(queries, n, dtype=torch.bool, device=self.model.device)
-        mask = spec.custom_mask
-        own = self._draft_mask is not None and mask.data_ptr() == self._draft_mask.data_ptr()
-        full = not (own and self._mask_of_drafts) and mask.numel() != real * n * n
-        page_tables.tree_mask(self._tree, mask, fb.seq_lens[:real], n, full)
-
     def _count(self, mode: Any, decode: bool, in_capture: bool) -> None:
         """Tell the counters of the plan before this one, of the mode it was made in."""
         if not in_capture:
@@ -225,48 +243,48 @@ class FlashcoreBackend(AttentionBackend):
 
     # Speculative decoding: the mask that the worker fills after drafting
 
-    _mask_of_drafts = False  # over the draft tokens alone, not over all keys
-
-    def _allocate_draft_mask(self, max_bs: int, max_num_tokens: int) -> None:
-        """The mask that EAGLE's worker fills in place, so that it need not know the lengths."""
-        n, device = self.model.draft_tokens, self.model.device
-        verify_mask = _verify_mask_type()
-        if verify_mask is None:  # 0.5.16: over all keys
-            elements = max_num_tokens * (self.max_context_len + n)
-            self._draft_mask = torch.zeros(elements, dtype=torch.bool, device=device)
-            return
-        mask_type, mode = verify_mask
-        self._mask_of_drafts = True
-        self._draft_mask = torch.zeros(max_bs * n * n, dtype=torch.bool, device=device)
-        self._verify_mask = mask_type(
-            buffer=self._draft_mask, mode=mode, max_bs=max_bs, is_read=True
-        )
-
-    _verify_mask: Any = None
-
     @property
     def verify_mask(self) -> Any:
         """The mask as SGLang 0.5.23 asks for it."""
-        return self._verify_mask
+        return self._masks.verify_mask
 
     def get_verify_buffers_to_fill_after_draft(self) -> list[torch.Tensor | None]:
         """The mask as SGLang 0.5.16 asks for it."""
-        return [self._draft_mask, None]
+        return [self._masks.draft_mask, None]
 
     def update_verify_buffers_to_fill_after_draft(
         self, spec_info: Any, cuda_graph_bs: int | None
     ) -> None:
-        """Nothing: the mask is read when the verify forward begins."""
+        """The mask is final. A graph's batch may have been taken before; an eager one comes after.
+
+        SGLang calls this with the overlap plan stream, once the forward's stream has waited for it.
+        """
+        if cuda_graph_bs is not None:
+            self._masks.refresh(spec_info)
 
     def shared_read_ends(self, forward_mode: Any) -> Any:
-        """SGLang 0.5.23: where reads of req_to_token end. No kernel of a forward looks at it."""
+        """SGLang 0.5.23: where reads of what the scheduler shares end, in every mode: request rows
+        and the map between pools are copied before a forward, and no kernel of it looks at them."""
         from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
-        if _is_decode_like(forward_mode):
-            return SharedReadEnds.PRE_REPLAY
-        return super().shared_read_ends(forward_mode)
+        return SharedReadEnds.PRE_REPLAY
 
     # Layers
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **options: Any,
+    ) -> torch.Tensor:
+        """SGLang's call of a layer. A rank that idles gives zeros, where the base has leftovers."""
+        if forward_batch.forward_mode.is_idle():
+            return q.new_zeros(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
+        return self.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **options)
 
     def forward_extend(
         self,
@@ -280,22 +298,45 @@ class FlashcoreBackend(AttentionBackend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Any number of new tokens: q [tokens, heads * head_dim] to the same shape."""
-        if k is not None and save_kv_cache:
+        width = layer.tp_q_head_num * layer.head_dim
+        out = getattr(forward_batch, "_attn_output", None)
+        if out is None or out.shape[0] != q.shape[0]:
+            out = q.new_empty(q.shape[0], width)
+        if k is None or not save_kv_cache:
+            k = v = loc = None
+        else:
+            loc = forward_batch.out_cache_loc
+        if torch.compiler.is_compiling():
+            compiled.attend(self, q, k, v, out, layer, loc, sinks)
+        else:
+            self.run_layer(q, k, v, out, layer, loc, sinks)
+        return out.view(q.shape[0], width)
+
+    def run_layer(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        out: torch.Tensor,
+        layer: Any,
+        loc: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """Write k and v [tokens, heads, head_dim] to the slots `loc`, if given, and attend: q to
+        out, both [tokens, heads * head_dim]."""
+        if self._nothing:
+            out.zero_()
+            return
+        if k is not None:
+            swa_loc = self._swa_loc
+            if swa_loc is not None and len(swa_loc) > len(k):  # of the padded batch of a graph
+                swa_loc = swa_loc[: len(k)]
             self.token_to_kv_pool.set_kv_buffer(
-                layer,
-                KVWriteLoc(forward_batch.out_cache_loc, self._swa_loc),
-                k,
-                v,
-                layer.k_scale,
-                layer.v_scale,
+                layer, KVWriteLoc(loc, swa_loc), k, v, layer.k_scale, layer.v_scale
             )
         rows = (q.shape[0], layer.tp_q_head_num, layer.head_dim)
-        out = getattr(forward_batch, "_attn_output", None)
-        if out is None or out.shape[0] != rows[0]:
-            out = torch.empty(rows[0], rows[1] * rows[2], dtype=q.dtype, device=q.device)
         k_pool, v_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        tree = self._tree
-        windowed = layer.sliding_window_size is not None and layer.sliding_window_size >= 0
+        windowed = _is_windowed(layer)
         self._view_of(layer, windowed).attend(
             q.view(rows),
             k_pool,
@@ -306,9 +347,8 @@ class FlashcoreBackend(AttentionBackend):
             window=(layer.sliding_window_size, 0) if windowed else None,
             softcap=layer.logit_cap or 0.0,
             sinks=sinks,
-            tree_mask=tree,
+            tree_mask=self._tree,
         )
-        return out.view(rows[0], -1)
 
     forward_decode = forward_extend  # one new token each
 
@@ -322,6 +362,10 @@ class FlashcoreBackend(AttentionBackend):
         return view
 
 
+def _is_windowed(layer: Any) -> bool:
+    return layer.sliding_window_size is not None and layer.sliding_window_size >= 0
+
+
 def _pool_slots(pool: Any) -> int:
     """Slots of a pool's tensors: its size may be settled only after graphs are captured."""
     buffers = getattr(getattr(pool, "full_kv_pool", pool), "k_buffer", None)
@@ -331,20 +375,3 @@ def _pool_slots(pool: Any) -> int:
 def _is_decode_like(mode: Any) -> bool:
     """Decode, verify, draft extend: few new tokens each, and captured in graphs."""
     return bool(mode.is_decode_or_idle() or mode.is_target_verify() or mode.is_draft_extend_v2())
-
-
-def _is_tree(spec_info: Any) -> bool:
-    """Drafts that are no chain. EAGLE says how wide its tree is; n-gram drafts are always trees."""
-    if getattr(spec_info, "custom_mask", None) is None:
-        return False
-    return getattr(spec_info, "topk", 0) != 1
-
-
-def _verify_mask_type() -> tuple[Any, Any] | None:
-    try:
-        from sglang.srt.layers.attention.verify_mask import VerifyMask
-    except ImportError:
-        return None
-    from sglang.srt.speculative.eagle_utils import TreeMaskMode
-
-    return VerifyMask, TreeMaskMode.QLEN_ONLY

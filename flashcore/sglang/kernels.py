@@ -5,42 +5,100 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from flashcore.config import paged, planner
 from flashcore.config.dense import WARPGROUP_ROWS
 from flashcore.runtime.kernel import COMBINE, PAGED, PLANNER, Kernel
-from flashcore.sglang.support import Model
+from flashcore.sglang.support import Model, Shape, attention_layers
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(model: Model, max_batch: int, softcap: bool, tree: bool) -> None:
-    """Compile what `model` needs and the cache lacks, so that no request waits for a compiler.
+@dataclass(frozen=True)
+class Variant:
+    """What of a model's layers decides on their kernels, besides shape and window."""
 
-    Attention sinks are known to the layers alone: their kernels are compiled at the first forward.
-    """
-    from flashcore.runtime.cache import shared_cache
+    softcap: bool = False
+    sinks: bool = False
+    causal: bool = True
 
-    cache = shared_cache()
-    wanted = [
+
+@dataclass(frozen=True)
+class Kind:
+    """All layers with, or all without a window."""
+
+    shape: Shape
+    windowed: bool
+    variants: tuple[Variant, ...]
+
+
+def kinds_of(model: Model, runner: Any) -> list[Kind]:
+    """The kinds of layers of a runner's model and their variants, each once."""
+    layers = attention_layers(runner)
+    with_sinks = _layers_with_sinks(getattr(runner, "model", None), layers)
+    kinds = []
+    for shape, windowed in ((model.full, False), (model.windowed, True)):
+        if shape is None:
+            continue
+        found = {
+            Variant(
+                softcap=bool(layer.logit_cap),
+                sinks=id(layer) in with_sinks,
+                causal=layer.attn_type.value != "encoder_only",
+            )
+            for layer in layers
+            if (layer.sliding_window_size >= 0) == windowed
+        }
+        order = sorted(found or {Variant()}, key=str)
+        kinds.append(Kind(shape, windowed, tuple(order)))
+    return kinds
+
+
+def _layers_with_sinks(model: Any, layers: list[Any]) -> set[int]:
+    """Attention layers, by id, whose parent has sinks to hand them: SGLang passes them with each
+    call, and its models keep them beside the layer, under names with "sink"."""
+    found: set[int] = set()
+    known = {id(layer) for layer in layers}
+    for module in model.modules() if known else ():
+        values = {**vars(module), **module._parameters, **module._buffers}
+        if any("sink" in name and isinstance(x, torch.Tensor) for name, x in values.items()):
+            found |= {id(child) for child in module.children()} & known
+    return found
+
+
+def wanted(model: Model, kinds: list[Kind], max_batch: int, tree: bool) -> list[Kernel]:
+    """Every kernel that any forward of these layers asks for, each once."""
+    kernels = [
         kernel
-        for shape, windowed in ((model.full, False), (model.windowed, True))
-        if shape is not None
+        for kind in kinds
+        for variant in kind.variants
         for kernel in kernels_for(
-            shape.num_q_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
+            kind.shape.num_q_heads,
+            kind.shape.num_kv_heads,
+            kind.shape.head_dim,
             dtype="bf16" if model.dtype == torch.bfloat16 else "fp16",
             page_tokens=model.page_tokens,
             max_batch=max_batch,
-            windowed=windowed,
-            softcap=softcap,
+            windowed=kind.windowed,
+            softcap=variant.softcap,
+            sinks=variant.sinks,
             tree=tree,
+            causal=variant.causal,
         )
     ]
-    missing = [kernel for kernel in dict.fromkeys(wanted) if cache.entry(kernel) is None]
+    return list(dict.fromkeys(kernels))
+
+
+def prepare(kernels: list[Kernel]) -> None:
+    """Compile what the cache lacks, so that no request waits for a compiler."""
+    from flashcore.runtime.cache import shared_cache
+
+    cache = shared_cache()
+    missing = [kernel for kernel in kernels if cache.entry(kernel) is None]
     if not missing:
         return
     started = time.monotonic()

@@ -105,7 +105,9 @@ def tree_mask(
         seq = seq_lens.long()
         begin = n * (torch.cumsum(seq, 0) - seq) + n * n * torch.arange(batch, device=out.device)
         row = begin[:, None] + step * (seq + n)[:, None] + seq[:, None]
-        seen = mask[row[:, :, None] + step]
+        at = row[:, :, None] + step
+        # Never past the mask, whatever the lengths say.
+        seen = mask[at.clamp(max=mask.numel() - 1)] & (at < mask.numel())
     else:
         seen = mask[: batch * n * n].view(batch, n, n)
     out[: batch * n].copy_(seen.reshape(batch * n, n))

@@ -196,6 +196,11 @@ def workspace_for(model: Model, max_q: int) -> torch.Tensor:
     return torch.empty(elements, dtype=torch.float32, device=model.device)
 
 
+def on_kernels(device: torch.device) -> bool:
+    """Whether the Hopper kernels plan and attend there; `support` has checked that they can."""
+    return device.type == "cuda"
+
+
 def multiprocessors(device: torch.device) -> int:
     """Of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count

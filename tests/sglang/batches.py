@@ -6,6 +6,7 @@ request's keys by slot and knows nothing of pages or plans.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -63,8 +64,14 @@ class Engine:
     k: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-def make_engine(setup: Setup, max_batch: int = 12, seed: int = 0) -> Engine:
-    """Pools full of NaN, and the backend from SGLang's registry."""
+def make_engine(
+    setup: Setup,
+    max_batch: int = 12,
+    seed: int = 0,
+    prepare: Callable[[Any, list[RadixAttention]], None] | None = None,
+) -> Engine:
+    """Pools full of NaN, and the backend from SGLang's registry. prepare: called with runner and
+    layers before the backend is made."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     s = setup
@@ -111,6 +118,8 @@ def make_engine(setup: Setup, max_batch: int = 12, seed: int = 0) -> Engine:
         for layer in range(2 if s.window >= 0 else 1)
     ]
     runner.model = torch.nn.ModuleList(layers)
+    if prepare is not None:
+        prepare(runner, layers)
     return Engine(setup, runner, ATTENTION_BACKENDS[NAME](runner), layers, rng)
 
 

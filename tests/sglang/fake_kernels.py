@@ -1,0 +1,75 @@
+"""The backend's path of kernels on CPU tensors: compiled functions that do nothing, and say which
+were asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from flashcore.device import Path
+from flashcore.runtime.kernel import Kernel
+
+_SMS = 132
+_STAND_INS: dict[str, dict[str, Any]] = {
+    "flashcore.ops": {"device_path": lambda device: Path("hopper", "")},
+    "flashcore.planner.device": {
+        "device_path": lambda device: Path("hopper", ""),
+        "_workers": lambda workers, device, head_dim, tile_m: workers or 2 * _SMS,
+    },
+    "flashcore.runtime.launch_planner": {"sm_count": lambda device: _SMS},
+    "flashcore.runtime.launch_paged": {
+        "sm_count": lambda device: _SMS,
+        "scheduler_scratch": lambda index: torch.zeros(2, dtype=torch.int32),
+        "lasting_stream": lambda index: 0,
+    },
+    "flashcore.sglang.planners": {
+        "multiprocessors": lambda device: _SMS,
+        "on_kernels": lambda device: True,
+    },
+}
+
+
+class FakeKernels:
+    """Takes the place of the disk cache and of every function in it.
+
+    compiled, loaded: kernels in the order in which they were first asked for. calls: how often each
+    was launched.
+    """
+
+    def __init__(self) -> None:
+        self.compiled: list[Kernel] = []
+        self.loaded: list[Kernel] = []
+        self.calls: dict[Kernel, int] = {}
+
+    def entry(self, kernel: Kernel) -> None:
+        return None
+
+    def ensure(self, kernel: Kernel) -> None:
+        self.compiled.append(kernel)
+
+    def function(self, kernel: Kernel) -> Any:
+        self.loaded.append(kernel)
+
+        def call(*arguments: Any) -> None:
+            self.calls[kernel] = self.calls.get(kernel, 0) + 1
+
+        return call
+
+
+def install(patch: pytest.MonkeyPatch) -> FakeKernels:
+    """Until `patch` is undone, backends are made as on an H100."""
+    fakes = FakeKernels()
+    for name, values in _STAND_INS.items():
+        module = importlib.import_module(name)
+        for attribute, value in values.items():
+            patch.setattr(module, attribute, value)
+    for name in ("launch_planner", "launch_paged"):
+        module = importlib.import_module(f"flashcore.runtime.{name}")
+        patch.setattr(module, "shared_cache", lambda: fakes)
+        patch.setattr(module, "_functions", {})
+    patch.setattr("flashcore.runtime.cache.shared_cache", lambda: fakes)
+    patch.setattr(torch.cuda, "memory_allocated", lambda device=None: 0)
+    return fakes
