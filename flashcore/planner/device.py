@@ -59,7 +59,8 @@ class DevicePlanner:
         scratch: what the kernels keep between their steps; of its own if None. Planners whose
             updates follow one another may share one.
 
-    Faults are also told to the host as they are found: see `faults_seen`.
+    Faults are also told to the host as they are found: see `faults_seen`. Its numbers are there in
+    `seen` too (`counters.Seen`), to look at in every step for next to nothing.
 
     An update and the attention calls with its plan go on one stream, or are ordered by events.
 
@@ -139,6 +140,7 @@ class DevicePlanner:
         short, long = chunks.lengths(p.page_tokens) if p.batch_invariant else (0, 0)
         # Pinned memory of the host has one address on both sides.
         self._seen = torch.zeros(Seen.SIZE, dtype=torch.int32, pin_memory=p.cols.is_cuda)
+        self.seen = self._seen.numpy().data
         self._filled = tuple(getattr(p, name) for name in self._names)
         self._problem = (
             *(p.page_tokens, p.num_pages, p.num_kv_heads, p.num_q_heads // p.num_kv_heads),
@@ -188,7 +190,7 @@ class DevicePlanner:
         Waits for nothing and copies nothing: the kernels write it to memory of the host, and only
         after a fault; those of captured graphs too. Never cleared. A variant has its own.
         """
-        seen = self._seen.tolist()
+        seen = self.seen
         return Fault(seen[Seen.FAULTS]), seen[Seen.UPDATES], seen[Seen.SEQUENCE]
 
     def reset(self) -> None:

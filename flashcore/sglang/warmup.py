@@ -48,7 +48,9 @@ def run_all(model: Model, kind: Kind, cache: Cache, kernels: list[Kernel], tree:
     rows = [kernel.config.row_capacity for kernel in kernels if kernel.family is PLANNER]
     tables = _fill_tables(model, cache, max(1, model.draft_tokens))
     for capacity in rows:
-        _planner(model, kind, cache, 64, capacity).update(tables.pages, tables.seq_lens, tables.q_lens)
+        _planner(model, kind, cache, 64, capacity).update(
+            tables.pages, tables.seq_lens, tables.q_lens
+        )
     tiles = {k.config.tile_m for k in kernels if k.family is PAGED}
     for tile_m in sorted(tiles):
         plan = _planner(model, kind, cache, tile_m, min(rows)).update(
@@ -131,4 +133,3 @@ def _tree_masks(model: Model) -> None:
     for full in (False, True):
         mask = torch.ones(n * (n + full), dtype=torch.bool, device=device)
         page_tables.tree_mask(out, mask, lengths, n, full)
-
