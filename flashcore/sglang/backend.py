@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from flashcore.sglang.capacity import Kind, Limits
 from flashcore.sglang.counters import Counters, FaultLog
 from flashcore.sglang.padding import real_sequences
 from flashcore.sglang.page_tables import Slots
-from flashcore.sglang.speculation import TreeMasks
+from flashcore.sglang.speculation import TreeMasks, drafts_are_trees
 from flashcore.sglang.support import Model, NotServed, attention_layers, parallel_ranks
 from flashcore.sglang.views import Memory, Need, View
 
@@ -38,6 +39,7 @@ class FlashcoreBackend(AttentionBackend):
         self.model = Model.of(model_runner)
         self.max_context_len = model_runner.model_config.context_len  # read by EAGLE's worker
         self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.req_to_token_pool = model_runner.req_to_token_pool  # read by SGLang's wrappers
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self._is_draft = model_runner.is_draft_worker
         args = model_runner.server_args
@@ -61,6 +63,7 @@ class FlashcoreBackend(AttentionBackend):
         self._nothing = False  # no query token in this forward
         self._swa_loc: torch.Tensor | None = None  # of this forward
         self._swa_loc_buffer: torch.Tensor | None = None  # of captured graphs
+        self._swa_filled = 0  # of it, by the last batch
         if not self._is_draft and rank == 0:
             logger.info("%s", self.describe())
 
@@ -110,13 +113,11 @@ class FlashcoreBackend(AttentionBackend):
 
     def _prepare(self, model_runner: Any, max_batch: int) -> None:
         """Compile, load and launch every kernel that a forward can ask for."""
-        args = model_runner.server_args
-        topk = getattr(args, "speculative_eagle_topk", None) or 0
-        ngram = str(getattr(args, "speculative_algorithm", None)).upper() == "NGRAM"
-        tree = topk > 1 or ngram
+        tree = drafts_are_trees(model_runner)
         kinds = kernels.kinds_of(self.model, model_runner)
         needed = kernels.wanted(self.model, kinds, max_batch, tree)
         kernels.prepare(needed)
+        started = time.monotonic()
         for kind in kinds:
             view = self.windowed if kind.windowed else self.full
             layer = next((x for x in self.layers if _is_windowed(x) == kind.windowed), None)
@@ -127,6 +128,10 @@ class FlashcoreBackend(AttentionBackend):
                 k, v, self.req_to_token, view.translation, view.window, self._workspace
             )
             warmup.run_all(self.model, kind, cache, needed, tree)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()  # what a kernel has against this machine is told here
+        seconds = time.monotonic() - started
+        logger.info("flashcore attention: %d kernels launched once in %.1f s", len(needed), seconds)
 
     def describe(self) -> str:
         """What serves, in one line."""
@@ -204,18 +209,12 @@ class FlashcoreBackend(AttentionBackend):
         if self._nothing:
             self._tree = None
             return
-        slots = Slots(
-            self.req_to_token,
-            fb.req_pool_indices[:batch],
-            fb.seq_lens[:batch],
-            new,
-            added,
-            real,
-        )
-        tokens = None
+        requests, seq_lens, tokens = fb.req_pool_indices, fb.seq_lens, None
         if not graph:
+            requests, seq_lens = requests[:batch], seq_lens[:batch]
             lengths = getattr(fb, "seq_lens_cpu", None)
             tokens = None if lengths is None else int(lengths[:batch].sum()) + batch * added
+        slots = Slots(self.req_to_token, requests, seq_lens, new, added, real)
         need = Need(batch, queries, tokens)
         self._count(mode, decode, in_capture)
         for view in self._views:
@@ -228,7 +227,8 @@ class FlashcoreBackend(AttentionBackend):
         lengths = getattr(fb, "extend_seq_lens", None)
         if lengths is None:  # draft extend in a graph: as many for each
             return self.model.draft_tokens, batch * self.model.draft_tokens
-        lengths = lengths[:batch]
+        # int64 where data parallelism makes an extend of a decode: kernels are compiled for int32.
+        lengths = lengths[:batch].int()
         on_host = getattr(fb, "extend_seq_lens_cpu", None)
         if on_host is not None:
             return lengths, int(sum(on_host[:batch]))
@@ -240,14 +240,18 @@ class FlashcoreBackend(AttentionBackend):
         loc = getattr(fb, "out_cache_loc", None)
         if not self._two_pools or loc is None:
             return
-        translated = self.token_to_kv_pool.translate_loc_from_full_to_swa(loc)
         if not graph:
-            self._swa_loc = translated
+            self._swa_loc = self.token_to_kv_pool.translate_loc_from_full_to_swa(loc)
             return
         assert self._swa_loc_buffer is not None
-        self._swa_loc_buffer[: loc.numel()].copy_(translated)
-        self._swa_loc_buffer[loc.numel() :].zero_()  # padding writes to the dump of slot 0
-        self._swa_loc = self._swa_loc_buffer[: max(queries, loc.numel())]
+        count = loc.numel()
+        # The same in one launch; a slot of -1 finds the map's last element, which is -1, too.
+        mapping = self.token_to_kv_pool.full_to_swa_index_mapping
+        torch.take(mapping, loc.long(), out=self._swa_loc_buffer[:count])
+        if count < self._swa_filled:  # padding writes to the dump of slot 0
+            self._swa_loc_buffer[count : self._swa_filled].zero_()
+        self._swa_filled = count
+        self._swa_loc = self._swa_loc_buffer[: max(queries, count)]
 
     def _count(self, mode: Any, decode: bool, in_capture: bool) -> None:
         """Tell the counters of the plan before this one, of the mode it was made in."""
@@ -300,7 +304,8 @@ class FlashcoreBackend(AttentionBackend):
         """SGLang's call of a layer. A rank that idles gives zeros, where the base has leftovers."""
         if forward_batch.forward_mode.is_idle():
             return q.new_zeros(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
-        return self.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **options)
+        out: torch.Tensor = super().forward(q, k, v, layer, forward_batch, save_kv_cache, **options)
+        return out
 
     def forward_extend(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from flashcore.sglang.page_tables import PageTables, Slots
 
 _BLOCK = 1024
+
+# Compiled kernels by all that Triton compiles for. Its own look-up, made for kernels that are
+# compiled for more, takes the host longer than the rest of a launch.
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def fill_tables(
@@ -26,7 +30,7 @@ def fill_tables(
     if batch == 0:
         return
     constant = isinstance(slots.new_tokens, int)
-    _fill[(batch, max(1, triton.cdiv(width, _BLOCK)))](
+    arguments = (
         slots.req_to_token,
         slots.req_to_token.stride(0),
         slots.requests,
@@ -42,14 +46,37 @@ def fill_tables(
         tables.seq_lens,
         tables.q_lens,
         window,
-        PAGE_TOKENS=page_tokens,
-        CONSTANT=constant,
-        TRANSLATED=translation is not None,
-        BLOCK=_BLOCK,
+        page_tokens,
+        constant,
+        translation is not None,
+        _BLOCK,
     )
+    grid = (batch, max(1, triton.cdiv(width, _BLOCK)), 1)
+    key = (
+        tables.pages.get_device(),
+        slots.requests.dtype,
+        slots.seq_lens.dtype,
+        getattr(slots.new_tokens, "dtype", None),
+        None if translation is None else translation.dtype,
+        page_tokens,
+    )
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = _fill[grid](*arguments)
+    else:
+        compiled[grid](*arguments)
 
 
-@triton.jit(do_not_specialize=["count", "added", "real", "window"])
+# Compiled for types and for what a model's layers decide, never for a batch's sizes or addresses:
+# the halves of a batch begin at any element, and a first request must not wait for a compiler.
+_SIZES = ["req_stride", "count", "added", "real", "pages_stride", "width", "window"]
+_TENSORS = [
+    *("req_to_token", "requests", "seq_lens", "new_tokens", "translation"),
+    *("pages", "seq_lens_out", "q_lens_out"),
+]
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_TENSORS)
 def _fill(  # type: ignore[no-untyped-def]
     req_to_token,
     req_stride,

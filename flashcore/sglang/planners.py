@@ -27,8 +27,8 @@ WORKSPACE_BYTES = 128 << 20
 """Partial results of one attention call: 8128 query tokens of 32 heads of 128, which is a prefix
 tree 27 groups deep under each of 256 sequences."""
 
-SHARING_QUERIES = 512
-"""New tokens of a prefill up to which sequences share runs: room for partial results is certain."""
+PARTIALS_OF_SHARING = 2
+"""Partial results of each new token of a prefill that shares: of the common prefix, of the rest."""
 
 
 class Planner(Protocol):
@@ -208,13 +208,21 @@ def prefill_tile(queries: int, batch: int, shape: Shape) -> int:
     return 2 * WARPGROUP_ROWS if rows >= 96 * batch else WARPGROUP_ROWS
 
 
-def prefill_fold(queries: int, tile_m: int) -> Fold:
-    """Sequences that fill tiles by themselves share nothing; nor do more query tokens than there
-    is room for partial results of."""
-    return "always" if tile_m > WARPGROUP_ROWS or queries > SHARING_QUERIES else True
+def prefill_fold(queries: int, shape: Shape, room: int | None) -> Fold:
+    """What sharing costs decides, group by group, where `room` holds its partial results.
+
+    room: fp32 elements of the workspace, None for as many as are needed. The rule counts row blocks
+    (docs/kernels.md, Folding): sequences whose own rows fill their tiles share nothing, whatever
+    they have in common; those with fewer rows share, which halves their work or better. Where room
+    is short every exact group is given back at once, as the plan would after counting.
+    """
+    if room is None:
+        return True
+    row = shape.num_q_heads * (shape.head_dim + 1)
+    return True if PARTIALS_OF_SHARING * queries * row <= room else "always"
 
 
 def prefill_kinds() -> list[tuple[int, Fold]]:
     """Every tile and folding that `prefill_tile` and `prefill_fold` choose."""
-    kinds: list[tuple[int, Fold]] = [(WARPGROUP_ROWS, True)]
-    return [*kinds, *((tile, "always") for tile in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS))]
+    folds: tuple[Fold, ...] = (True, "always")
+    return [(tile, fold) for tile in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS) for fold in folds]

@@ -116,6 +116,18 @@ def is_tree(fb: Any) -> bool:
     return getattr(spec, "topk", 0) != 1
 
 
+def drafts_are_trees(runner: Any) -> bool:
+    """Whether verify forwards of a server have tree masks."""
+    try:
+        from sglang.srt.runtime_context import get_spec
+
+        options = get_spec()
+    except ImportError:  # 0.5.16
+        options = runner.server_args
+    algorithm = str(getattr(options, "speculative_algorithm", None)).upper()
+    return (getattr(options, "speculative_eagle_topk", None) or 0) > 1 or algorithm == "NGRAM"
+
+
 def sequences_of_mask(numel: int, lengths: list[int], draft_tokens: int) -> int:
     """Sequences that a draft mask of `numel` elements is for, of those with `lengths` keys before
     their drafts: the batch may be padded past it."""

@@ -93,10 +93,10 @@ class View:
 
     def take(self, slots: Slots, need: Need, *, decode: bool, graph: bool) -> None:
         """Read the batch's slots into tables. graph: into those of captured graphs."""
-        self.planner = self._choose(need, decode, graph)
         if graph:
-            self.tables = self._rows(need.batch)
+            self.planner, self.tables = self.decode, self._rows(need)
         else:
+            self.planner = self._choose(need, decode)
             queries = max(1, self.model.draft_tokens) if decode else need.queries
             self.tables = self._eager.shaped(need.batch, self._width(self.limits, queries))
         page_tables.fill(self.tables, slots, self.model.page_tokens, self.window, self.translation)
@@ -110,13 +110,18 @@ class View:
         pages = (-1, self.model.page_tokens, self.shape.num_kv_heads, self.shape.head_dim)
         self.planner.attend(self.plan, q, k.view(pages), v.view(pages), **rules)
 
-    def _rows(self, batch: int) -> PageTables:
-        """The graphs' tables of a batch."""
-        found = self._static_rows.get(batch)
+    def _rows(self, need: Need) -> PageTables:
+        """The graphs' tables of a batch. What does not fit is refused as its graph is captured."""
+        found = self._static_rows.get(need.batch)
         if found is None:
             if self._static is None:
                 raise RuntimeError("init_cuda_graph_state was not called before a graph's forward")
-            found = self._static_rows[batch] = self._static.rows(batch)
+            if not self.decode.room.holds(need.batch, self._entries(need), need.queries):
+                raise NotServed(
+                    f"CUDA graphs of {need.batch} sequences with {need.queries} new tokens",
+                    f"use --cuda-graph-max-bs {self.limits.batch}",
+                )
+            found = self._static_rows[need.batch] = self._static.rows(need.batch)
         return found
 
     def _width(self, limits: Limits, queries: int) -> int:
@@ -131,24 +136,20 @@ class View:
             return min(most, kept)
         return most if need.tokens is None else min(most, need.tokens // pages + need.batch)
 
-    def _choose(self, need: Need, decode: bool, graph: bool) -> Planner:
-        planner = self._planner_for(need, decode, graph)
-        entries = self._entries(need)
+    def _choose(self, need: Need, decode: bool) -> Planner:
+        planner, entries = self._planner_for(need, decode), self._entries(need)
         if planner.room.holds(need.batch, entries, need.queries):
             return planner
-        if graph:  # while graphs are captured: later batches are no larger
-            raise NotServed(
-                f"CUDA graphs of {need.batch} sequences with {need.queries} new tokens",
-                f"use --cuda-graph-max-bs {self.limits.batch}",
-            )
         self._grow(need, entries)
-        return self._planner_for(need, decode, graph)
+        return self._planner_for(need, decode)
 
-    def _planner_for(self, need: Need, decode: bool, graph: bool) -> Planner:
+    def _planner_for(self, need: Need, decode: bool) -> Planner:
         if decode:
-            return self.decode if graph else self._eager_decode
+            return self._eager_decode
         tile = planners.prefill_tile(need.queries, max(need.batch, 1), self.shape)
-        return self._prefill[tile, planners.prefill_fold(need.queries, tile)]
+        workspace = self._memory.workspace
+        room = None if workspace is None else workspace.numel()
+        return self._prefill[tile, planners.prefill_fold(need.queries, self.shape, room)]
 
     def _grow(self, need: Need, entries: int) -> None:
         """Room for a forward beyond all that the server was taken to be able to ask. Graphs keep

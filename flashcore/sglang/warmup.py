@@ -64,7 +64,7 @@ def run_all(model: Model, kind: Kind, cache: Cache, kernels: list[Kernel], tree:
         _tree_masks(model)
     if cache.translation is not None:
         slots = torch.zeros(1, dtype=torch.int64, device=model.device)
-        cache.translation[slots]
+        torch.take(cache.translation, slots, out=cache.translation[slots])  # eager, and in a graph
 
 
 def _planner(

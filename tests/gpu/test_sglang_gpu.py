@@ -6,6 +6,7 @@ Needs SGLang. The same batches run on the CPU in tests/sglang.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -19,8 +20,11 @@ pytestmark = pytest.mark.skipif(
 )
 if launch.available("cuda")[0]:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
     from flashcore.planner.counters import Seen, Stat
+    from flashcore.runtime.cache import shared_cache
+    from flashcore.sglang import page_table_kernel
     from flashcore.sglang.capacity import ENVIRONMENT
     from flashcore.sglang.register import register
     from flashcore.sglang.support import NotServed
@@ -29,6 +33,7 @@ if launch.available("cuda")[0]:
     from tests.sglang.batches import (
         Engine,
         Forward,
+        Request,
         Setup,
         attend,
         expected,
@@ -231,3 +236,119 @@ def capture(
     with torch.cuda.graph(graph, stream=side):
         outs = run()
     return graph, outs
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("drafts", [0, DRAFTS])
+def test_first_forwards_wait_for_nothing(
+    drafts: int, windows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first forward of each kind loads no kernel and compiles none, and takes what the second
+    takes, but for the planner of its kind, which is made."""
+    monkeypatch.setattr("flashcore.sglang.backend.drafts_are_trees", lambda runner: drafts > 0)
+    options = {**WINDOWS[windows], "draft_tokens": drafts}
+    engine = make_engine(
+        Setup(64, heads=(8, 2), head_dim=128, dtype=torch.bfloat16, device="cuda", **options)
+    )
+    loaded = set(shared_cache().loaded)
+    filled = set(page_table_kernel._compiled)
+    for mode in MODES:
+        if (MODES[mode][1] == "verify") != (drafts > 0):
+            continue
+        times = []
+        for _ in range(2):
+            forward = forward_of(engine, mode)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            engine.backend.init_forward_metadata(forward.batch)
+            attend(engine, forward, save_kv_cache=False)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        assert times[0] < times[1] + 50e-3, mode
+    assert set(shared_cache().loaded) == loaded
+    assert set(page_table_kernel._compiled) == filled
+
+
+def test_halves_of_a_batch_compile_nothing() -> None:
+    """Two-batch overlap hands over slices that begin at any element."""
+    engine = make_engine(setup_of("decode", 64, torch.bfloat16, 128))
+    filled = set(page_table_kernel._compiled)
+    fill = page_table_kernel._fill
+    variants = sum(len(cache[0]) for cache in fill.device_caches.values())
+    for drop in (0, 1, 3):
+        forward = forward_of(engine, "decode", drop)
+        fb = forward.batch
+        for name in ("req_pool_indices", "seq_lens"):
+            value = getattr(fb, name)
+            setattr(fb, name, torch.cat([value[:1], value])[1:])
+            assert getattr(fb, name).data_ptr() % 16
+        engine.backend.init_forward_metadata(fb)
+        check(engine, forward, attend(engine, forward))
+    assert set(page_table_kernel._compiled) == filled
+    assert sum(len(cache[0]) for cache in fill.device_caches.values()) == variants
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_compiled_forward_in_a_graph(windows: str) -> None:
+    """As SGLang does it with --enable-torch-compile: the compiled forward is captured."""
+    engine = make_engine(setup_of("decode", 64, torch.bfloat16, 128, **WINDOWS[windows]))
+    backend = engine.backend
+    first = forward_of(engine, "decode")
+    size = first.batch.batch_size
+    backend.init_cuda_graph_state(size, size)
+    buffers = graph_buffers(engine, size)
+    inputs = static_inputs(engine, size)
+
+    def layers(fb: Any) -> list[torch.Tensor]:
+        parts = (inputs["q"], inputs["k"], inputs["v"])
+        rows = zip(engine.layers, *parts, strict=True)
+        return [layer(2 * q.flatten(1) / 2, k, v, fb) for layer, q, k, v in rows]
+
+    compiled = torch.compile(torch.no_grad()(layers), dynamic=False, fullgraph=True)
+    view = graph_view(engine, first, size, buffers)
+    view.out_cache_loc = buffers.out_cache_loc
+    backend.init_forward_metadata_out_graph(view, in_capture=True)
+
+    def run() -> list[torch.Tensor]:
+        backend.init_forward_metadata_in_graph(view)
+        with forward_context(ForwardContext(attn_backend=backend)):
+            return compiled(view)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        outs = run()
+    for _ in range(2):
+        forward = forward_of(engine, "decode")
+        backend.init_forward_metadata_out_graph(graph_view(engine, forward, size, buffers))
+        engine.runner.req_to_token_pool.req_to_token.fill_(0)
+        for kind in ("q", "k", "v"):
+            for static, value in zip(inputs[kind], getattr(forward, kind), strict=True):
+                static.copy_(value)
+        graph.replay()
+        check(engine, forward, outs)
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("mode", ["EXTEND", "DECODE"])
+def test_batches_without_tokens(mode: str, windows: str) -> None:
+    """No request, and a request with nothing new: empty results, and the next forward is right."""
+    engine = make_engine(setup_of("decode", 64, torch.bfloat16, 128, **WINDOWS[windows]))
+    for requests in ([], [Request(200, 0)] if mode == "EXTEND" else []):
+        forward = make_forward(engine, getattr(ForwardMode, mode), requests or [Request(9, 1)])
+        if not requests:
+            forward.batch.batch_size = 0
+            forward.q, forward.k, forward.v = (
+                [x[:0] for x in part] for part in (forward.q, forward.k, forward.v)
+            )
+        engine.backend.init_forward_metadata(forward.batch)
+        for out in attend(engine, forward):
+            assert out.shape[0] == 0
+        forward = forward_of(engine, "decode")
+        engine.backend.init_forward_metadata(forward.batch)
+        check(engine, forward, attend(engine, forward))

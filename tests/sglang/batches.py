@@ -69,16 +69,17 @@ def make_engine(
     max_batch: int = 12,
     seed: int = 0,
     prepare: Callable[[Any, list[RadixAttention]], None] | None = None,
+    name: str = NAME,
 ) -> Engine:
-    """Pools full of NaN, and the backend from SGLang's registry. prepare: called with runner and
-    layers before the backend is made."""
+    """Pools full of NaN, and the backend `name` from SGLang's registry. prepare: called with runner
+    and layers before the backend is made."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     s = setup
     mode = ForwardMode.TARGET_VERIFY if s.draft_tokens else ForwardMode.DECODE
     case = DenseAttentionCase(
         name="shared",
-        backend=NAME,
+        backend=name,
         forward_mode=mode,
         num_heads=s.heads[0],
         num_kv_heads=s.heads[1],
@@ -120,7 +121,7 @@ def make_engine(
     runner.model = torch.nn.ModuleList(layers)
     if prepare is not None:
         prepare(runner, layers)
-    return Engine(setup, runner, ATTENTION_BACKENDS[NAME](runner), layers, rng)
+    return Engine(setup, runner, ATTENTION_BACKENDS[name](runner), layers, rng)
 
 
 def _make_pools(runner: Any, s: Setup, size: int, rng: torch.Generator) -> None:

@@ -292,7 +292,7 @@ def test_batches_padded_beyond_the_pool(
         engine.backend.init_forward_metadata_out_graph(view, in_capture=True)
         engine.backend.init_forward_metadata_in_graph(view)
     with pytest.raises(NotServed, match=r"CUDA graphs of 18 sequences .*--cuda-graph-max-bs 16"):
-        engine.backend.full._choose(Need(18, 18, None), True, graph=True)
+        engine.backend.full._rows(Need(18, 18, None))
 
 
 def view_of(
@@ -312,10 +312,11 @@ def test_much_sharing_with_pages_of_one(monkeypatch: pytest.MonkeyPatch) -> None
     """128 sequences of 16384 shared and 512 own tokens: 2.16 million entries, 5 times the pool."""
     fake_kernels.install(monkeypatch)
     view = view_of(1, Limits(128, 16_384 + 512 + 8, 8192 + 128, 128))
+    view.allocate_graph_tables(128)
+    assert view._rows(Need(128, 128, None)).pages.shape == (128, 16_384 + 512 + 8)
     tokens = 128 * (16_384 + 512)
     for told in (tokens, None):
-        assert view._choose(Need(128, 128, told), True, graph=False) is view.decode
-        assert view._choose(Need(128, 128, told), True, graph=True) is view.decode
+        assert view._choose(Need(128, 128, told), True) is view.decode
     assert view.decode._planner.capacities.max_entries >= tokens
 
 
@@ -323,7 +324,7 @@ def test_prefill_of_many_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_kernels.install(monkeypatch)
     view = view_of(64, Limits(40_000, 200, 40_000 + 8192, 512))
     for batch in (16_385, 40_000):
-        found = view._choose(Need(batch, batch, None), False, graph=False)
+        found = view._choose(Need(batch, batch, None), False)
         assert found in view._prefill.values()
 
 

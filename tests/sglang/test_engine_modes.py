@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-from flashcore.sglang.register import register
+from flashcore.sglang.register import NAME, register
 from flashcore.sglang.speculation import sequences_of_mask
 from tests.compare import assert_close
 from tests.sglang import cases
@@ -93,20 +94,18 @@ def test_torch_compile_of_a_layer_that_came_later() -> None:
     torch.testing.assert_close(found, exact)
 
 
-def pad_batch(forward: Forward, padded: int, keep_original: bool) -> None:
+def pad_batch(engine: Engine, forward: Forward, padded: int, keep_original: bool) -> None:
     """As `ForwardBatch.prepare_mlp_sync_batch` pads an eager batch for the other ranks."""
     fb, real = forward.batch, forward.batch.batch_size
     if keep_original:
         fb._original_batch_size = real
     width = forward.tokens // real
-
-    def pad(x: torch.Tensor, size: int, value: int = 0) -> torch.Tensor:
-        return torch.nn.functional.pad(x, (0, size - len(x)), value=value)
-
     fb.batch_size = padded
-    fb.req_pool_indices = pad(fb.req_pool_indices, padded)
-    fb.seq_lens, fb.seq_lens_cpu = pad(fb.seq_lens, padded, 1), pad(fb.seq_lens_cpu, padded, 1)
-    fb.out_cache_loc = pad(fb.out_cache_loc, padded * width)
+    if fb.spec_info is not None:
+        fb.spec_info.is_draft_input = lambda: False
+    runner = SimpleNamespace(attn_backend=engine.backend)
+    fb._pad_inputs_to_size(runner, padded * width, padded)
+    assert len(fb.seq_lens) == len(fb.req_pool_indices) == padded
     for kind in ("q", "k", "v"):
         for number, x in enumerate(getattr(forward, kind)):
             rows = x.new_zeros((padded - real) * width, *x.shape[1:])
@@ -131,7 +130,7 @@ def test_verify_padded_for_other_ranks(layout: str, told: bool) -> None:
     if layout == "tree_of_drafts":
         assert forward.tree is not None
         forward.batch.spec_info.custom_mask = torch.cat([m.flatten() for m in forward.tree])
-    pad_batch(forward, 5, told)
+    pad_batch(engine, forward, 5, told)
     engine.backend.init_forward_metadata(forward.batch)
     outs = attend(engine, forward)
     check(engine, forward, outs)
@@ -144,7 +143,7 @@ def test_decode_padded_for_other_ranks(padded: int) -> None:
     """To more than the pool of requests holds, too: the others' tokens decide."""
     engine = make_engine(Setup(16))
     forward = make_forward(engine, ForwardMode.DECODE, cases.decode())
-    pad_batch(forward, padded, True)
+    pad_batch(engine, forward, padded, True)
     engine.backend.init_forward_metadata(forward.batch)
     assert len(engine.backend.full.tables.q_lens) == len(cases.decode())
     outs = attend(engine, forward)
@@ -204,7 +203,7 @@ def test_extend_of_no_token() -> None:
 def test_idle_ranks_give_zeros(mode: str) -> None:
     """A rank without requests beside others that have: padded rows, or a made-up request."""
     engine = make_engine(Setup(16))
-    forward = make_forward(engine, getattr(ForwardMode, "EXTEND"), [Request(0, 6)])
+    forward = make_forward(engine, ForwardMode.EXTEND, [Request(0, 6)])
     forward.batch.forward_mode = getattr(ForwardMode, mode)
     forward.batch._original_batch_size = 0
     forward.batch.req_pool_indices = torch.zeros(1, dtype=torch.int64)
@@ -307,3 +306,119 @@ def test_shared_reads_end_before_the_layers(mode: str, windows: dict[str, Any]) 
         assert engine.backend.shared_read_ends(forward.batch.forward_mode) is (
             SharedReadEnds.PRE_REPLAY
         )
+
+
+@pytest.mark.parametrize("windows", [{}, {"window": 100, "two_pools": True}])
+@pytest.mark.parametrize("mode", ["decode", "verify"])
+def test_two_batch_overlap_replays_halves(mode: str, windows: dict[str, Any]) -> None:
+    """SGLang's wrapper splits a replayed batch between two backends of its own, without a word of
+    which rows pad it; each half then runs its own layers."""
+    from sglang.srt.layers.attention.tbo_backend import TboAttnBackend
+
+    drafts = 5 if mode == "verify" else 0
+    engine = make_engine(Setup(16, draft_tokens=drafts, **windows))
+    overlap = TboAttnBackend.init_new(lambda: ATTENTION_BACKENDS[NAME](engine.runner))
+    requests = cases.verify(5) if mode == "verify" else cases.decode()[:5]
+    name = "TARGET_VERIFY" if mode == "verify" else "DECODE"
+    width, padded = max(1, drafts), 6
+    buffers = graph_buffers(engine, padded)
+    overlap.init_cuda_graph_state(padded, padded * width)
+    for _ in range(2):
+        forward = make_forward(engine, getattr(ForwardMode, name), requests)
+        replay = graph_view(engine, forward, padded, buffers)
+        replay.seq_lens_cpu, replay.max_seq_len_override = replay.seq_lens.clone(), None
+        replay.out_cache_loc = buffers.out_cache_loc
+        if mode == "verify":
+            replay.spec_info = verify_input(forward)
+        overlap.init_forward_metadata_out_graph(replay)
+        halves = []
+        for child, begin, end in zip(overlap.children, (0, 3), (3, 6), strict=True):
+            child.init_forward_metadata_in_graph(replay)
+            rows = slice(begin * width, end * width)
+            parts = [
+                [long(x, padded * width)[rows] for x in p]
+                for p in (forward.q, forward.k, forward.v)
+            ]
+            half = Forward(forward.batch, [], [], *parts)
+            engine.backend = child
+            fb = SimpleNamespace(
+                forward_mode=replay.forward_mode, out_cache_loc=replay.out_cache_loc[rows]
+            )
+            halves.append(attend(engine, half, fb))
+        check(engine, forward, [torch.cat(pair) for pair in zip(*halves, strict=True)])
+
+
+def long(x: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+
+
+def verify_input(forward: Forward) -> Any:
+    """SGLang's own, which it splits; a chain."""
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
+
+    fb = forward.batch
+    return EagleVerifyInput(
+        draft_token=torch.zeros(forward.tokens, dtype=torch.int64),
+        custom_mask=fb.spec_info.custom_mask,
+        positions=fb.positions,
+        retrieve_index=None,
+        retrieve_next_token=None,
+        retrieve_next_sibling=None,
+        retrieve_cum_len=None,
+        spec_steps=4,
+        topk=1,
+        draft_token_num=5,
+        capture_hidden_mode=None,
+        seq_lens_sum=int(fb.seq_lens_cpu.sum()),
+        seq_lens_cpu=fb.seq_lens_cpu,
+    )
+
+
+@pytest.mark.parametrize("mode", ["extend", "decode"])
+def test_pipeline_rank_with_windowed_layers_alone(mode: str) -> None:
+    """Layers that begin elsewhere, all of one kind, as a rank of a pipeline may hold them."""
+
+    def later(runner: Any, layers: list[Any]) -> None:
+        runner.model = torch.nn.ModuleList(layers[1:])
+
+    engine = make_engine(Setup(16, window=40), prepare=later)
+    assert engine.backend.full is None
+    name, requests = READERS[mode]
+    forward = make_forward(engine, getattr(ForwardMode, name), requests())
+    engine.backend.init_forward_metadata(forward.batch)
+    engine.layers = engine.layers[1:]
+    for kind in ("q", "k", "v"):
+        setattr(forward, kind, getattr(forward, kind)[1:])
+    check(engine, forward, attend(engine, forward))
+    line = engine.backend.describe()
+    assert "window 40" in line
+    assert "full attention" not in line
+
+
+@pytest.mark.parametrize("windows", [{}, {"window": 100, "two_pools": True}])
+@pytest.mark.parametrize("mode", ["decode", "verify"])
+def test_after_memory_was_given_back(mode: str, windows: dict[str, Any]) -> None:
+    """Release and resume (--enable-memory-saver): pools and request rows hold anything, the
+    reserved row too, and what was not given back is used again as it is."""
+    name, requests = READERS[mode]
+    drafts = 5 if mode == "verify" else 0
+    engine = make_engine(Setup(16, draft_tokens=drafts, **windows))
+    backend, width = engine.backend, max(1, drafts)
+    padded = len(requests()) + PADDING
+    backend.init_cuda_graph_state(padded, padded * width)
+    buffers = graph_buffers(engine, padded)
+    for cycle in range(3):
+        table = engine.runner.req_to_token_pool.req_to_token
+        table.fill_(2**31 - 1 - 16 - cycle)
+        for layer in engine.layers:
+            for pool in engine.runner.token_to_kv_pool.get_kv_buffer(layer.layer_id):
+                pool.fill_(float("nan"))
+        forward = make_forward(engine, getattr(ForwardMode, name), requests(), tree=True)
+        replay = graph_view(engine, forward, padded, buffers)
+        backend.init_forward_metadata_out_graph(replay)
+        backend.init_forward_metadata_in_graph(replay)
+        rows = padded * width
+        inputs = (forward.q, forward.k, forward.v)
+        replay.out_cache_loc = buffers.out_cache_loc
+        wide = Forward(forward.batch, [], [], *([long(x, rows) for x in part] for part in inputs))
+        check(engine, forward, attend(engine, wide, replay))

@@ -3,15 +3,18 @@ asked for at start."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt import runtime_context
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from flashcore.runtime.kernel import COMBINE, PAGED, PLANNER
 from flashcore.sglang.register import register
+from flashcore.sglang.speculation import drafts_are_trees
 from tests.sglang import cases, fake_kernels
 from tests.sglang.batches import Engine, Request, Setup, attend, make_engine, make_forward
 from tests.sglang.fake_kernels import FakeKernels
@@ -51,13 +54,15 @@ def engine_of(options: dict[str, Any], spoil: Any = None, page_tokens: int = 16)
 @pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("feature", ["plain", "softcap", "sinks", "encoder"])
 def test_no_forward_asks_for_a_kernel_that_is_not_there(
-    options: dict[str, Any], feature: str, fakes: FakeKernels
+    options: dict[str, Any], feature: str, fakes: FakeKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(
+        "flashcore.sglang.backend.drafts_are_trees", lambda runner: "draft_tokens" in options
+    )
     sinks = torch.zeros(8, dtype=torch.bfloat16)
 
     def give(runner: Any, layers: list[Any]) -> None:
         """The features, as models have them."""
-        runner.server_args.speculative_eagle_topk = 4
         for layer in layers:
             if feature == "softcap":
                 layer.logit_cap = 30.0
@@ -82,6 +87,23 @@ def test_no_forward_asks_for_a_kernel_that_is_not_there(
     assert set(fakes.loaded) == known
     launched = {kernel.family for kernel in fakes.calls}
     assert launched == {PAGED, COMBINE, PLANNER}
+
+
+def test_which_servers_draft_trees() -> None:
+    """SGLang 0.5.16 keeps it in its arguments, 0.5.23 in its context, where it is resolved."""
+    runner = make_engine(Setup(16)).runner
+    assert not drafts_are_trees(runner)
+    if not hasattr(runtime_context, "get_spec"):
+        for options, trees in (
+            ({"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 4}, True),
+            ({"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1}, False),
+            ({"speculative_algorithm": "NGRAM", "speculative_eagle_topk": None}, True),
+        ):
+            arguments = SimpleNamespace(**options)
+            assert drafts_are_trees(SimpleNamespace(server_args=arguments)) is trees
+        return
+    with runtime_context.get_spec().override(speculative_eagle_topk=4):
+        assert drafts_are_trees(runner)
 
 
 class Parent(torch.nn.Module):
