@@ -139,7 +139,9 @@ class DevicePlanner:
         unit = p.page_tokens * -(-split.TILE_TOKENS // p.page_tokens)
         short, long = chunks.lengths(p.page_tokens) if p.batch_invariant else (0, 0)
         # Pinned memory of the host has one address on both sides.
-        self._seen = torch.zeros(Seen.SIZE, dtype=torch.int32, pin_memory=p.cols.is_cuda)
+        self._seen = torch.zeros(
+            Seen.SIZE, dtype=torch.int32, device="cpu", pin_memory=p.cols.is_cuda
+        )
         self.seen = self._seen.numpy().data
         self._filled = tuple(getattr(p, name) for name in self._names)
         self._problem = (
