@@ -103,9 +103,12 @@ def plan_without(
 
 
 def plan_that_fits(batch: Batch, c: Capacities, **options: Any) -> tuple[Plan | None, bool]:
-    """The plan that a device planner of these capacities (all given) must make, and whether it has
-    given up sharing. None: no plan fits."""
+    """The plan that a device planner of these capacities must make, and whether it has given up
+    sharing. None: no plan fits. All are given but max_segments, of which 0 is room for any."""
     for unshared, changes in enumerate(({}, {"share": False}, {"share": False, "num_workers": 0})):
+        segments = batch._plan(**options | {"fold": False} | changes).member_rows.numel()
+        if c.max_segments and segments > c.max_segments:
+            continue
         plan = batch._plan(**options | changes)
         gathered, items = plan.q_tokens.numel(), plan.work.shape[0]
         if (

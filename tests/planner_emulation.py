@@ -14,10 +14,10 @@ import torch
 
 from flashcore.config.planner import Entries as E
 from flashcore.config.planner import Groups as G
-from flashcore.config.planner import Reason, Rows, State
+from flashcore.config.planner import Reason, Rows, State, Tiles
 from flashcore.config.planner import Segments as S
 from flashcore.pager.device import DeviceLayout
-from flashcore.planner.counters import INVALID, Count, Fault, Stat
+from flashcore.planner.counters import INVALID, Count, Fault, Seen, Stat
 from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities
 from flashcore.planner.work import DIRECT, FIELDS, Group, Work
@@ -52,9 +52,11 @@ class Emulation(EntriesEmulation):
         self.claim()
         self.link()
         self.number_segments()
-        self.find_groups()
+        if self.p["counts"][Count.SEGMENTS] <= self.c.max_segments:
+            self.find_groups()
         self.finish()
         self.emit()
+        self.tiles[Tiles.CUT, Tiles.STAMP] += 1
 
     # Step 5
 
@@ -199,7 +201,8 @@ class Emulation(EntriesEmulation):
 
     def finish(self) -> None:
         p, counts = self.p, self.p["counts"]
-        for attempt in range(self.attempts):
+        first = int(counts[Count.SEGMENTS] > self.c.max_segments)
+        for attempt in range(first, self.attempts):
             if attempt == 1:
                 self.unshare()
             fits = self.cut(split=attempt < 2)
@@ -232,8 +235,11 @@ class Emulation(EntriesEmulation):
             if self.active(row) and (
                 e == p["row_offsets"][row] or p["token_counts"][e - 1] != self.page_tokens
             ):
-                segs[[S.ENTRY, S.ROW], stretches] = e, row
+                if stretches < self.c.max_segments:
+                    segs[[S.ENTRY, S.ROW], stretches] = e, row
                 stretches += 1
+        p["counts"][Count.SEGMENTS] = stretches
+        stretches = stretches if stretches <= self.c.max_segments else 0
         for s in self.any_order(stretches):
             entry, row = segs[[S.ENTRY, S.ROW], s]
             end, last = p["row_offsets"][row + 1], 1
@@ -247,7 +253,7 @@ class Emulation(EntriesEmulation):
             p["groups"][s, columns] = entry, end - entry, tokens, self.queries_of(row)
             p["member_offsets"][s] = 1
             p["decisions"][s] = tokens, 1, 1 - last, Reason.PRIVATE
-        p["counts"][[Count.SEGMENTS, Count.FOUND]] = stretches
+        p["counts"][Count.FOUND] = stretches
         self.groups = self.kept = stretches
 
     def cut(self, split: bool) -> bool:
@@ -291,6 +297,7 @@ class Emulation(EntriesEmulation):
             items += splits * blocks * self.kv_heads
         fits = gathered <= len(self.p["q_tokens"]) and items <= len(self.p["work"])
         fits = fits and partials <= self.c.max_partials
+        fits = fits and counts[Count.SEGMENTS] <= self.c.max_segments
         lists = [Count.GATHERED, Count.PARTIALS, Count.ITEMS]
         counts[lists] = (gathered, partials, items) if fits else 0
         counts[[Count.GROUPS, Count.MEMBERS, Count.FITS]] = self.groups, self.kept, fits
@@ -369,6 +376,7 @@ class Emulation(EntriesEmulation):
                 fault |= Fault.PLAN
             if fault:
                 p["kv_lens"][b] = 0
+                self.seen[Seen.SEQUENCE] = b
             p["bad"][b] = fault
             faults |= fault
             first, end = rows[[Rows.FIRST_SEGMENT, Rows.END_SEGMENT], b]
@@ -382,6 +390,9 @@ class Emulation(EntriesEmulation):
             begin += length * queries
         p["counts"][Count.MERGE] = begin
         p["counts"][Count.MAX_Q_LEN], p["counts"][Count.FAULTS] = longest, faults
+        if faults:
+            self.seen[Seen.UPDATES] += 1
+            self.seen[Seen.FAULTS] |= faults
 
     # Step 7
 

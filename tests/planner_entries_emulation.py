@@ -37,13 +37,13 @@ class EntriesEmulation:
         self.c = planner.capacities
         tensors = {n: t for n, t in vars(planner.plan).items() if isinstance(t, torch.Tensor)}
         self.p = {name: tensor.numpy() for name, tensor in tensors.items()}
-        slots, entries, segments, found, rows, *_ = (t.numpy() for t in planner._scratch)
-        self.slots, self.entries, self.segs, self.found = slots, entries, segments, found
-        self.rows = rows
+        lent = (t.numpy() for t in planner._lent)
+        self.slots, self.entries, self.segs, self.found, self.rows, _, _, self.tiles = lent
+        self.seen = planner._seen.numpy()
         (
             self.page_tokens, self.num_pages, self.kv_heads, self.group_size, self.tile_m,
             self.kv_token, self.partial_token, self.least_gain, self.fold, self.workers,
-            self.least, self.long, self.unit, *self.chunk_numbers,
+            self.least, self.long, self.unit, *self.chunk_numbers, _,
         ) = planner._problem  # fmt: skip
         self.rng = np.random.default_rng(seed)
 
@@ -72,7 +72,7 @@ class EntriesEmulation:
                 q, faults = 0, faults | Fault.QUERY_LENGTH
             q = min(q, c.max_q + 1)
             ends.append(ends[-1] + pages)
-            queries += q
+            queries = min(queries, c.max_q + 1) + q
             if pages and ends[-1] > c.max_entries:
                 faults |= Fault.ENTRIES
             if q and queries > c.max_q:
@@ -115,7 +115,7 @@ class EntriesEmulation:
             if q < 0:
                 q, faults = 0, faults | Fault.QUERY_LENGTH
             q = min(q, c.max_q + 1)
-            queries += q
+            queries = min(queries, c.max_q + 1) + q
             if q and queries > c.max_q:
                 faults |= Fault.QUERIES
             p["q_offsets"][b + 1], p["row_offsets"][b + 1] = min(queries, c.max_q), end
@@ -176,12 +176,14 @@ class EntriesEmulation:
         for e in range(int(p["counts"][Count.NNZ])):
             row, owner, previous = self.entries[[E.ROW, E.OWNER, E.PREVIOUS], e]
             if owner >= 0 and (previous < 0 or self.entries[E.BROKEN, previous] == 1):
-                self.segs[[S.ENTRY, S.ROW, S.OWNER], segments] = e, row, owner
-                segments += 1
-                if owner == e:
+                there = segments < self.c.max_segments
+                if there:
+                    self.segs[[S.ENTRY, S.ROW, S.OWNER], segments] = e, row, owner
+                if there and owner == e:
                     self.entries[E.GROUP, e] = groups
                     self.found[list(G.ZEROED), groups] = 0
                     self.found[G.LOW, groups], self.found[G.HIGH, groups] = UNUSED, -1
-                    groups += 1
+                segments += 1
+                groups += owner == e
             self.slots[p["cols"][e]] = UNUSED, 0, 0, 0
         p["counts"][[Count.SEGMENTS, Count.FOUND]] = segments, groups

@@ -31,9 +31,11 @@ def test_nothing_spills(config: PlannerConfig) -> None:
 
 
 def test_smallest_kernel_is_chosen() -> None:
-    assert [choose(n).row_capacity for n in (1, 1024, 1025, 32768)] == [1024, 1024, 8192, 32768]
-    with pytest.raises(ValueError, match="max_batch must be at most 32768, got 32769"):
-        choose(32769)
+    sizes = (1, 1024, 1025, 32768, 40_000, 57_344)
+    chosen = [1024, 1024, 8192, 32768, 57_344, 57_344]
+    assert [choose(n).row_capacity for n in sizes] == chosen
+    with pytest.raises(ValueError, match="max_batch must be at most 57344, got 57345"):
+        choose(57_345)
     assert "row_capacity 7 is not one of" in str(illegal_reason(PlannerConfig(7)))
 
 
@@ -53,7 +55,10 @@ def planner(**changes: int) -> DevicePlanner:
         ({"max_items": 2**30}, "max_items must be .* at most"),
         ({"num_pages": 0}, "num_pages must be at least 1 .* got 0"),
         ({"num_kv_heads": 3}, "num_q_heads must be a multiple"),
-        ({"max_batch": 30_000, "max_q": 100_000}, r"max_batch x \(max_q \+ 1\) must be below"),
+        # The limit on sequences before any other that they break.
+        ({"max_batch": 70_000, "max_q": 100_000}, "max_batch must be at most 57344, got 70000"),
+        ({"max_batch": 3000, "max_q": 2**21}, "max_q must be at most 2097150 with max_batch 3000"),
+        ({"max_segments": 3}, r"max_segments must be at least max_batch \(4\).* got 3"),
     ],
 )
 def test_impossible_capacities_are_named(changes: dict[str, int], message: str) -> None:

@@ -2,6 +2,9 @@
 
 Scratch is a few int32 matrices, one line for each array: `Entries`, `Segments`, `Groups`, `Rows`
 and `Sort` name their lines. Nothing in them outlives an update but what is said to.
+
+There may be millions of entries (a page of a sequence each) and few segments, so entries have few
+lines: 28 bytes with those of the plan, where a segment has 220.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ GROUP_THREADS = 512  # of CTAs that look at segments and groups
 RADIX_BITS = 9
 RADIX_BINS = 1 << RADIX_BITS
 RANKED = 256  # pairs up to which counting those before each takes less than a radix sort
-ROW_CAPACITIES = (1024, 8192, 32768)
+ROW_CAPACITIES = (1024, 8192, 32768, 57344)  # the last is what an SM's memory holds
 UNUSED = 2**31 - 1  # owner of a page that no entry has claimed
 
 
@@ -30,8 +33,8 @@ class PlannerConfig:
 
     @property
     def smem_bytes(self) -> int:
-        """Of the layout kernel, the largest: offsets of all rows, 4 KB for the scans."""
-        return 4 * (self.row_capacity + 1) + 4096
+        """Of the layout kernel, the largest: offsets of all rows, 1 KB for the scans."""
+        return 4 * (self.row_capacity + 1) + 1024
 
 
 def illegal_reason(config: PlannerConfig) -> str | None:
@@ -72,12 +75,13 @@ class Entries:
     ROW = 0
     OWNER = 1  # -1: its sequence takes no part
     PREVIOUS = 2  # owner of the entry before it in its row, -1: it is the first
+    GROUP = 2  # at the owner that begins a group, once PREVIOUS is read there: its number
     BROKEN = 3  # at an owner: not every use of its page goes on to the owner's next page
-    GROUP = 4  # at the owner that begins a group: its number
-    START = 5  # tokens of its sequence before it
-    DIFFERS = 6  # at a chunk's first entry: another page than its owner's, so it owns itself
-    CHUNK_USES = 7  # at the first entry of a chunk that owns itself
-    LINES = 8
+    START = 4  # tokens of its sequence before it
+    LINES = 5
+    DIFFERS = 5  # at a chunk's first entry: another page than its owner's, so it owns itself
+    CHUNK_USES = 6  # at the first entry of a chunk that owns itself
+    LINES_OF_CHUNKS = 7
 
 
 class Segments:
@@ -172,5 +176,9 @@ class Tiles:
 
     SEGMENTS = 0
     GROUPS = 1
-    CUT = 2  # the stamp, when the groups are cut; CTAs that have numbered their segments
+    CUT = 2  # no line of CTAs but of these places
     LINES = 3
+
+    READY = 0  # the stamp, when the groups are cut
+    DONE = 1  # CTAs that have numbered their segments, zero between updates
+    STAMP = 2  # updates finished, of every planner that has this scratch

@@ -33,6 +33,7 @@ from flashcore.kernels.planner_sharing import (
     await_count,
     claim_pages,
     mark_breaks,
+    next_stamp,
     number_segments,
     publish_count,
 )
@@ -144,10 +145,10 @@ class Planner:
         tid, _, _ = cute.arch.thread_idx()
         grid, _, _ = cute.arch.grid_dim()
         shared = shared_memory(SmemAllocator())
-        stamp = plan.mCounts[int(Count.STAMP)] + 1
+        stamp = next_stamp(scratch)
         number_segments(plan, scratch, shared.sums)
         role = self.role(scratch, shared)
-        ready = scratch.mTiles.iterator + Tiles.CUT * SCAN_THREADS
+        ready = scratch.mTiles.iterator + (Tiles.CUT * SCAN_THREADS + Tiles.READY)
         if role < 3:
             if role == 0:
                 self.cut(plan, scratch, problem, shared)
@@ -173,12 +174,12 @@ class Planner:
         """How many CTAs are not done yet, this one aside; what those that are wrote can be seen."""
         tid, _, _ = cute.arch.thread_idx()
         grid, _, _ = cute.arch.grid_dim()
-        done = scratch.mTiles.iterator + (Tiles.CUT * SCAN_THREADS + 1)
+        done = scratch.mTiles.iterator + (Tiles.CUT * SCAN_THREADS + Tiles.DONE)
         cute.arch.sync_threads()
         if tid == 0:
             before = cute.arch.atomic_add(done, Int64(1), sem="acq_rel", scope="gpu").to(Int32)
             if before == grid - 1:
-                scratch.mTiles[Tiles.CUT, 1] = Int64(0)
+                scratch.mTiles[Tiles.CUT, Tiles.DONE] = Int64(0)
             shared.bins[0] = grid - 1 - before
         cute.arch.sync_threads()
         role = shared.bins[0]
@@ -190,12 +191,16 @@ class Planner:
         """Groups and their splits."""
         tid, _, _ = cute.arch.thread_idx()
         num_segments, num_found = plan.mCounts[int(Count.SEGMENTS)], plan.mCounts[int(Count.FOUND)]
-        num_groups, num_kept = find_groups(plan, scratch, problem, num_segments, num_found, shared)
-        # Where the lists do not fit: as if nothing were shared, and then without splits, unless
-        # these are promised.
+        # Where segments or lists do not fit: as if nothing were shared, and then without splits,
+        # unless these are promised.
         chunks = const_expr(self.config.chunks)
         attempts = const_expr(2 if chunks else 3)
-        attempt, fits = Int32(0), Int32(0)
+        attempt, fits, num_groups, num_kept = Int32(1), Int32(0), Int32(0), Int32(0)
+        if num_segments <= plan.mMemberRows.shape[0]:
+            attempt = Int32(0)
+            num_groups, num_kept = find_groups(
+                plan, scratch, problem, num_segments, num_found, shared
+            )
         while attempt < attempts and fits == 0:
             if attempt == 1:
                 num_groups = unshare(plan, scratch, problem, shared)
@@ -213,7 +218,7 @@ class Planner:
         tid, _, _ = cute.arch.thread_idx()
         first, which, _ = cute.arch.block_idx()
         if which == 0 and first == 0 and tid == 0:
-            plan.mCounts[int(Count.STAMP)] = plan.mCounts[int(Count.STAMP)] + 1
+            scratch.mTiles[Tiles.CUT, Tiles.STAMP] = Int64(next_stamp(scratch))
         if which == 0:
             emit_work(plan, scratch, problem)
         elif which == 1:

@@ -65,7 +65,7 @@ def adopt_rows(
             plan.mRowOffsets[b + 1] = end
             plan.mKvLens[b] = length if faults == 0 else Int32(0)
             scratch.mRows[Rows.FAULTS, b] = faults
-        queries_before = queries_before + all_queries
+        queries_before = min(queries_before + all_queries, max_q + 1)
     if tid == 0:
         plan.mQOffsets[0] = Int32(0)
         plan.mRowOffsets[0] = Int32(0)

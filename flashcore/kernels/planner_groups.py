@@ -316,8 +316,10 @@ def find_groups(
 @cute.jit
 def unshare(plan: Plan, scratch: Scratch, problem: Problem, shared: Shared):
     """Replace all groups by those of a plan that ignores sharing: each stretch of a sequence whose
-    pages, but for the last, are full. Returns how many; each is a segment too."""
-    num_groups = number_stretches(plan, scratch, problem, shared)
+    pages, but for the last, are full. Returns how many; each is a segment too. Where there is no
+    room for all, there are none, and Count.SEGMENTS says how many there would be."""
+    num_stretches = number_stretches(plan, scratch, problem, shared)
+    num_groups = num_stretches if num_stretches <= plan.mMemberRows.shape[0] else Int32(0)
     tid, _, _ = cute.arch.thread_idx()
     segments = scratch.mSegments
     for s in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
@@ -338,7 +340,7 @@ def unshare(plan: Plan, scratch: Scratch, problem: Problem, shared: Shared):
         plan.mDecisions[s, 2] = 1 - last
         plan.mDecisions[s, 3] = Int32(Reason.PRIVATE)
     if tid == 0:
-        plan.mCounts[int(Count.SEGMENTS)] = num_groups
+        plan.mCounts[int(Count.SEGMENTS)] = num_stretches
         plan.mCounts[int(Count.FOUND)] = num_groups
     cute.arch.sync_threads()
     return num_groups
@@ -360,7 +362,7 @@ def number_stretches(plan: Plan, scratch: Scratch, problem: Problem, shared: Sha
                     if plan.mTokenCounts[e - 1] == problem.page_tokens:
                         begins = Int32(0)
         number, found = block_counts((begins,), shared.sums)
-        if begins == 1:
+        if begins == 1 and before + number[0] < plan.mMemberRows.shape[0]:
             scratch.mSegments[S.ENTRY, before + number[0]] = e
             scratch.mSegments[S.ROW, before + number[0]] = row
         before = before + found[0]

@@ -20,8 +20,8 @@ def row_need(
 ):  # fmt: skip
     """Pages and query tokens that sequence b asks for, and what is wrong with its lengths.
 
-    Neither sum over a batch can overflow: pages are at most the table's columns, query tokens at
-    most max_q + 1.
+    No sum can overflow: pages are at most the table's columns; query tokens at most max_q + 1, and
+    so are those of all sequences before a tile.
     """
     pages, queries, faults = Int32(0), Int32(0), Int32(0)
     if b < mSeqLens.shape[0]:
@@ -68,7 +68,7 @@ def scan_rows(
                 plan.mKvLens[b] = mSeqLens[b] if faults == 0 else Int32(0)
                 scratch.mRows[Rows.FAULTS, b] = faults
         pages_before = pages_before + totals[0]
-        queries_before = queries_before + totals[1]
+        queries_before = min(queries_before + totals[1], max_q + 1)
     if tid == 0:
         sEnds[0] = Int32(0)
         if bid == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, Int64
 
 
 class Problem(NamedTuple):
@@ -27,6 +27,7 @@ class Problem(NamedTuple):
     chunk_pages: Int32  # `planner.chunks`, where the config has chunks
     long_chunk_pages: Int32
     few_queries: Int32  # more make chunks long
+    seen: Int64  # address of `planner.counters.Seen` in pinned memory of the host, 0: nowhere
 
 
 class Source(NamedTuple):
@@ -53,11 +54,11 @@ class Plan(NamedTuple):
     mQOffsets: cute.Tensor  # (max_batch + 1,)
     mCols: cute.Tensor  # (max_entries,)
     mTokenCounts: cute.Tensor  # (max_entries,)
-    mGroups: cute.Tensor  # (max_entries, 8)
-    mMemberOffsets: cute.Tensor  # (max_entries + 1,)
-    mMemberRows: cute.Tensor  # (max_entries,)
-    mMemberStarts: cute.Tensor  # (max_entries,)
-    mDecisions: cute.Tensor  # (max_entries, 4)
+    mGroups: cute.Tensor  # (max_segments, 8)
+    mMemberOffsets: cute.Tensor  # (max_segments + 1,)
+    mMemberRows: cute.Tensor  # (max_segments,)
+    mMemberStarts: cute.Tensor  # (max_segments,)
+    mDecisions: cute.Tensor  # (max_segments, 4)
     mQTokens: cute.Tensor  # (max_gathered,)
     mQPositions: cute.Tensor  # (max_gathered,)
     mQIndex: cute.Tensor  # (max_q,)
@@ -67,13 +68,14 @@ class Plan(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Lines are named in `config.planner`."""
+    """Lines are named in `config.planner`. All may be longer than the plan's: planners that take
+    turns share them."""
 
     mSlots: cute.Tensor  # (num_pages, Slots.LINES)
-    mEntries: cute.Tensor  # (Entries.LINES, max_entries)
-    mSegments: cute.Tensor  # (Segments.LINES, max_entries)
-    mFound: cute.Tensor  # (Groups.LINES, max_entries)
+    mEntries: cute.Tensor  # (Entries.LINES, max_entries), with chunks LINES_OF_CHUNKS
+    mSegments: cute.Tensor  # (Segments.LINES, max_segments)
+    mFound: cute.Tensor  # (Groups.LINES, max_segments)
     mRows: cute.Tensor  # (Rows.LINES, max_batch)
-    mMembers: cute.Tensor  # (Sort.LINES, max_entries)
-    mClasses: cute.Tensor  # (Sort.LINES_OF_CLASSES, 2 * max_entries)
+    mMembers: cute.Tensor  # (Sort.LINES, max_segments)
+    mClasses: cute.Tensor  # (Sort.LINES_OF_CLASSES, 2 * max_segments)
     mTiles: cute.Tensor  # int64 (Tiles.LINES, SCAN_THREADS)

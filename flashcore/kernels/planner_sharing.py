@@ -122,7 +122,8 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
     """Segments and groups in the order of entries.
 
     Every CTA counts its stretch of the entries, tells the others, and waits for those before it,
-    which were started no later than itself.
+    which were started no later than itself. All are counted, and those written for which there is
+    room; a group has no larger number than its first segment.
     """
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
@@ -137,7 +138,7 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
         more_segments, more_groups = begins_segment(scratch, begin + offset + tid, nnz)
         more = block_reduce((more_segments, more_groups), ("add", "add"), sums)
         all_segments, all_groups = all_segments + more[0], all_groups + more[1]
-    segments_before, groups_before = exchange_counts(plan, scratch, all_segments, all_groups, sums)
+    segments_before, groups_before = exchange_counts(scratch, all_segments, all_groups, sums)
     if bid == grid - 1 and tid == 0:
         plan.mCounts[int(Count.SEGMENTS)] = segments_before + all_segments
         plan.mCounts[int(Count.FOUND)] = groups_before + all_groups
@@ -148,11 +149,12 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
             segment, group = begins_segment(scratch, e, nnz)
             places, totals = block_counts((segment, group), sums)
             s, g, tile_segments, tile_groups = places[0], places[1], totals[0], totals[1]
-        if segment == 1:
+        there = segments_before + s < plan.mMemberRows.shape[0]
+        if segment == 1 and there:
             scratch.mSegments[S.ENTRY, segments_before + s] = e
             scratch.mSegments[S.ROW, segments_before + s] = scratch.mEntries[E.ROW, e]
             scratch.mSegments[S.OWNER, segments_before + s] = scratch.mEntries[E.OWNER, e]
-        if group == 1:
+        if group == 1 and there:
             scratch.mEntries[E.GROUP, e] = groups_before + g
             clear_group(scratch, groups_before + g)
         if e < nnz:
@@ -162,13 +164,17 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
 
 
 @cute.jit
-def exchange_counts(
-    plan: Plan, scratch: Scratch, segments: Int32, groups: Int32, sums: cute.Tensor
-):
+def next_stamp(scratch: Scratch):
+    """The stamp of this update."""
+    return scratch.mTiles[Tiles.CUT, Tiles.STAMP].to(Int32) + 1
+
+
+@cute.jit
+def exchange_counts(scratch: Scratch, segments: Int32, groups: Int32, sums: cute.Tensor):
     """Publish this CTA's counts and add up those of all CTAs before it."""
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
-    stamp = plan.mCounts[int(Count.STAMP)] + 1
+    stamp = next_stamp(scratch)
     tiles = scratch.mTiles.iterator
     if tid == 0:
         publish_count(tiles + Tiles.SEGMENTS * SCAN_THREADS + bid, stamp, segments)

@@ -28,7 +28,7 @@ from flashcore.kernels.planner_groups import queries_of, row_blocks
 from flashcore.kernels.planner_layout import is_active
 from flashcore.kernels.planner_operands import Plan, Problem, Scratch
 from flashcore.kernels.planner_owners import chunk_pages
-from flashcore.planner.counters import Count, Fault, Stat
+from flashcore.planner.counters import Count, Fault, Seen, Stat
 from flashcore.planner.split import COST_UNIT, LONGEST_FIRST, token_cost
 from flashcore.planner.work import DIRECT, Group
 
@@ -321,8 +321,8 @@ def place_splits(plan: Plan, scratch: Scratch, num_kept: Int32, shared: Shared):
 
 @cute.jit
 def place_lists(
-    plan: Plan, scratch: Scratch, batch: Int32, num_kept: Int32, num_splits: Int32, failed: Int32,
-    shared: Shared,
+    plan: Plan, scratch: Scratch, problem: Problem, batch: Int32, num_kept: Int32,
+    num_splits: Int32, failed: Int32, shared: Shared,
 ):  # fmt: skip
     """Length of each sequence's merge lists and where they begin; sequences with a fault get lists
     of one element. Returns the elements of all lists, the longest query, and all faults."""
@@ -335,7 +335,7 @@ def place_lists(
         if b < batch:
             queries = queries_of(plan, b)
             longest = longest if longest > queries else queries
-            fault = close_row(plan, scratch, b, queries, failed)
+            fault = close_row(plan, scratch, problem, b, queries, failed)
             faults = faults | fault
             first, end = rows[Rows.FIRST_SEGMENT, b], rows[Rows.END_SEGMENT, b]
             if fault != 0:
@@ -356,7 +356,9 @@ def place_lists(
 
 
 @cute.jit
-def close_row(plan: Plan, scratch: Scratch, b: Int32, queries: Int32, failed: Int32):
+def close_row(
+    plan: Plan, scratch: Scratch, problem: Problem, b: Int32, queries: Int32, failed: Int32
+):
     """Write what is wrong with a sequence, and leave PAGE_FAULT as the next update wants it."""
     rows = scratch.mRows
     fault = rows[Rows.FAULTS, b]
@@ -367,8 +369,17 @@ def close_row(plan: Plan, scratch: Scratch, b: Int32, queries: Int32, failed: In
         fault = fault | int(Fault.PLAN)
     if fault != 0:
         plan.mKvLens[b] = Int32(0)
+        if problem.seen != 0:
+            seen_words(problem)[int(Seen.SEQUENCE)] = b
     plan.mBad[b] = fault
     return fault
+
+
+@cute.jit
+def seen_words(problem: Problem):
+    """`Seen`, on the host. Kernels alone write it, one after the other, and only after a fault."""
+    at = cute.make_ptr(Int32, problem.seen, cute.AddressSpace.gmem, assumed_align=4)
+    return cute.make_tensor(at, cute.make_layout(int(Seen.SIZE)))
 
 
 @cute.jit
@@ -404,6 +415,8 @@ def cut(
         plan, scratch, problem, num_groups, share, shared, chunks
     )
     fits = Int32(1)
+    if plan.mCounts[int(Count.SEGMENTS)] > plan.mMemberRows.shape[0]:
+        fits = Int32(0)
     if gathered > Int64(plan.mQTokens.shape[0]) or items > Int64(plan.mWork.shape[0]):
         fits = Int32(0)
     # Merge lists have at most one element besides for each query token, and room for it.
@@ -444,8 +457,12 @@ def place_results(
     num_splits = place_splits(plan, scratch, num_kept, shared)
     fits = plan.mCounts[int(Count.FITS)]
     merge, longest, faults = place_lists(
-        plan, scratch, batch, num_kept, num_splits, 1 - fits, shared
+        plan, scratch, problem, batch, num_kept, num_splits, 1 - fits, shared
     )
+    if tid == 0 and faults != 0 and problem.seen != 0:
+        seen = seen_words(problem)
+        seen[int(Seen.UPDATES)] = seen[int(Seen.UPDATES)] + 1
+        seen[int(Seen.FAULTS)] = seen[int(Seen.FAULTS)] | faults
     if tid == 0:
         kept = Int64(fits)
         counts = plan.mCounts

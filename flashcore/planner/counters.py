@@ -30,9 +30,18 @@ class Count(IntEnum):
     FAULTS = 10  # `Fault` of any sequence
     SEGMENTS = 11  # before folding; scratch of the planner
     CLASSES = 12  # buffer that holds the sorted classes of work items; scratch of the planner
-    STAMP = 13  # updates finished
     FITS = 14  # 0: the lists do not fit, with or without sharing; scratch of the planner
     SIZE = 16
+
+
+class Seen(IntEnum):
+    """Elements of what a planner's kernels tell the host of faults, int32 in pinned memory. Written
+    after a fault alone, and by no update cleared."""
+
+    FAULTS = 0  # `Fault` of any sequence of any update so far
+    UPDATES = 1  # that had a fault
+    SEQUENCE = 2  # some sequence of the last of these with a fault
+    SIZE = 4
 
 
 class Stat(IntEnum):

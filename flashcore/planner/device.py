@@ -7,6 +7,7 @@ out and marked in `DevicePlan.bad`; its query tokens' merge lists hold `counters
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -16,16 +17,18 @@ from flashcore.config import planner as lines
 from flashcore.device import device_path, resident_ctas
 from flashcore.pager.device import DeviceLayout, unit_stride
 from flashcore.planner import chunks, split
-from flashcore.planner.counters import Count
+from flashcore.planner.counters import Count, Fault, Seen
 from flashcore.planner.device_plan import (
     Capacities,
     DevicePlan,
     fill_defaults,
+    planned_bytes,
     planned_tensors,
     workspace_elements,
     workspace_tensors,
 )
 from flashcore.planner.folding import Costs, Fold
+from flashcore.planner.scratch import PlannerScratch
 from flashcore.planner.types import Plan
 from flashcore.planner.work import DIRECT
 
@@ -53,6 +56,11 @@ class DevicePlanner:
         workspace: fp32 [n], n at least max_partials * num_q_heads * (head_dim + 1), where partial
             results go; allocated if None. Planners whose attention calls never overlap may share
             one. Where capacities.max_partials is 0, what it holds is the capacity.
+        scratch: what the kernels keep between their steps; of its own if None. Planners whose
+            updates follow one another may share one.
+
+    Faults are also told to the host as they are found: see `faults_seen`. Its numbers are there in
+    `seen` too (`counters.Seen`), to look at in every step for next to nothing.
 
     An update and the attention calls with its plan go on one stream, or are ordered by events.
 
@@ -76,48 +84,122 @@ class DevicePlanner:
         batch_invariant: bool = False,
         device: torch.device | str = "cuda",
         workspace: torch.Tensor | None = None,
+        scratch: PlannerScratch | None = None,
     ):
-        group_size = validate.head_counts(num_q_heads, num_kv_heads)
+        validate.head_counts(num_q_heads, num_kv_heads)
         validate.positive_int("head_dim", head_dim)
         validate.positive_int("itemsize", itemsize, maximum=8)
         validate.positive_int("tile_m", tile_m)
         validate.positive_int("page_tokens", page_tokens)
         validate.positive_int("num_pages", num_pages, maximum=_MOST_PAGES)
         device = torch.device(device)
+        chunked = bool(batch_invariant)
+        # First, since it names the limit on sequences.
+        self._configs = (
+            lines.choose(capacities.max_batch, chunks=chunked),
+            lines.choose(capacities.max_batch, from_layout=True),
+        )
+        self._itemsize, self._num_workers, self._fold = itemsize, num_workers, fold
         workers = _workers(num_workers, device, head_dim, tile_m)
         if workspace is not None and not capacities.max_partials:
             held = workspace.numel() // workspace_elements(1, num_q_heads, head_dim)
             capacities = replace(capacities, max_partials=held)
-        short, long = chunks.lengths(page_tokens) if batch_invariant else (0, 0)
+        short = chunks.lengths(page_tokens)[0] if batch_invariant else 0
         c = fill_defaults(capacities, num_q_heads, num_kv_heads, tile_m, workers, short)
         self.capacities = c
-        self._configs = (
-            lines.choose(c.max_batch, chunks=bool(batch_invariant)),
-            lines.choose(c.max_batch, from_layout=True),
-        )
         filled = planned_tensors(c, device)
-        self._filled = tuple(filled.values())
+        self._names = tuple(filled)
         self.plan = DevicePlan(
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             page_tokens=page_tokens,
             tile_m=tile_m,
-            batch_invariant=bool(batch_invariant),
+            batch_invariant=chunked,
             max_q=c.max_q,
             num_pages=num_pages,
             **filled,
             **workspace_tensors(c.max_partials, num_q_heads, head_dim, workspace, device),
         )
-        self._scratch = _allocate_scratch(c, num_pages, device)
-        costs = Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize, fold, parallel=workers > 0)
-        unit = page_tokens * -(-split.TILE_TOKENS // page_tokens)
+        if scratch is None:
+            limits = (c.max_batch, c.max_entries, c.max_segments, num_pages)
+            scratch = PlannerScratch(*limits, chunks=chunked, device=device)
+        self.scratch = scratch
+        self._lent = scratch.lent(c, num_pages, chunked)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What launches pass, of the plan's tensors and the numbers of the problem."""
+        p = self.plan
+        workers = _workers(self._num_workers, p.device, p.head_dim, p.tile_m)
+        costs = Costs.of(
+            *(p.num_q_heads, p.num_kv_heads, p.head_dim, self._itemsize, self._fold),
+            parallel=workers > 0,
+        )
+        unit = p.page_tokens * -(-split.TILE_TOKENS // p.page_tokens)
+        short, long = chunks.lengths(p.page_tokens) if p.batch_invariant else (0, 0)
+        # Pinned memory of the host has one address on both sides.
+        self._seen = torch.zeros(
+            Seen.SIZE, dtype=torch.int32, device="cpu", pin_memory=p.cols.is_cuda
+        )
+        self.seen = self._seen.numpy().data
+        self._filled = tuple(getattr(p, name) for name in self._names)
         self._problem = (
-            *(page_tokens, num_pages, num_kv_heads, group_size, tile_m),
-            *(*costs, int(bool(fold))),
+            *(p.page_tokens, p.num_pages, p.num_kv_heads, p.num_q_heads // p.num_kv_heads),
+            *(p.tile_m, *costs, int(bool(self._fold))),
             *(workers, split.MIN_SPLIT_TOKENS, split.LONG_SPLIT_TOKENS, unit),
             *(short, long, chunks.FEW_QUERIES),
+            self._seen.data_ptr(),
         )
+
+    def variant(
+        self, *, tile_m: int | None = None, fold: Fold | None = None, max_q: int | None = None
+    ) -> DevicePlanner:
+        """A planner like this one but for what is given, that fills the same tensors: it takes no
+        memory, and its plan is good until either of them makes the next one.
+
+        tile_m, fold: as in the constructor. max_q: at most this one's; fewer take less time to lay
+        out. Capacities stay as they are, those too whose defaults depend on tile_m.
+        """
+        most = self.capacities.max_q
+        max_q = validate.positive_int("max_q", max_q or most, maximum=most)
+        tile_m = validate.positive_int("tile_m", tile_m or self.plan.tile_m)
+        other = copy(self)
+        other._fold = self._fold if fold is None else fold
+        other.capacities = replace(self.capacities, max_q=max_q)
+        partials = self.capacities.max_partials
+        other.plan = replace(
+            self.plan,
+            tile_m=tile_m,
+            max_q=max_q,
+            q_index=self.plan.q_index[:max_q],
+            merge_offsets=self.plan.merge_offsets[: max_q + 1],
+            merge_partials=self.plan.merge_partials[: partials + max_q],
+        )
+        other._prepare()
+        return other
+
+    @property
+    def bytes(self) -> int:
+        """What the plan's tensors take: neither the workspace nor the scratch, both of which may be
+        shared."""
+        return planned_bytes(self.capacities)
+
+    def faults_seen(self) -> tuple[Fault, int, int]:
+        """Of all updates that have finished: their faults, how many had one, and a sequence of the
+        last of these that had.
+
+        Waits for nothing and copies nothing: the kernels write it to memory of the host, and only
+        after a fault; those of captured graphs too. Never cleared. A variant has its own.
+        """
+        seen = self.seen
+        return Fault(seen[Seen.FAULTS]), seen[Seen.UPDATES], seen[Seen.SEQUENCE]
+
+    def reset(self) -> None:
+        """Make updates safe after the device's memory was given back and taken again, as a memory
+        saver does it: `PlannerScratch.reset` and the work counter. A plan must be made anew."""
+        self.scratch.reset()
+        self.plan.counter.zero_()
 
     @property
     def workspace_bytes(self) -> int:
@@ -204,7 +286,7 @@ class DevicePlanner:
             q_lens,
             None if layout is None else layout.source(),
             self._filled,
-            self._scratch,
+            self._lent,
             self._problem,
         )
         return self.plan
@@ -280,25 +362,3 @@ def _workers(num_workers: int | None, device: torch.device, head_dim: int, tile_
     if num_workers:
         validate.positive_int("num_workers", num_workers)
     return num_workers
-
-
-def _allocate_scratch(
-    c: Capacities, num_pages: int, device: torch.device
-) -> tuple[torch.Tensor, ...]:
-    """In the order of `kernels.planner_operands.Scratch`, as the first update wants it."""
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    slots = zeros(num_pages, lines.Slots.LINES)
-    slots[:, lines.Slots.FIRST] = lines.UNUSED
-    return (
-        slots,
-        zeros(lines.Entries.LINES, c.max_entries),
-        zeros(lines.Segments.LINES, c.max_entries),
-        zeros(lines.Groups.LINES, c.max_entries),
-        zeros(lines.Rows.LINES, c.max_batch),
-        zeros(lines.Sort.LINES, c.max_entries),
-        zeros(lines.Sort.LINES_OF_CLASSES, 2 * c.max_entries),
-        zeros(lines.Tiles.LINES, lines.SCAN_THREADS).long(),
-    )

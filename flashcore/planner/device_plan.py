@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
 from flashcore import validate
+from flashcore.config.planner import SCAN_THREADS
 from flashcore.planner import chunks
 from flashcore.planner.counters import Count, Fault, Stat
 from flashcore.planner.types import no_launches
@@ -21,11 +23,13 @@ _PARTIALS_BEYOND = 2
 
 @dataclass(frozen=True)
 class Capacities:
-    """Most of everything. 0 for the last three chooses: see `fill_defaults`.
+    """Most of everything. 0 for the last four chooses: see `fill_defaults`.
 
     max_batch: sequences. max_entries: pages of all sequences together. max_q: query tokens of all
     sequences together. max_gathered: query tokens of all groups together. max_partials: partial
-    results of query tokens. max_items: work items.
+    results of query tokens. max_items: work items. max_segments: runs of pages that the same
+    sequences use, counted once for each of these sequences; a batch that has more is planned as if
+    nothing were shared. An entry takes 28 bytes of memory, a segment 220.
     """
 
     max_batch: int
@@ -34,6 +38,7 @@ class Capacities:
     max_gathered: int = 0
     max_partials: int = 0
     max_items: int = 0
+    max_segments: int = 0
 
 
 def fill_defaults(
@@ -46,8 +51,9 @@ def fill_defaults(
 ) -> Capacities:
     """Capacities for what ordinary batches need, checked.
 
-    Gathered tokens: each member's queries; decode has at most one a page. Work items: one for each
-    row block and KV head of a group, and 4096 for the splits.
+    Segments: one a page, which is the most there can be. Gathered tokens: each member's queries;
+    decode has at most one a segment. Work items: one for each row block and KV head of a group, and
+    4096 for the splits.
     Partial tokens: one for each gathered token whose group is not all there is to it, and for the
     splits `5 * num_workers * tile_m / num_q_heads` more, whatever the lengths: a split is at least
     four fifths of a fourth of a worker's share of all work. They are the only large ones, so query
@@ -60,8 +66,9 @@ def fill_defaults(
     group_size = num_q_heads // num_kv_heads
     for name in ("max_batch", "max_entries", "max_q"):
         validate.positive_int(name, getattr(c, name), maximum=_MOST)
-    gathered = c.max_gathered or c.max_entries + 8 * c.max_q
-    blocks = c.max_entries + -(-gathered * group_size // tile_m)
+    segments = c.max_segments or c.max_entries
+    gathered = c.max_gathered or segments + 8 * c.max_q
+    blocks = segments + -(-gathered * group_size // tile_m)
     beyond = max(c.max_q - _DECODE_QUERIES, 0)
     whole = min(_PARTIALS * (c.max_q - beyond) + _PARTIALS_BEYOND * beyond, gathered)
     splits, more_blocks = -(-5 * num_workers * tile_m // num_q_heads), 0
@@ -76,14 +83,27 @@ def fill_defaults(
         gathered,
         c.max_partials or whole + splits,
         c.max_items or num_kv_heads * (blocks + more_blocks) + 4096,
+        segments,
     )
     for name, value in vars(filled).items():
         validate.positive_int(name, value, maximum=_MOST)
-    if c.max_batch * (c.max_q + 1) > validate.INT32_MAX:
+    if segments < min(c.max_batch, c.max_entries):
         raise ValueError(
-            f"max_batch x (max_q + 1) must be below 2**31, got {c.max_batch} x {c.max_q + 1}"
+            f"max_segments must be at least max_batch ({c.max_batch}), one for each sequence where "
+            f"nothing is shared, got {segments}"
+        )
+    most_q = most_queries(c.max_batch)
+    if c.max_q > most_q:
+        raise ValueError(
+            f"max_q must be at most {most_q} with max_batch {c.max_batch}, got {c.max_q}"
         )
     return filled
+
+
+def most_queries(max_batch: int) -> int:
+    """The largest max_q: query lengths are added up in int32, each as at most max_q + 1, of as many
+    sequences as a CTA has threads."""
+    return min(_MOST, validate.INT32_MAX // min(max_batch, SCAN_THREADS) - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,29 +174,40 @@ class DevicePlan:
 def planned_tensors(c: Capacities, device: torch.device) -> dict[str, torch.Tensor]:
     """The tensors that an update fills, in the order of `kernels.planner_operands.Plan`."""
 
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
     return {
-        "counts": zeros(Count.SIZE),
-        "stats": zeros(Stat.SIZE).long(),
-        "bad": zeros(c.max_batch),
-        "row_offsets": zeros(c.max_batch + 1),
-        "kv_lens": zeros(c.max_batch),
-        "q_offsets": zeros(c.max_batch + 1),
-        "cols": zeros(c.max_entries),
-        "token_counts": zeros(c.max_entries),
-        "groups": zeros(c.max_entries, FIELDS),
-        "member_offsets": zeros(c.max_entries + 1),
-        "member_rows": zeros(c.max_entries),
-        "member_starts": zeros(c.max_entries),
-        "decisions": zeros(c.max_entries, 4),
-        "q_tokens": zeros(c.max_gathered),
-        "q_positions": zeros(c.max_gathered),
-        "q_index": zeros(c.max_q),
-        "work": zeros(c.max_items, FIELDS),
-        "merge_offsets": zeros(c.max_q + 1),
-        "merge_partials": zeros(c.max_partials + c.max_q),
+        name: torch.zeros(
+            shape, dtype=torch.int64 if name == "stats" else torch.int32, device=device
+        )
+        for name, shape in _planned_shapes(c).items()
+    }
+
+
+def planned_bytes(c: Capacities) -> int:
+    """What `planned_tensors` take; `c` with its defaults filled in."""
+    return 4 * sum(map(prod, _planned_shapes(c).values())) + 4 * Stat.SIZE
+
+
+def _planned_shapes(c: Capacities) -> dict[str, tuple[int, ...]]:
+    return {
+        "counts": (Count.SIZE,),
+        "stats": (Stat.SIZE,),
+        "bad": (c.max_batch,),
+        "row_offsets": (c.max_batch + 1,),
+        "kv_lens": (c.max_batch,),
+        "q_offsets": (c.max_batch + 1,),
+        "cols": (c.max_entries,),
+        "token_counts": (c.max_entries,),
+        "groups": (c.max_segments, FIELDS),
+        "member_offsets": (c.max_segments + 1,),
+        "member_rows": (c.max_segments,),
+        "member_starts": (c.max_segments,),
+        "decisions": (c.max_segments, 4),
+        "q_tokens": (c.max_gathered,),
+        "q_positions": (c.max_gathered,),
+        "q_index": (c.max_q,),
+        "work": (c.max_items, FIELDS),
+        "merge_offsets": (c.max_q + 1,),
+        "merge_partials": (c.max_partials + c.max_q,),
     }
 
 

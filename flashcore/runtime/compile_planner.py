@@ -23,13 +23,14 @@ def compile_planner(config: PlannerConfig, options: str = "") -> Any:
         raise ValueError(reason)
 
     import cutlass.cute as cute
-    from cutlass import Int32
+    from cutlass import Int32, Int64
     from cutlass.cute.runtime import make_fake_stream
 
     from flashcore.kernels.planner import Planner
     from flashcore.kernels.planner_operands import Problem
 
     batch = cute.sym_int()
+    numbers: list[Any] = [Int64(1) if n == "seen" else Int32(1) for n in Problem._fields]
     return cute.compile(
         Planner(config),
         None if config.from_layout else _matrix(batch, cute.sym_int(), align=4),
@@ -37,8 +38,8 @@ def compile_planner(config: PlannerConfig, options: str = "") -> Any:
         _vector(batch),
         _source() if config.from_layout else None,
         _plan(),
-        _scratch(),
-        Problem(*(Int32(1) for _ in Problem._fields)),
+        _scratch(config),
+        Problem(*numbers),
         Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"{COMPILE_OPTIONS} {options}".strip(),
@@ -70,7 +71,8 @@ def _plan() -> Any:
 
     from flashcore.kernels.planner_operands import Plan
 
-    entries, gathered, items = cute.sym_int(), cute.sym_int(), cute.sym_int()
+    entries, segments = cute.sym_int(), cute.sym_int()
+    gathered, items = cute.sym_int(), cute.sym_int()
     return Plan(
         mCounts=_vector(int(Count.SIZE)),
         mStats=make_fake_tensor(Int64, (int(Stat.SIZE),), (1,), assumed_align=8),
@@ -80,11 +82,11 @@ def _plan() -> Any:
         mQOffsets=_vector(cute.sym_int()),
         mCols=_vector(entries),
         mTokenCounts=_vector(entries),
-        mGroups=_table(entries, FIELDS),
+        mGroups=_table(segments, FIELDS),
         mMemberOffsets=_vector(cute.sym_int()),
-        mMemberRows=_vector(entries),
-        mMemberStarts=_vector(entries),
-        mDecisions=_table(entries, 4),
+        mMemberRows=_vector(segments),
+        mMemberStarts=_vector(segments),
+        mDecisions=_table(segments, 4),
         mQTokens=_vector(gathered),
         mQPositions=_vector(gathered),
         mQIndex=_vector(cute.sym_int()),
@@ -94,7 +96,7 @@ def _plan() -> Any:
     )
 
 
-def _scratch() -> Any:
+def _scratch(config: PlannerConfig) -> Any:
     import cutlass.cute as cute
     from cutlass import Int64
     from cutlass.cute.runtime import make_fake_tensor
@@ -102,14 +104,15 @@ def _scratch() -> Any:
     from flashcore.config import planner as lines
     from flashcore.kernels.planner_operands import Scratch
 
-    entries = cute.sym_int()
+    segments = cute.sym_int()
+    of_entries = lines.Entries.LINES_OF_CHUNKS if config.chunks else lines.Entries.LINES
     return Scratch(
         mSlots=_table(cute.sym_int(), Slots.LINES),
-        mEntries=_matrix(lines.Entries.LINES, entries),
-        mSegments=_matrix(lines.Segments.LINES, entries),
-        mFound=_matrix(lines.Groups.LINES, entries),
+        mEntries=_matrix(of_entries, cute.sym_int()),
+        mSegments=_matrix(lines.Segments.LINES, segments),
+        mFound=_matrix(lines.Groups.LINES, segments),
         mRows=_matrix(lines.Rows.LINES, cute.sym_int()),
-        mMembers=_matrix(lines.Sort.LINES, entries),
+        mMembers=_matrix(lines.Sort.LINES, segments),
         mClasses=_matrix(lines.Sort.LINES_OF_CLASSES, cute.sym_int()),
         mTiles=make_fake_tensor(
             Int64, (lines.Tiles.LINES, lines.SCAN_THREADS), (lines.SCAN_THREADS, 1), assumed_align=8

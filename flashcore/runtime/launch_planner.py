@@ -1,7 +1,8 @@
 """Launch the planner's kernels on torch tensors.
 
-Seven launches on torch's current stream, nothing read back, so a call can be captured in a CUDA
-graph once the kernel is loaded. Arguments are taken as already checked (`planner.device`).
+Five launches, with chunks seven, on torch's current stream, nothing read back, so a call can be
+captured in a CUDA graph once the kernel is loaded. Arguments are taken as already checked
+(`planner.device`).
 """
 
 from __future__ import annotations

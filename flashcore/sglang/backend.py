@@ -12,13 +12,15 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-from flashcore.sglang import compiled, kernels, planners, warmup
-from flashcore.sglang.counters import Counters
+from flashcore.planner.scratch import PlannerScratch
+from flashcore.sglang import capacity, compiled, kernels, planners, warmup
+from flashcore.sglang.capacity import Kind, Limits
+from flashcore.sglang.counters import Counters, FaultLog
 from flashcore.sglang.padding import real_sequences
 from flashcore.sglang.page_tables import Slots
 from flashcore.sglang.speculation import TreeMasks, drafts_are_trees
 from flashcore.sglang.support import Model, NotServed, attention_layers, parallel_ranks
-from flashcore.sglang.views import Need, View
+from flashcore.sglang.views import Memory, Need, View
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +45,21 @@ class FlashcoreBackend(AttentionBackend):
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self._is_draft = model_runner.is_draft_worker
         args = model_runner.server_args
-        max_batch = model_runner.req_to_token_pool.size
-        self._make_views(max_batch)
+        limits = Limits.of(model_runner, self.model)
+        self._make_views(limits)
         self.layers = attention_layers(model_runner)
         compiled.number_layers(self.layers)
         self.number = compiled.enter(self)  # of `compiled`
-        self._masks = TreeMasks(self.model, self.max_context_len, max_batch, self._is_draft)
+        self._masks = TreeMasks(self.model, self.max_context_len, limits.batch, self._is_draft)
         if self._workspace is not None:
-            self._prepare(model_runner, max_batch)
+            self._prepare(model_runner, limits.batch)
         rank = parallel_ranks(model_runner).attn_tp_rank
         interval = getattr(args, "decode_log_interval", None) or 40
         self._counters = {
             mode: Counters(mode, interval, quiet=rank != 0 or self._is_draft)
             for mode in ("decode", "verify", "prefill")
         }
+        self._faults = FaultLog(self._views, interval, quiet=rank != 0)
         self._mode = "decode"
         self._tree: torch.Tensor | None = None  # mask of this forward
         self._nothing = False  # no query token in this forward
@@ -66,7 +69,7 @@ class FlashcoreBackend(AttentionBackend):
         if not self._is_draft and rank == 0:
             logger.info("%s", self.describe())
 
-    def _make_views(self, max_batch: int) -> None:
+    def _make_views(self, limits: Limits) -> None:
         model, pool = self.model, self.token_to_kv_pool
         translation, full_pool, windowed_pool = None, pool, pool
         self._two_pools = isinstance(pool, SWAKVPool) and pool.swa_layer_nums > 0
@@ -75,28 +78,40 @@ class FlashcoreBackend(AttentionBackend):
             translation = pool.full_to_swa_index_mapping
             if translation is None:
                 raise NotServed("this sliding-window pool, which has no map from slot to slot")
-        self._workspace = None
-        if planners.on_kernels(model.device):
-            queries = max_batch * max(1, model.draft_tokens)
-            self._workspace = planners.workspace_for(model, min(queries, 1024))
+        full = windowed = None
+        if model.full:
+            full = Kind(model.full, -1, _pool_slots(full_pool))
+        if model.windowed:
+            windowed = Kind(model.windowed, model.window, _pool_slots(windowed_pool))
+        memory = self._take_memory(limits, [kind for kind in (full, windowed) if kind])
 
-        def view(shape: Any, window: int, one: Any, translation: Any) -> View:
+        def view(kind: Kind, translation: Any) -> View:
             return View(
                 model,
-                shape,
-                window=window,
-                num_pages=_pool_slots(one) // model.page_tokens,
-                max_batch=max_batch,
-                max_tokens=self.req_to_token.shape[1],
-                workspace=self._workspace,
+                kind.shape,
+                window=kind.window,
+                num_pages=kind.slots // model.page_tokens,
+                limits=limits,
+                memory=memory,
                 translation=translation,
             )
 
-        self.full = view(model.full, -1, full_pool, None) if model.full else None
-        self.windowed = None
-        if model.windowed:
-            self.windowed = view(model.windowed, model.window, windowed_pool, translation)
+        self.full = view(full, None) if full else None
+        self.windowed = view(windowed, translation) if windowed else None
         self._views = [v for v in (self.full, self.windowed) if v is not None]
+
+    def _take_memory(self, limits: Limits, kinds: list[Kind]) -> Memory:
+        """What the views share; NotServed where all that plans take is too much."""
+        model, self._workspace, scratch = self.model, None, None
+        queries = limits.batch * max(1, model.draft_tokens)
+        on_kernels = planners.on_kernels(model.device)
+        elements = planners.workspace_for(model, min(queries, 1024)) if on_kernels else 0
+        self._plan_bytes = capacity.check(model, limits, kinds, elements)
+        if on_kernels:
+            self._workspace = torch.empty(elements, dtype=torch.float32, device=model.device)
+            sizes = capacity.scratch_sizes(limits, model.page_tokens, kinds)
+            scratch = PlannerScratch(*sizes, device=model.device)
+        return Memory(self._workspace, scratch)
 
     def _prepare(self, model_runner: Any, max_batch: int) -> None:
         """Compile, load and launch every kernel that a forward can ask for."""
@@ -127,7 +142,7 @@ class FlashcoreBackend(AttentionBackend):
         kinds = [f"full attention {model.full}"] if model.full else []
         if model.windowed:
             kinds.append(f"window {model.window} {model.windowed}")
-        room = max(view.decode_entries for view in self._views)
+        room = max(view.room.entries for view in self._views)
         return (
             f"flashcore attention: {path}, {', '.join(kinds)}, "
             f"{str(model.dtype).removeprefix('torch.')}, page size {model.page_tokens}, "
@@ -135,8 +150,8 @@ class FlashcoreBackend(AttentionBackend):
         )
 
     def _bytes(self) -> int:
-        workspace = 0 if self._workspace is None else 4 * self._workspace.numel()
-        return workspace + self._masks.bytes + sum(view.bytes for view in self._views)
+        """Memory that is kept; with graphs' tables, before they are there."""
+        return self._plan_bytes + self._masks.bytes
 
     # Metadata of a forward
 
@@ -243,6 +258,7 @@ class FlashcoreBackend(AttentionBackend):
     def _count(self, mode: Any, decode: bool, in_capture: bool) -> None:
         """Tell the counters of the plan before this one, of the mode it was made in."""
         if not in_capture:
+            self._faults.look()
             view = self._views[0]
             self._counters[self._mode].step(view.planner.stats())
         self._mode = "verify" if mode.is_target_verify() else "decode" if decode else "prefill"

@@ -35,6 +35,20 @@ class PageTables:
         return PageTables(self.pages[:batch], self.seq_lens[:batch], self.q_lens[:batch])
 
 
+class Buffer:
+    """Memory for the tables of one batch after another, of any shape within it. What it holds is
+    never cleared: nobody reads past a sequence's last page."""
+
+    def __init__(self, elements: int, max_batch: int, device: torch.device):
+        self.pages = torch.empty(elements, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(2, max_batch, dtype=torch.int32, device=device)
+
+    def shaped(self, batch: int, width: int) -> PageTables:
+        """Tables for `batch` sequences of up to `width` pages."""
+        pages = self.pages[: batch * width].view(batch, width)
+        return PageTables(pages, self.lengths[0, :batch], self.lengths[1, :batch])
+
+
 @dataclass(frozen=True, eq=False)
 class Slots:
     """Where SGLang keeps the slots of a batch.

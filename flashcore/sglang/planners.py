@@ -7,24 +7,25 @@ A planner keeps its buffers, so a plan is good until the next one is made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 import flashcore
 from flashcore.config.dense import WARPGROUP_ROWS
-from flashcore.planner.counters import Stat
+from flashcore.planner.counters import Seen, Stat
 from flashcore.planner.folding import Fold
+from flashcore.planner.scratch import PlannerScratch
+from flashcore.sglang import capacity
+from flashcore.sglang.capacity import Room
 from flashcore.sglang.page_tables import PageTables
 from flashcore.sglang.support import Model, Shape
 
 WORKSPACE_BYTES = 128 << 20
 """Partial results of one attention call: 8128 query tokens of 32 heads of 128, which is a prefix
 tree 27 groups deep under each of 256 sequences."""
-
-PLAN_ENTRIES = 1 << 19
-"""Pages of all sequences that a plan has room for, where as many can occur: 33 million tokens in
-pages of 64. An entry takes about 250 bytes."""
 
 PARTIALS_OF_SHARING = 2
 """Partial results of each new token of a prefill that shares: of the common prefix, of the rest."""
@@ -34,9 +35,11 @@ class Planner(Protocol):
     """Plans one kind of layer."""
 
     tile_m: int
+    room: Room
 
-    def holds(self, batch: int, entries: int, queries: int) -> bool:
-        """Is there room for a batch with so many sequences, pages and new tokens?"""
+    def variant(self, tile_m: int, fold: Fold, queries: int) -> Planner:
+        """A planner over the same memory, for up to so many new tokens: a plan of either is good
+        until one of them makes the next."""
         ...
 
     def plan(self, tables: PageTables) -> Any:
@@ -54,21 +57,24 @@ class Planner(Protocol):
         ...
 
     @property
-    def bytes(self) -> int:
-        """Memory that it keeps, the shared workspace not counted."""
+    def seen(self) -> Sequence[int]:
+        """`planner.counters.Seen` of all plans that are done; the same object always."""
         ...
 
 
 class TorchPlanner:
     """`flashcore.plan` on any device. It waits for the device, so no CUDA graph can hold it."""
 
-    def __init__(self, shape: Shape, page_tokens: int, tile_m: int, fold: Fold):
+    seen = (0,) * Seen.SIZE
+
+    def __init__(self, shape: Shape, page_tokens: int, tile_m: int, fold: Fold, room: Room):
         self.shape, self.page_tokens, self.tile_m, self.fold = shape, page_tokens, tile_m, fold
-        self.bytes = 0
+        self.room = room
         self._stats = torch.zeros(Stat.SIZE, dtype=torch.int64)
 
-    def holds(self, batch: int, entries: int, queries: int) -> bool:
-        return True
+    def variant(self, tile_m: int, fold: Fold, queries: int) -> TorchPlanner:
+        room = replace(self.room, queries=queries)
+        return TorchPlanner(self.shape, self.page_tokens, tile_m, fold, room)
 
     def plan(self, tables: PageTables) -> flashcore.Plan:
         layout = flashcore.layout_from_page_table(
@@ -116,52 +122,38 @@ class TorchPlanner:
 class KernelPlanner:
     """`flashcore.DevicePlanner`: nothing is awaited, buffers stay where they are."""
 
-    def __init__(
-        self,
+    def __init__(self, planner: flashcore.DevicePlanner, room: Room):
+        self._planner, self.room, self.tile_m = planner, room, planner.plan.tile_m
+        self.seen: Sequence[int] = planner.seen
+
+    @staticmethod
+    def of(
+        model: Model,
         shape: Shape,
-        page_tokens: int,
-        tile_m: int,
-        fold: Fold,
-        *,
-        max_batch: int,
-        max_entries: int,
-        max_q: int,
+        room: Room,
         num_pages: int,
-        itemsize: int,
         workspace: torch.Tensor,
-    ):
-        self.tile_m = tile_m
-        group_size = shape.num_q_heads // shape.num_kv_heads
-        # Pages that requests share lie before all that they do not share, so the sets of sequences
-        # that use one page form a tree: it has fewer than two groups for each sequence.
-        groups = min(max_entries, 4 * max_batch + 1024)
-        gathered = min(max_entries, 64 * max_batch) + 8 * max_q
-        items = groups + -(-gathered * group_size // tile_m)
-        before = torch.cuda.memory_allocated(workspace.device)
-        self._planner = flashcore.DevicePlanner(
-            flashcore.Capacities(
-                max_batch=max_batch,
-                max_entries=max_entries,
-                max_q=max_q,
-                max_gathered=gathered,
-                max_items=shape.num_kv_heads * items + 4096,
-            ),
+        scratch: PlannerScratch | None,
+    ) -> KernelPlanner:
+        """With tensors for `room`, and scratch of its own if none is given."""
+        planner = flashcore.DevicePlanner(
+            capacity.capacities(room, shape, workspace.numel()),
             num_pages=num_pages,
             num_q_heads=shape.num_q_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
-            page_tokens=page_tokens,
-            itemsize=itemsize,
-            tile_m=tile_m,
-            fold=fold,
+            page_tokens=model.page_tokens,
+            itemsize=model.dtype.itemsize,
+            tile_m=decode_tile(),
             device=workspace.device,
             workspace=workspace,
+            scratch=scratch,
         )
-        self.bytes = torch.cuda.memory_allocated(workspace.device) - before
+        return KernelPlanner(planner, room)
 
-    def holds(self, batch: int, entries: int, queries: int) -> bool:
-        c = self._planner.capacities
-        return batch <= c.max_batch and entries <= c.max_entries and queries <= c.max_q
+    def variant(self, tile_m: int, fold: Fold, queries: int) -> KernelPlanner:
+        planner = self._planner.variant(tile_m=tile_m, fold=fold, max_q=queries)
+        return KernelPlanner(planner, replace(self.room, queries=queries))
 
     def plan(self, tables: PageTables) -> flashcore.DevicePlan:
         return self._planner.update(tables.pages, tables.seq_lens, tables.q_lens)
@@ -181,8 +173,8 @@ class KernelPlanner:
         return self._planner.stats()
 
 
-def workspace_for(model: Model, max_q: int) -> torch.Tensor:
-    """Where the partial results of every planner go: their attention calls never overlap.
+def workspace_for(model: Model, max_q: int) -> int:
+    """fp32 elements for the partial results of every planner: their attention calls never overlap.
 
     At least twelve partial results for each of `max_q` query tokens, and those of the splits.
     """
@@ -192,7 +184,7 @@ def workspace_for(model: Model, max_q: int) -> torch.Tensor:
         # `planner.device_plan.fill_defaults`, for two CTAs of 64 rows an SM or one of 128.
         splits = 5 * multiprocessors(model.device) * 128
         elements = max(elements, 12 * max_q * row + splits * (shape.head_dim + 1))
-    return torch.empty(elements, dtype=torch.float32, device=model.device)
+    return elements
 
 
 def on_kernels(device: torch.device) -> bool:
@@ -228,3 +220,9 @@ def prefill_fold(queries: int, shape: Shape, room: int | None) -> Fold:
         return True
     row = shape.num_q_heads * (shape.head_dim + 1)
     return True if PARTIALS_OF_SHARING * queries * row <= room else "always"
+
+
+def prefill_kinds() -> list[tuple[int, Fold]]:
+    """Every tile and folding that `prefill_tile` and `prefill_fold` choose."""
+    folds: tuple[Fold, ...] = (True, "always")
+    return [(tile, fold) for tile in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS) for fold in folds]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from flashcore.config import planner as lines
 from flashcore.planner import folding
 from flashcore.planner.counters import Count, Fault
 from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities
 from flashcore.planner.folding import Fold
+from flashcore.planner.scratch import PlannerScratch
 from flashcore.runtime import launch
 from tests.cases import ABSURD_PAGE, Batch, hide_unused, prefix_tree, small_scale
 from tests.device_plan_cases import (
@@ -226,3 +229,142 @@ def test_lists_that_do_not_fit_give_up_sharing(workers: int) -> None:
                 assert_same_stats(planner, expected, unshared)
                 outcomes.add(unshared)
     assert outcomes == {False, True}
+
+
+@pytest.mark.parametrize("room", [ROWS, 200])
+def test_segments_that_do_not_fit_give_up_sharing(room: int) -> None:
+    """In a captured graph, with nothing written past the capacity; the next update shares again."""
+    options = {"num_workers": 40, "tile_m": 64, "fold": False}
+    outcomes = set()
+    with small_scale():
+        capacities = replace(CAPACITIES, max_items=20_000, max_segments=room)
+        odd = [padded(random_batch(seed), ROWS) for seed in range(1, 60, 2)]
+        planner = planner_for(odd[0], capacities, "cuda", **options)
+        buffers = inputs(odd[0], "cuda")
+        replay = captured(planner, *buffers)
+        for batch in odd:
+            for buffer, value in zip(buffers, inputs(batch, "cpu"), strict=True):
+                buffer.copy_(value)
+            replay()
+            expected, unshared = plan_that_fits(batch, planner.capacities, **options)
+            assert expected is not None
+            assert_same_plan(planner.trimmed(ROWS).to("cpu"), expected)
+            assert_same_stats(planner, expected, unshared)
+            outcomes.add(unshared)
+    assert outcomes == {False, True}
+
+
+def test_many_more_segments_than_fit() -> None:
+    """Every CTA of the groups kernel has some of which there is no room: a segment a page."""
+    rows, columns = 64, 1024
+    rng = np.random.default_rng(2)
+    table = rng.integers(0, 30_000, (rows, columns))
+    lens = [columns * PAGE_TOKENS] * rows
+    batch = Batch(torch.from_numpy(table).int(), lens, [1] * rows, PAGE_TOKENS, 30_000, 32, 8, 128)
+    capacities = Capacities(
+        rows, rows * columns, 64, max_gathered=rows * columns, max_partials=rows * columns,
+        max_segments=rows,
+    )  # fmt: skip
+    planner = planner_for(batch, capacities, "cuda", num_workers=132)
+    held = planner.scratch.segments
+    assert held.shape == (lines.Segments.LINES, rows)
+    for _ in range(3):
+        planner.update(*inputs(batch, "cuda"))
+        expected = batch._plan(num_workers=132, tile_m=64, share=False)
+        assert_same_plan(planner.trimmed(rows).to("cpu"), expected)
+        assert_same_stats(planner, expected, unshared=True)
+
+
+def test_planners_that_take_turns_share_scratch() -> None:
+    """Graphs of two planners and of their variants, replayed in any order: each finds the scratch
+    as it needs it, and no other one's counts pass for its own."""
+    odd = [padded(random_batch(seed), ROWS) for seed in range(1, 24, 2)]
+    rng = np.random.default_rng(0)
+    with small_scale():
+        scratch = PlannerScratch(ROWS, ROWS * COLUMNS + 100, ROWS * COLUMNS + 100, 4000)
+        narrow = replace(CAPACITIES, max_q=300)
+        wide = replace(narrow, max_entries=CAPACITIES.max_entries + 100)
+        graphs = []
+        for capacities in (narrow, wide):
+            base = planner_for(odd[0], capacities, "cuda", num_workers=40, scratch=scratch)
+            for tile_m, fold in ((64, True), (128, "always"), (64, False)):
+                variant = base.variant(tile_m=tile_m, fold=fold, max_q=256)
+                buffers = inputs(odd[0], "cuda")
+                graphs.append((variant, buffers, captured(variant, *buffers), tile_m, fold))
+        for batch in odd * 4:
+            variant, buffers, replay, tile_m, fold = graphs[rng.integers(len(graphs))]
+            for buffer, value in zip(buffers, inputs(batch, "cpu"), strict=True):
+                buffer.copy_(value)
+            replay()
+            expected = batch._plan(num_workers=40, tile_m=tile_m, fold=fold)
+            assert_same_plan(variant.trimmed(ROWS).to("cpu"), expected)
+
+
+def test_scratch_is_right_again_after_a_reset() -> None:
+    """What a memory saver gives back comes again with anything in it."""
+    batch = padded(random_batch(3), ROWS)
+    with small_scale():
+        planner = planner_for(batch, CAPACITIES, "cuda", num_workers=40)
+        buffers = inputs(batch, "cuda")
+        replay = captured(planner, *buffers)
+        expected = batch._plan(num_workers=40, tile_m=64)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            tensors = [*vars(planner.scratch).values(), *vars(planner.plan).values()]
+            for tensor in tensors:
+                if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
+                    tensor.random_(-(2**31), 2**31 - 1)
+            planner.reset()
+            replay()
+            assert_same_plan(planner.trimmed(ROWS).to("cpu"), expected)
+            assert planner.plan.counter.tolist() == [0, 0]
+
+
+def test_no_fault_of_a_replayed_graph_is_lost() -> None:
+    """The host knows, without a copy, which faults there were in any replay, and in how many."""
+    batch = padded(random_batch(5), ROWS)
+    assert batch.kv_lens[7]
+    planner = planner_for(batch, CAPACITIES, "cuda")
+    table, kv_lens, q_lens = inputs(batch, "cuda")
+    replay = captured(planner, table, kv_lens, q_lens)
+    torch.cuda.synchronize()
+    assert planner.faults_seen() == (Fault(0), 0, 0)
+
+    def broken(buffer: torch.Tensor, index: object, value: int) -> None:
+        kept = buffer[index].clone()
+        buffer[index] = value
+        replay()
+        buffer[index] = kept
+        replay()
+
+    for step in range(40):
+        if step in (10, 11):
+            broken(table, (7, 0), 10**6)
+        else:
+            replay()
+    torch.cuda.synchronize()
+    assert planner.plan.faults() == Fault(0)
+    assert planner.faults_seen() == (Fault.PAGE, 2, 7)
+    broken(kv_lens, 3, -5)
+    torch.cuda.synchronize()
+    assert planner.faults_seen() == (Fault.PAGE | Fault.LENGTH, 3, 3)
+    assert planner.variant(tile_m=128).faults_seen()[1] == 0
+
+
+@pytest.mark.parametrize("rows", [16_385, 40_000, 57_344])
+def test_very_many_sequences(rows: int) -> None:
+    """Most with one page, some that share two; lengths whose sum passes 2**31 are faults."""
+    table = torch.arange(3 * rows).reshape(rows, 3).int()
+    table[:500, :2] = torch.tensor([0, 1], dtype=torch.int32)
+    kv_lens = [3 * PAGE_TOKENS if b < 500 else 5 for b in range(rows)]
+    batch = Batch(table, kv_lens, [1] * rows, PAGE_TOKENS, 3 * rows, 8, 2, 64)
+    capacities = Capacities(rows, rows + 1000, rows, max_segments=rows + 500)
+    planner = planner_for(batch, capacities, "cuda", num_workers=132)
+    planner.update(*inputs(batch, "cuda"))
+    expected = batch._plan(num_workers=132, tile_m=64)
+    assert_same_plan(planner.trimmed(rows).to("cpu"), expected)
+    assert planner.plan.faults() == Fault(0)
+    on_gpu, lens, _ = inputs(batch, "cuda")
+    planner.update(on_gpu, lens, torch.full((rows,), 2**31 - 1, dtype=torch.int32, device="cuda"))
+    assert (planner.plan.bad == Fault.QUERIES).all()
+    assert int(planner.plan.counts[Count.ITEMS]) == 0

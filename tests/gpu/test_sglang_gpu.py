@@ -5,6 +5,7 @@ Needs SGLang. The same batches run on the CPU in tests/sglang.
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -21,10 +22,12 @@ if launch.available("cuda")[0]:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
     from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-    from flashcore.planner.counters import Stat
+    from flashcore.planner.counters import Seen, Stat
     from flashcore.runtime.cache import shared_cache
     from flashcore.sglang import page_table_kernel
+    from flashcore.sglang.capacity import ENVIRONMENT
     from flashcore.sglang.register import register
+    from flashcore.sglang.support import NotServed
     from tests.compare import assert_close
     from tests.sglang import cases
     from tests.sglang.batches import (
@@ -154,6 +157,61 @@ def test_graph(mode: str, windows: str, page_tokens: int) -> None:
         graph, outs = graphs[size]
         graph.replay()
         check(engine, forward, outs)
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("mode", ["extend", "decode", "verify_tree"])
+def test_tables_hold_garbage(mode: str, windows: str) -> None:
+    """Nobody reads past a sequence's pages, so that tables need never be cleared."""
+    engine = make_engine(setup_of(mode, 16, torch.bfloat16, 128, **WINDOWS[windows]))
+    for value in (2**31 - 1, -1):
+        for view in engine.backend._views:
+            view._eager.pages.fill_(value)
+            view._eager.lengths.fill_(value)
+        forward = forward_of(engine, mode)
+        engine.backend.init_forward_metadata(forward.batch)
+        check(engine, forward, attend(engine, forward))
+    for view in engine.backend._views:
+        assert view.planner.seen[Seen.UPDATES] == 0
+
+
+def test_a_fault_in_a_graph_is_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Of the windowed view, in one replay of many; before the log interval."""
+    engine = make_engine(setup_of("decode", 16, torch.bfloat16, 128, window=40))
+    backend = engine.backend
+    first = forward_of(engine, "decode")
+    size = first.batch.batch_size
+    backend.init_cuda_graph_state(size, size)
+    buffers, static = graph_buffers(engine, size), static_inputs(engine, size)
+    for kind in ("q", "k", "v"):
+        for buffer, value in zip(static[kind], getattr(first, kind), strict=True):
+            buffer.copy_(value)
+    graph, outs = capture(engine, first, size, 1, buffers, static)
+    told = []
+    with caplog.at_level(logging.ERROR):
+        for step in range(12):
+            backend.init_forward_metadata_out_graph(graph_view(engine, first, size, buffers))
+            if step == 5:
+                backend.windowed.tables.pages[2, 0] = 2**30
+            graph.replay()
+            torch.cuda.synchronize()
+            broken = torch.isnan(outs[1]).any(1)
+            assert broken.tolist() == [step == 5 and b == 2 for b in range(size)]
+            assert not torch.isnan(outs[0]).any()
+            told.append(len(caplog.records))
+    assert told == [0] * 6 + [1] * 6  # by the forward after it
+    line = caplog.records[0].getMessage()
+    for part in ("decode, window 40", "page", "in 1 forwards", "last sequence 2"):
+        assert part in line
+
+
+def test_too_much_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the GPU has, or by what the variable says; nothing has been allocated then."""
+    monkeypatch.setenv(ENVIRONMENT, "130")
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(NotServed, match=rf"MiB \(at most 130\); use .*{ENVIRONMENT}=\d+"):
+        make_engine(setup_of("decode", 16, torch.bfloat16, 128))
+    assert torch.cuda.memory_allocated() - before < 64 << 20  # the caches of the test itself
 
 
 def static_inputs(engine: Engine, tokens: int) -> dict[str, list[torch.Tensor]]:

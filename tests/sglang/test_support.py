@@ -15,16 +15,13 @@ import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from flashcore.planner.counters import Stat
-from flashcore.planner.folding import Fold
+from flashcore.planner.counters import Fault, Stat
 from flashcore.sglang import counters
 from flashcore.sglang.counters import Counters
-from flashcore.sglang.planners import TorchPlanner
 from flashcore.sglang.register import NAME, register
 from flashcore.sglang.support import Model, NotServed
-from flashcore.sglang.views import Need, View
 from tests.sglang import cases
-from tests.sglang.batches import Request, Setup, attend, make_engine, make_forward
+from tests.sglang.batches import Setup, attend, make_engine, make_forward
 
 register()
 
@@ -91,53 +88,6 @@ def test_layers_of_two_shapes_of_one_kind() -> None:
         Model.of(engine.runner)
 
 
-class Roomy(TorchPlanner):
-    """A planner with capacities, as the kernels' has."""
-
-    def __init__(self, room: tuple[int, int, int], *options: Any):
-        super().__init__(*options)
-        self.room = room
-
-    def holds(self, batch: int, entries: int, queries: int) -> bool:
-        return all(n <= most for n, most in zip((batch, entries, queries), self.room, strict=True))
-
-
-def test_prefill_planners_grow_with_their_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made when first needed, again when outgrown, and kept otherwise."""
-    made: list[tuple[int, int, int]] = []
-
-    def planner(view: View, tile_m: int, fold: Fold, *room: int) -> Roomy:
-        made.append(room)
-        return Roomy(room, view.shape, view.model.page_tokens, tile_m, fold)
-
-    monkeypatch.setattr(View, "_planner", planner)
-    engine = make_engine(Setup(16))
-    assert made == [(12, 12 * 32, 12)]  # decode's: every request, all of its pages, a token each
-    for requests, planners in (
-        ([Request(16, 100)], 2),
-        ([Request(100, 200)] * 2, 2),
-        ([Request(0, 60)] * 5, 2),
-        ([Request(300, 1)] * 4, 3),  # another tile
-    ):
-        forward = make_forward(engine, ForwardMode.EXTEND, requests)
-        engine.backend.init_forward_metadata(forward.batch)
-        assert len(made) == planners
-        for room, least in zip(made[-1], (len(requests), 8, forward.tokens), strict=True):
-            assert room >= 2 * least
-    engine.backend.full._choose(Need(batch=100, queries=9000, tokens=1 << 20), decode=False)
-    assert made[-1] == (200, 2 * ((1 << 16) + 100), 18000)
-
-
-def test_decode_beyond_its_buffers_says_so() -> None:
-    """Buffers of captured graphs cannot grow: an error with numbers, not a wrong result."""
-    engine = make_engine(Setup(16))
-    view = engine.backend.full
-    view.decode = Roomy((12, 10, 12), view.shape, 16, 64, True)
-    forward = make_forward(engine, ForwardMode.DECODE, [Request(200, 1)])
-    with pytest.raises(NotServed, match=r"13 pages.*--max-running-requests"):
-        engine.backend.init_forward_metadata(forward.batch)
-
-
 def test_counters_tell_what_is_shared(caplog: pytest.LogCaptureFixture) -> None:
     """At the interval and not before; a forward without sharing says why."""
     engine = make_engine(Setup(64))
@@ -164,8 +114,9 @@ def test_counter_lines() -> None:
     assert "no room for the partial results" in counters.line("decode", stats)
     stats[Stat.TOKENS_ONCE], stats[Stat.UNSHARED] = 35, 0
     assert "reuse: 2.00" in counters.line("decode", stats)
-    stats[Stat.FAULTS] = 4 | 32
-    assert "page, plan" in counters.faults_line("decode", stats)
+    line = counters.faults_line("decode, window 40", Fault.PAGE | Fault.PLAN, 3, 7)
+    for part in ("flashcore decode, window 40", "page, plan", "in 3 forwards", "sequence 7"):
+        assert part in line
 
 
 def test_entry_point_registers_without_a_device() -> None:
