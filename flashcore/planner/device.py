@@ -13,6 +13,7 @@ import torch
 
 from flashcore import validate
 from flashcore.config import planner as lines
+from flashcore.config.paged import unserved_dims
 from flashcore.device import device_path, resident_ctas
 from flashcore.pager.device import DeviceLayout, unit_stride
 from flashcore.planner import chunks, split
@@ -45,14 +46,14 @@ class DevicePlanner:
     Args:
         capacities: the most there may be of everything; see `Capacities`.
         num_pages: size of the page pool; page tables with an id outside it are caught.
-        num_q_heads, num_kv_heads, head_dim, page_tokens, itemsize, tile_m, num_workers, fold: as in
-            `flashcore.plan`; tile_m is 64 if not given.
+        num_q_heads, num_kv_heads, head_dim, v_head_dim, page_tokens, itemsize, tile_m, num_workers,
+            fold: as in `flashcore.plan`; tile_m is 64 if not given.
         batch_invariant: as in `flashcore.plan`, for `update` alone. Lists that do not fit then are
             a fault even where fewer splits would: the cuts are promised.
         device: a Hopper GPU.
-        workspace: fp32 [n], n at least max_partials * num_q_heads * (head_dim + 1), where partial
-            results go; allocated if None. Planners whose attention calls never overlap may share
-            one. Where capacities.max_partials is 0, what it holds is the capacity.
+        workspace: fp32 [n], n at least max_partials * num_q_heads * (v_head_dim + 1), where
+            partial results go; allocated if None. Planners whose attention calls never overlap may
+            share one. Where capacities.max_partials is 0, what it holds is the capacity.
 
     An update and the attention calls with its plan go on one stream, or are ordered by events.
 
@@ -68,6 +69,7 @@ class DevicePlanner:
         num_q_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        v_head_dim: int | None = None,
         page_tokens: int = 128,
         itemsize: int = 2,
         tile_m: int = 64,
@@ -78,15 +80,18 @@ class DevicePlanner:
         workspace: torch.Tensor | None = None,
     ):
         group_size = validate.head_counts(num_q_heads, num_kv_heads)
-        validate.positive_int("head_dim", head_dim)
+        v_head_dim = validate.head_dims(head_dim, v_head_dim)
+        device = torch.device(device)
+        unserved = unserved_dims(head_dim, v_head_dim)
+        if unserved and device.type == "cuda":  # elsewhere the emulation plans for any model
+            raise ValueError(unserved)
         validate.positive_int("itemsize", itemsize, maximum=8)
         validate.positive_int("tile_m", tile_m)
         validate.positive_int("page_tokens", page_tokens)
         validate.positive_int("num_pages", num_pages, maximum=_MOST_PAGES)
-        device = torch.device(device)
-        workers = _workers(num_workers, device, head_dim, tile_m)
+        workers = _workers(num_workers, device, head_dim, tile_m, v_head_dim)
         if workspace is not None and not capacities.max_partials:
-            held = workspace.numel() // workspace_elements(1, num_q_heads, head_dim)
+            held = workspace.numel() // workspace_elements(1, num_q_heads, v_head_dim)
             capacities = replace(capacities, max_partials=held)
         short, long = chunks.lengths(page_tokens) if batch_invariant else (0, 0)
         c = fill_defaults(capacities, num_q_heads, num_kv_heads, tile_m, workers, short)
@@ -101,16 +106,25 @@ class DevicePlanner:
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
+            v_head_dim=v_head_dim,
             page_tokens=page_tokens,
             tile_m=tile_m,
             batch_invariant=bool(batch_invariant),
             max_q=c.max_q,
             num_pages=num_pages,
             **filled,
-            **workspace_tensors(c.max_partials, num_q_heads, head_dim, workspace, device),
+            **workspace_tensors(c.max_partials, num_q_heads, v_head_dim, workspace, device),
         )
         self._scratch = _allocate_scratch(c, num_pages, device)
-        costs = Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize, fold, parallel=workers > 0)
+        costs = Costs.of(
+            num_q_heads,
+            num_kv_heads,
+            head_dim,
+            itemsize,
+            fold,
+            parallel=workers > 0,
+            v_head_dim=v_head_dim,
+        )
         unit = page_tokens * -(-split.TILE_TOKENS // page_tokens)
         self._problem = (
             *(page_tokens, num_pages, num_kv_heads, group_size, tile_m),
@@ -123,7 +137,7 @@ class DevicePlanner:
     def workspace_bytes(self) -> int:
         """Bytes of the partial results, the largest of what the planner holds."""
         c, p = self.capacities, self.plan
-        return 4 * workspace_elements(c.max_partials, p.num_q_heads, p.head_dim)
+        return 4 * workspace_elements(c.max_partials, p.num_q_heads, p.v_head_dim)
 
     def stats(self) -> torch.Tensor:
         """Counters of the last update: int64 [Stat.SIZE] on the device, columns `counters.Stat`.
@@ -220,6 +234,7 @@ class DevicePlanner:
             num_q_heads=p.num_q_heads,
             num_kv_heads=p.num_kv_heads,
             head_dim=p.head_dim,
+            v_head_dim=p.v_head_dim,
             page_tokens=p.page_tokens,
             tile_m=p.tile_m,
             total_q=total_q,
@@ -273,10 +288,13 @@ class DevicePlanner:
             )
 
 
-def _workers(num_workers: int | None, device: torch.device, head_dim: int, tile_m: int) -> int:
+def _workers(
+    num_workers: int | None, device: torch.device, head_dim: int, tile_m: int, v_head_dim: int
+) -> int:
     """CTAs to balance, 0 for no split."""
     if num_workers is None:
-        return resident_ctas(device, head_dim, tile_m) if device.type == "cuda" else 0
+        is_cuda = device.type == "cuda"
+        return resident_ctas(device, head_dim, tile_m, v_head_dim) if is_cuda else 0
     if num_workers:
         validate.positive_int("num_workers", num_workers)
     return num_workers

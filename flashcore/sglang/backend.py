@@ -279,7 +279,7 @@ class FlashcoreBackend(AttentionBackend):
         *,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Any number of new tokens: q [tokens, heads * head_dim] to the same shape."""
+        """Any number of new tokens: [tokens, heads * head_dim] to [tokens, heads * v_head_dim]."""
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(
                 layer,
@@ -289,18 +289,18 @@ class FlashcoreBackend(AttentionBackend):
                 layer.k_scale,
                 layer.v_scale,
             )
-        rows = (q.shape[0], layer.tp_q_head_num, layer.head_dim)
+        tokens, heads = q.shape[0], layer.tp_q_head_num
         out = getattr(forward_batch, "_attn_output", None)
-        if out is None or out.shape[0] != rows[0]:
-            out = torch.empty(rows[0], rows[1] * rows[2], dtype=q.dtype, device=q.device)
+        if out is None or out.shape[0] != tokens:
+            out = torch.empty(tokens, heads * layer.v_head_dim, dtype=q.dtype, device=q.device)
         k_pool, v_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         tree = self._tree
         windowed = layer.sliding_window_size is not None and layer.sliding_window_size >= 0
         self._view_of(layer, windowed).attend(
-            q.view(rows),
+            q.view(tokens, heads, layer.head_dim),
             k_pool,
             v_pool,
-            out=out.view(rows),
+            out=out.view(tokens, heads, layer.v_head_dim),
             scale=layer.scaling,
             causal=layer.attn_type != AttentionType.ENCODER_ONLY,
             window=(layer.sliding_window_size, 0) if windowed else None,
@@ -308,7 +308,7 @@ class FlashcoreBackend(AttentionBackend):
             sinks=sinks,
             tree_mask=tree,
         )
-        return out.view(rows[0], -1)
+        return out.view(tokens, -1)
 
     forward_decode = forward_extend  # one new token each
 

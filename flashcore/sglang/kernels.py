@@ -32,6 +32,7 @@ def prepare(model: Model, max_batch: int, softcap: bool, tree: bool) -> None:
             shape.num_q_heads,
             shape.num_kv_heads,
             shape.head_dim,
+            v_head_dim=shape.v_head_dim,
             dtype="bf16" if model.dtype == torch.bfloat16 else "fp16",
             page_tokens=model.page_tokens,
             max_batch=max_batch,
@@ -55,6 +56,7 @@ def kernels_for(
     num_kv_heads: int,
     head_dim: int,
     *,
+    v_head_dim: int | None = None,
     dtype: str = "bf16",
     page_tokens: int = 64,
     max_batch: int = 4096,
@@ -66,8 +68,8 @@ def kernels_for(
 ) -> list[Kernel]:
     """Kernels of layers of one shape, heads as one rank sees them; each once.
 
-    windowed, softcap, sinks: features of those layers. tree: speculative decoding with trees.
-    max_batch: requests that run at most.
+    v_head_dim: head_dim where not given. windowed, softcap, sinks: features of those layers. tree:
+    speculative decoding with trees. max_batch: requests that run at most.
     """
     attention = [
         paged.choose(
@@ -76,6 +78,7 @@ def kernels_for(
             page_tokens,
             num_q_heads // num_kv_heads,
             tile_m,
+            v_head_dim=v_head_dim,
             causal=causal,
             window=windowed,
             softcap=softcap,
@@ -88,7 +91,7 @@ def kernels_for(
         if not (with_tree and tile_m > WARPGROUP_ROWS)  # verify runs with decode's tile
     ]
     merges = [
-        paged.choose_device_combine(dtype, head_dim, sinks, rows)
+        paged.choose_device_combine(dtype, v_head_dim or head_dim, sinks, rows)
         for rows in (1, paged.FEW_ROWS + 1)
     ]
     # Prefill planners are made for few sequences and grow, to twice as many as can run.

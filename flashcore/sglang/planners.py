@@ -81,6 +81,7 @@ class TorchPlanner:
             num_q_heads=self.shape.num_q_heads,
             num_kv_heads=self.shape.num_kv_heads,
             head_dim=self.shape.head_dim,
+            v_head_dim=self.shape.v_head_dim,
             page_tokens=self.page_tokens,
             tile_m=self.tile_m,
             fold=self.fold,
@@ -105,7 +106,7 @@ class TorchPlanner:
         if rules.get("tree_mask") is not None:
             rules["tree_mask"] = rules["tree_mask"][:planned]
         result = flashcore.paged_attention(q[:planned], k, v, plan, **rules)
-        out = torch.empty_like(q) if out is None else out
+        out = q.new_empty(*q.shape[:-1], self.shape.v_head_dim) if out is None else out
         out[:planned].copy_(result)
         out[planned:].zero_()
         return out
@@ -151,6 +152,7 @@ class KernelPlanner:
             num_q_heads=shape.num_q_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
+            v_head_dim=shape.v_head_dim,
             page_tokens=page_tokens,
             itemsize=itemsize,
             tile_m=tile_m,
@@ -189,10 +191,10 @@ def workspace_for(model: Model, max_q: int) -> torch.Tensor:
     """
     elements = WORKSPACE_BYTES // 4
     for shape in model.shapes:
-        row = shape.num_q_heads * (shape.head_dim + 1)
+        row = shape.num_q_heads * (shape.v_head_dim + 1)
         # `planner.device_plan.fill_defaults`, for two CTAs of 64 rows an SM or one of 128.
         splits = 5 * multiprocessors(model.device) * 128
-        elements = max(elements, 12 * max_q * row + splits * (shape.head_dim + 1))
+        elements = max(elements, 12 * max_q * row + splits * (shape.v_head_dim + 1))
     return torch.empty(elements, dtype=torch.float32, device=model.device)
 
 

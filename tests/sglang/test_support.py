@@ -47,7 +47,7 @@ UNSERVED: dict[str, tuple[Any, str]] = {
     "fp8": (lambda r: setattr(r, "kv_cache_dtype", torch.float8_e4m3fn), "torch.float8_e4m3fn"),
     "hnd": (lambda r: setattr(r.token_to_kv_pool, "use_hnd", True), "HND"),
     "cross": (lambda r: setattr(r.model[0], "is_cross_attention", True), "cross attention"),
-    "v_dim": (lambda r: setattr(r.model[0], "v_head_dim", 8), "v_head_dim 8 beside head_dim 16"),
+    "v_dim": (lambda r: setattr(r.model[0], "v_head_dim", 24), "v_head_dim 24 beside head_dim 16"),
     "cap": (
         lambda r: (
             setattr(r.model[0], "logit_cap", 1.0),
