@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,14 @@ import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from flashcore.device import Path as DevicePath
 from flashcore.planner.counters import Stat
 from flashcore.planner.folding import Fold
 from flashcore.sglang import counters
 from flashcore.sglang.counters import Counters
 from flashcore.sglang.planners import TorchPlanner
 from flashcore.sglang.register import NAME, register
-from flashcore.sglang.support import Model, NotServed
+from flashcore.sglang.support import Model, NotServed, Shape, check_kernels
 from flashcore.sglang.views import Need, View
 from tests.sglang import cases
 from tests.sglang.batches import Request, Setup, attend, make_engine, make_forward
@@ -77,6 +79,33 @@ def test_unserved_fails_at_start_in_one_line(name: str) -> None:
     assert words in text
     assert "\n" not in text
     assert re.search(r"; (use|leave out|unset) ", text)
+
+
+@pytest.mark.parametrize(
+    ("dims", "reason"),
+    [
+        ((80, 0), ""),
+        ((192, 128), ""),
+        ((100, 0), "4/2 heads of 100 (head_dim must be a multiple of 8 from 8 to 256, got 100)"),
+        ((512, 0), "head_dim must be a multiple of 8 from 8 to 256, got 512"),
+        ((192, 100), "192/100 (v_head_dim must be a multiple of 8 from 8 to 256, got 100)"),
+    ],
+)
+def test_head_dims_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, dims: tuple[int, int], reason: str
+) -> None:
+    """Named when the server starts on a GPU; the torch operators of a CPU take any."""
+    monkeypatch.setattr("flashcore.device.device_path", lambda device: DevicePath("hopper", ""))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    shape = Shape(4, 2, *dims)
+    cpu = Model(None, shape, 40, 16, 0, torch.bfloat16, torch.device("cpu"))
+    check_kernels(cpu, cpu.dtype)
+    gpu = replace(cpu, device=torch.device("cuda"))
+    if not reason:
+        check_kernels(gpu, gpu.dtype)
+        return
+    with pytest.raises(NotServed, match=re.escape(reason)):
+        check_kernels(gpu, gpu.dtype)
 
 
 def test_layers_of_two_shapes_of_one_kind() -> None:
