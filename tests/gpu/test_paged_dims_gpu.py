@@ -1,7 +1,7 @@
 """Head dims between the tile widths, and V narrower than K, on a Hopper GPU against the reference.
 
 Nothing past a row's own columns may be read or written: q, K and V lie in wider tensors of NaN, and
-the result in one whose other columns must stay as they are.
+the result in one whose other columns must stay as they are. Shared memory is full of NaN, too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KERNELS = [
     (72, 72, 1, 128, "causal"),
     (80, 80, 64, 64, "causal"),
     (80, 80, 1, 64, "everything"),
-    (80, 80, 16, 128, "tree"),
+    (80, 80, 16, 128, "causal"),
     (96, 96, 64, 128, "causal"),
     (96, 96, 1, 64, "softcap_sinks"),
     (112, 112, 64, 64, "everything"),
@@ -71,6 +71,12 @@ def widened(rows: torch.Tensor) -> torch.Tensor:
     return wide[..., :dim]
 
 
+def leave_nan_in_shared_memory() -> None:
+    """On every SM, for the next kernel: what it does not write itself, it may find."""
+    x = torch.full((1, 2048, 17, 256), torch.nan, dtype=BF16, device="cuda")
+    flashcore.attention(x, x, x)
+
+
 def check(
     batch: Batch, dtype: torch.dtype, rule: str, plan: Any, tensors: tuple[torch.Tensor, ...]
 ) -> None:
@@ -84,6 +90,7 @@ def check(
     for _ in range(2):
         room = torch.full((*q.shape[:2], v_dim + 8), GUARD, dtype=dtype, device="cuda")
         out = room[..., :v_dim].fill_(torch.nan)
+        leave_nan_in_shared_memory()
         returned, lse = flashcore.paged_attention(
             q, k, v, plan, out=out, return_lse=True, **on_gpu(options)
         )
