@@ -209,9 +209,10 @@ def paged_attention(
     Args:
         q: [total_q, num_q_heads, head_dim], sequence after sequence as in the plan's q_lens. fp32,
             bf16 or fp16; softmax and accumulation are fp32.
-        k_pages, v_pages: [num_pages, page_tokens, num_kv_heads, head_dim], dtype as q; any strides
-            with a contiguous last axis, so a [num_pages, num_kv_heads, page_tokens, head_dim] cache
-            is passed as `.transpose(1, 2)`.
+        k_pages: [num_pages, page_tokens, num_kv_heads, head_dim], dtype as q; any strides with a
+            contiguous last axis, so a [num_pages, num_kv_heads, page_tokens, head_dim] cache is
+            passed as `.transpose(1, 2)`.
+        v_pages: the same with v_head_dim columns, as many as head_dim or fewer.
         plan: from `flashcore.plan` or from `flashcore.DevicePlanner.update`, on q's device. With
             the latter, q may have more rows than the plan has query tokens, as a batch padded for a
             CUDA graph has. Rows of sequences that could not be planned come out as NaN; so do all
@@ -221,13 +222,13 @@ def paged_attention(
         tree_mask: bool [total_q, width], width at least the longest q_len: among its sequence's own
             new tokens, query t sees token j iff tree_mask[t, j]; the cached ones are all visible.
             It takes the place of `causal`.
-        out: like q, to write the result to.
+        out: [total_q, num_q_heads, v_head_dim] in q's dtype, to write the result to.
         return_lse: also return the natural log of the softmax's sum, sinks included.
 
     Returns:
-        out like q, and with return_lse also lse fp32 [total_q, num_q_heads]. A query that sees no
-        key gives zeros and -inf (its sink, if any); so do rows of q past a DevicePlan's last query
-        token.
+        out [total_q, num_q_heads, v_head_dim] in q's dtype, and with return_lse also lse fp32
+        [total_q, num_q_heads]. A query that sees no key gives zeros and -inf (its sink, if any); so
+        do rows of q past a DevicePlan's last query token.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
@@ -282,7 +283,7 @@ def paged_attention(
     if tree_mask is not None:
         _check_tree_mask(tree_mask, plan, len(q))
     if out is not None:
-        _check_out(out, q)
+        _check_out(out, q, plan.v_head_dim)
     left, right = _window(window)
     rules = (_scale(scale, q.shape[-1]), bool(causal), left, right, _softcap(softcap))
     sinks = _sinks(sinks, q.shape[-2])
@@ -432,12 +433,14 @@ def _check_paged_shapes(
             f"q must have the plan's [total_q, num_q_heads, head_dim] = {expected}, "
             f"got {tuple(q.shape)}"
         )
-    pages = (plan.page_tokens, plan.num_kv_heads, plan.head_dim)
-    for name, value in (("k_pages", k_pages), ("v_pages", v_pages)):
-        if tuple(value.shape[1:]) != pages:
+    for name, value, of_dim, dim in (
+        ("k_pages", k_pages, "head_dim", plan.head_dim),
+        ("v_pages", v_pages, "v_head_dim", plan.v_head_dim),
+    ):
+        if tuple(value.shape[1:]) != (plan.page_tokens, plan.num_kv_heads, dim):
             raise ValueError(
-                f"{name} must have the plan's [num_pages, page_tokens, num_kv_heads, head_dim] = "
-                f"[any, {pages[0]}, {pages[1]}, {pages[2]}], got {tuple(value.shape)}"
+                f"{name} must have the plan's [num_pages, page_tokens, num_kv_heads, {of_dim}] = "
+                f"[any, {plan.page_tokens}, {plan.num_kv_heads}, {dim}], got {tuple(value.shape)}"
             )
         if value.shape[0] < plan.num_pages:
             raise ValueError(
@@ -456,10 +459,12 @@ def _check_tree_mask(tree_mask: torch.Tensor, plan: Plan | DevicePlan, total_q: 
         )
 
 
-def _check_out(out: torch.Tensor, q: torch.Tensor) -> None:
+def _check_out(out: torch.Tensor, q: torch.Tensor, v_head_dim: int) -> None:
     validate.tensor("out", out, dtypes=(q.dtype,), ndim=3)
-    if out.shape != q.shape:
-        raise ValueError(f"out must have the shape of q {tuple(q.shape)}, got {tuple(out.shape)}")
+    expected = (*q.shape[:-1], v_head_dim)
+    if tuple(out.shape) != expected:
+        of = "the shape of q" if v_head_dim == q.shape[-1] else "[total_q, num_q_heads, v_head_dim]"
+        raise ValueError(f"out must have {of} {expected}, got {tuple(out.shape)}")
     validate.contiguous_last_axis(out=out)
 
 

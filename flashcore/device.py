@@ -34,9 +34,11 @@ def device_path(device: torch.device) -> Path:
     return Path("eager", reason)
 
 
-def resident_ctas(device: torch.device, head_dim: int, tile_m: int) -> int:
+def resident_ctas(
+    device: torch.device, head_dim: int, tile_m: int, v_head_dim: int | None = None
+) -> int:
     """CTAs of the paged kernel that a CUDA device runs at once: what a plan's splits are for."""
     from flashcore.config.paged import ctas_per_sm
 
     sms = int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return sms * ctas_per_sm(head_dim, tile_m)
+    return sms * ctas_per_sm(head_dim, tile_m, v_head_dim)

@@ -125,7 +125,7 @@ def paged_attention_impl(
     tree_mask: torch.Tensor | None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out as q, and the LSE [total_q, num_q_heads]."""
+    """out [total_q, num_q_heads, v_head_dim], and the LSE [total_q, num_q_heads]."""
     if device_path(q.device).name == "hopper":
         from flashcore.runtime.launch_paged import paged_attention
 
@@ -285,7 +285,8 @@ def _paged_attention_fake(
     sinks: torch.Tensor | None,
     tree_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    rows = q.shape[:-1]
+    return q.new_empty(*rows, v_pages.shape[-1]), q.new_empty(rows, dtype=torch.float32)
 
 
 # The operator allocates its result: only the direct call has `out`.

@@ -40,11 +40,11 @@ def sequence_attention(
     sinks: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sequence: q [seqlen_q, num_q_heads, head_dim], k and v [seqlen_k, num_kv_heads,
-    head_dim].
+    """One sequence: q [seqlen_q, num_q_heads, head_dim], k [seqlen_k, num_kv_heads, head_dim], v
+    [seqlen_k, num_kv_heads, v_head_dim].
 
-    tree_mask: bool [seqlen_q, at least seqlen_q]. Returns out as q, and lse [seqlen_q,
-        num_q_heads].
+    tree_mask: bool [seqlen_q, at least seqlen_q]. Returns out [seqlen_q, num_q_heads, v_head_dim]
+        and lse [seqlen_q, num_q_heads].
     """
     group = q.shape[1] // k.shape[1]
     visible = visible_keys(q.shape[0], k.shape[0], causal, window, tree_mask).to(q.device)
@@ -154,7 +154,7 @@ def paged_attention_reference(
     `dtype`.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    out = torch.zeros(*q.shape[:-1], v_pages.shape[-1], dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:-1], -math.inf, dtype=dtype, device=q.device)
     row_offsets = layout.row_offsets.tolist()
     first = 0

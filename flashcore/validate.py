@@ -67,6 +67,17 @@ def head_counts(num_q_heads: int, num_kv_heads: int) -> int:
     return num_q_heads // num_kv_heads
 
 
+def head_dims(head_dim: int, v_head_dim: int | None) -> int:
+    """v_head_dim, head_dim where it is not given, after checks of both."""
+    positive_int("head_dim", head_dim)
+    if v_head_dim is None:
+        return head_dim
+    positive_int("v_head_dim", v_head_dim)
+    if v_head_dim > head_dim:
+        raise ValueError(f"v_head_dim must be at most head_dim ({head_dim}), got {v_head_dim}")
+    return v_head_dim
+
+
 def tensor(
     name: str, value: object, *, dtypes: Sequence[torch.dtype], ndim: int | Sequence[int]
 ) -> torch.Tensor:

@@ -45,6 +45,7 @@ class Batch:
     head_dim: int
     seed: int = 0
     ragged: bool = False  # pages in the middle of a sequence may be partial, as in a token map
+    v_head_dim: int | None = None  # of head_dim where None
     layout: flashcore.Layout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +93,7 @@ class Batch:
             num_q_heads=self.num_q_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
+            v_head_dim=self.v_head_dim,
             page_tokens=self.page_tokens,
             **options,
         )
@@ -99,8 +101,9 @@ class Batch:
     def tensors(self, dtype: torch.dtype = torch.float32, poison: bool = True):
         """q, k_pages, v_pages; NaN wherever no sequence has a token."""
         rng = torch.Generator().manual_seed(self.seed)
-        shape = (self.num_pages, self.page_tokens, self.num_kv_heads, self.head_dim)
-        k, v = torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
+        pool = (self.num_pages, self.page_tokens, self.num_kv_heads)
+        k = torch.randn(*pool, self.head_dim, generator=rng)
+        v = torch.randn(*pool, self.v_head_dim or self.head_dim, generator=rng)
         q = torch.randn(sum(self.q_lens), self.num_q_heads, self.head_dim, generator=rng)
         if poison:
             held = torch.zeros(self.num_pages, dtype=torch.long)
@@ -190,6 +193,7 @@ def batches(draw: st.DrawFn, max_batch: int = 6, ragged: bool | None = None) -> 
         num_pages,
         *heads,
         head_dim=draw(st.sampled_from([3, 8, 16])),
+        v_head_dim=draw(st.sampled_from([None, None, 2])),
         seed=seed,
         ragged=draw(st.booleans()) if ragged is None else ragged,
     )

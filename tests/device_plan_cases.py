@@ -22,6 +22,7 @@ def planner_for(batch: Batch, capacities: Capacities, device: str, **options: An
         num_q_heads=batch.num_q_heads,
         num_kv_heads=batch.num_kv_heads,
         head_dim=batch.head_dim,
+        v_head_dim=batch.v_head_dim,
         page_tokens=batch.page_tokens,
         device=device,
         **options,

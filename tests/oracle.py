@@ -144,10 +144,10 @@ def attention(
     sinks: np.ndarray | None = None,
     tree_mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One sequence in float64: q [n, heads, d], keys and values [m, kv heads, d]."""
-    n, heads, dim = q.shape
+    """One sequence in float64: q [n, heads, d], keys [m, kv heads, d], values [m, kv heads, e]."""
+    n, heads, _ = q.shape
     m, kv_heads, _ = keys.shape
-    out, lse = np.zeros((n, heads, dim)), np.full((n, heads), -math.inf)
+    out, lse = np.zeros((n, heads, values.shape[2])), np.full((n, heads), -math.inf)
     for i in range(n):
         position = i + m - n
         for h in range(heads):

@@ -73,9 +73,11 @@ def test_against_oracle(batch: Batch, regime: str):
         first += n
         ids = [(page, slot) for page, count in rows[row] for slot in range(count)]
         assert len(ids) == length
-        take = lambda pages, ids=ids: np.array(  # noqa: E731
-            [pages[page, slot].tolist() for page, slot in ids]
-        ).reshape(len(ids), batch.num_kv_heads, batch.head_dim)
+
+        def take(pages, ids=ids):
+            rows = [pages[page, slot].tolist() for page, slot in ids]
+            return np.array(rows).reshape(len(ids), *pages.shape[2:])
+
         expected = oracle.attention(
             q[own].double().numpy(),
             take(k),

@@ -156,12 +156,14 @@ def test_folding_against_recursion(
             num_q_heads=batch.num_q_heads,
             num_kv_heads=batch.num_kv_heads,
             head_dim=batch.head_dim,
+            v_head_dim=batch.v_head_dim,
             page_tokens=batch.page_tokens,
             itemsize=itemsize,
             tile_m=tile_m,
             num_workers=2,
         )
-        costs = Costs.of(batch.num_q_heads, batch.num_kv_heads, batch.head_dim, itemsize)
+        heads = batch.num_q_heads, batch.num_kv_heads
+        costs = Costs.of(*heads, batch.head_dim, itemsize, v_head_dim=batch.v_head_dim)
     found = list(
         zip(
             plan.groups[:, Group.NUM_TOKENS].tolist(),

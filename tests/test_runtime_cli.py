@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from flashcore.cli import check, compile_cmd
+import flashcore
+from flashcore.cli import check, check_paged, compile_cmd
 from flashcore.config import dense
 from flashcore.reference import attention_reference
 from flashcore.runtime import launch
 from flashcore.runtime.gates import representative
-from flashcore.runtime.kernel import DENSE, Kernel
+from flashcore.runtime.kernel import DENSE, PAGED, Kernel
+from flashcore.runtime.shipped import shipped_kernels
 from tests.runtime_fixtures import CONSTANT, ConstantConfig, needs_dsl
 
 GOOD = dense.choose(dense.DenseProblem("bf16", 64, 1, 128, 128, 1, 1))
@@ -64,12 +66,35 @@ def test_compile_for_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert sum("tree" in line for line in paged) == 1
     assert sum(line.startswith("missing combine") for line in lines) == 2
     assert sum(line.startswith("missing planner") for line in lines) == 2
-    assert compile_cmd.run(parse(compile_cmd, "--list", "--serve", "32/8x96")) == 2
-    assert "head_dim 96 is not one of" in capsys.readouterr().err
+    assert compile_cmd.run(parse(compile_cmd, "--list", "--serve", "32/8x100")) == 2
+    said = capsys.readouterr().err
+    assert "head_dim must be a multiple of 8 from 8 to 256, got 100" in said
+
+
+def test_compile_for_a_server_whose_values_are_narrower(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--cache-dir", str(tmp_path), "--list", "--serve", "16/4x192/128")
+    assert compile_cmd.run(parse(compile_cmd, *words)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    paged = [line for line in lines if line.startswith("missing paged")]
+    assert len(paged) == 2
+    assert all("head_dim=192 v_head_dim=128" in line for line in paged)
+    merges = [line for line in lines if line.startswith("missing combine")]
+    assert len(merges) == 2
+    assert all("head_dim=128" in line for line in merges)
+    assert compile_cmd.run(parse(compile_cmd, "--list", "--serve", "16/4x128/192")) == 2
+    assert "v_head_dim must be at most head_dim (128), got 192" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "words", [("--serve", "32x128"), ("--serve", "32/7x128"), ("--features", "wings")]
+    "words",
+    [
+        ("--serve", "32x128"),
+        ("--serve", "32/7x128"),
+        ("--serve", "32/8x128/"),
+        ("--features", "wings"),
+    ],
 )
 def test_compile_rejects_a_shape_that_is_none(words: tuple[str, str]) -> None:
     with pytest.raises(SystemExit):
@@ -197,6 +222,54 @@ def test_check_finds_faults(
 ) -> None:
     monkeypatch.setattr(launch, "dense_attention", stand_in(fault))
     assert check._run_case(case, 0, "cpu")[0] == problem
+
+
+# Of gathered rows and of boxes, padded, and with fewer columns in V.
+@pytest.mark.parametrize("case", [(40, 40, 1), (24, 16, 64)])
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        ("", ""),
+        ("values", "the output is wrong"),
+        ("lse", "the LSE is wrong"),
+        ("unstable", "two runs differ"),
+    ],
+)
+def test_check_finds_faults_of_paged_attention(
+    monkeypatch: pytest.MonkeyPatch, case: tuple[int, int, int], fault: str, problem: str
+) -> None:
+    calls = [0]
+
+    def attend(case: Any, q: Any, k: Any, v: Any, table: Any, kv_lens: Any, q_lens: Any) -> Any:
+        calls[0] += 1
+        plan = flashcore.plan(
+            flashcore.layout_from_page_table(table, kv_lens, page_tokens=case.page_tokens),
+            q_lens=q_lens,
+            num_q_heads=8,
+            num_kv_heads=2,
+            head_dim=case.head_dim,
+            v_head_dim=case.v_head_dim,
+            page_tokens=case.page_tokens,
+        )
+        assert plan.stats().reuse > 1.5
+        out, lse = flashcore.paged_attention(q, k, v, plan, return_lse=True)
+        if fault == "values" or (fault == "unstable" and calls[0] == 2):
+            out = out * 1.02
+        return out, lse + 0.01 * (fault == "lse")
+
+    monkeypatch.setattr(check_paged, "attend", attend)
+    assert check._run_paged(check_paged.PagedCase(*case), 0, "cpu")[0] == problem
+
+
+def test_paged_cases_use_what_is_shipped() -> None:
+    shipped = {
+        (c.head_dim, c.v_head_dim, c.page_tokens)
+        for c in (kernel.config for kernel in shipped_kernels() if kernel.family is PAGED)
+        if c.device_counts and c.dtype == "bf16" and c.group_size == 4
+    }
+    cases = check_paged.cases()
+    assert {(c.head_dim, c.v_head_dim, c.page_tokens) for c in cases} <= shipped
+    assert len({case.name for case in cases}) == len(cases)
 
 
 def test_check_of_torch_compile_runs() -> None:

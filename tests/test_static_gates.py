@@ -164,7 +164,7 @@ FAMILIES = (DENSE, PAGED, COMBINE, PLANNER, PAGER)
 
 
 def test_shipped_kernels_are_legal_and_distinct() -> None:
-    from flashcore.runtime.shipped import shipped_kernels
+    from flashcore.runtime.shipped import OTHER_PAGED_DIMS, PAGED_DIMS, shipped_kernels
 
     kernels = shipped_kernels()
     assert len(set(kernels)) == len(kernels)
@@ -175,12 +175,15 @@ def test_shipped_kernels_are_legal_and_distinct() -> None:
     plain = {(c.dtype, c.head_dim, c.causal) for c in of[DENSE]}
     assert plain >= {(t, d, m) for t in dense.DTYPES for d in dense.HEAD_DIMS for m in (0, 1)}
     tiles = {(c.head_dim, c.tile_m) for c in of[PAGED]}
-    assert tiles >= {(d, m) for d in paged.HEAD_DIMS for m in (64, 128)}
+    assert tiles >= {(d, m) for d in PAGED_DIMS for m in (64, 128)}
     merges = {(c.dtype, c.head_dim) for c in of[COMBINE]}
-    assert merges >= {(t, d) for t in dense.DTYPES for d in paged.HEAD_DIMS}
+    assert merges >= {(t, d) for t in dense.DTYPES for d in PAGED_DIMS}
     for configs in (of[PAGED], of[COMBINE]):  # for plans made on the device too
         made = {(c.dtype, c.head_dim) for c in configs if c.device_counts}
-        assert made >= {(t, d) for t in dense.DTYPES for d in paged.HEAD_DIMS}
+        assert made >= {(t, d) for t in dense.DTYPES for d in PAGED_DIMS}
+    engines = {(c.head_dim, c.v_head_dim, c.page_tokens) for c in of[PAGED] if c.device_counts}
+    assert engines >= {(*dims, page) for dims in OTHER_PAGED_DIMS for page in (1, 64)}
+    assert made >= {("bf16", v_dim) for _, v_dim in OTHER_PAGED_DIMS}
 
 
 def test_unknown_shared_memory_fails() -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from flashcore.cli import check_paged
+
 if TYPE_CHECKING:
     import torch
 
@@ -93,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
     """Carry the command out."""
     tests: dict[str, Test] = {
         case.name: partial(_run_case, case, args.seed, args.device) for case in cases()
+    }
+    tests |= {
+        case.name: partial(_run_paged, case, args.seed, args.device) for case in check_paged.cases()
     }
     tests["CUDA graph"] = partial(_run_graph, args.device)
     tests["torch.compile"] = partial(_run_compiled, args.device)
@@ -181,6 +186,12 @@ def _run_case(case: Case, seed: int, device: str) -> tuple[str, str]:
     if not problem and not (torch.equal(out, again) and torch.equal(lse, lse_again)):
         problem = "two runs differ"
     return problem, detail
+
+
+def _run_paged(case: check_paged.PagedCase, seed: int, device: str) -> tuple[str, str]:
+    out, lse, expected, expected_lse, same = check_paged.run(case, seed, device)
+    problem, detail = _judge(out, lse, expected, expected_lse, _OUT_LIMIT["bf16"])
+    return problem or ("" if same else "two runs differ"), detail
 
 
 def _judge(

@@ -40,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--serve",
-        metavar="Q/KVxDIM",
+        metavar="Q/KVxDIM[/VDIM]",
         type=_layers,
         help="instead of all: what SGLang's backend needs for layers of this shape as one GPU sees "
-        "them, such as 32/8x128",
+        "them, such as 32/8x128, or 16/4x192/128 where V has fewer columns",
     )
     parser.add_argument(
         "--page-size",
@@ -89,8 +89,15 @@ def run(args: argparse.Namespace) -> int:
 def _served_kernels(args: argparse.Namespace) -> list[Kernel]:
     from flashcore.sglang.kernels import kernels_for
 
+    *shape, v_head_dim = args.serve
     options = dict.fromkeys(args.features, True)
-    return kernels_for(*args.serve, dtype=args.dtype, page_tokens=args.page_size, **options)
+    return kernels_for(
+        *shape,
+        v_head_dim=v_head_dim,
+        dtype=args.dtype,
+        page_tokens=args.page_size,
+        **options,
+    )
 
 
 def _list(cache: KernelCache, kernels: list[Kernel]) -> int:
@@ -144,15 +151,15 @@ def _gate(cache: KernelCache, kernels: list[Kernel], jobs: int | None) -> int:
     return 1 if any(row.violations for row in rows) else 0
 
 
-def _layers(text: str) -> tuple[int, int, int]:
-    """32/8x128: query heads, KV heads, head_dim."""
-    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)x([1-9]\d*)", text)
+def _layers(text: str) -> tuple[int, int, int, int]:
+    """32/8x128 or 16/4x192/128: query heads, KV heads, head_dim, v_head_dim."""
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)x([1-9]\d*)(?:/([1-9]\d*))?", text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"must look like 32/8x128, got {text}")
-    q_heads, kv_heads, head_dim = (int(number) for number in found.groups())
+        raise argparse.ArgumentTypeError(f"must look like 32/8x128 or 16/4x192/128, got {text}")
+    q_heads, kv_heads, head_dim = (int(number) for number in found.groups()[:3])
     if q_heads % kv_heads:
         raise argparse.ArgumentTypeError(f"{q_heads} is not a multiple of {kv_heads}")
-    return q_heads, kv_heads, head_dim
+    return q_heads, kv_heads, head_dim, int(found[4] or head_dim)
 
 
 def _features(text: str) -> tuple[str, ...]:

@@ -7,16 +7,20 @@ compile key. Imports neither torch nor the DSL.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from flashcore.config.dense import (
     DTYPES,
+    HEAD_DIMS,
     REGISTERS_PER_SM90_SM,
     SMEM_BYTES_PER_SM90_CTA,
     WARPGROUP_ROWS,
     WARPGROUP_THREADS,
 )
 
-HEAD_DIMS = (64, 128, 256)
+DIM_STEP = 8  # columns of a 16-byte copy, which TMA and cp.async take
+LARGEST_DIM = HEAD_DIMS[-1]
+PRODUCT_STEP = 16  # columns of Q and K that one WGMMA takes
 SMEM_BYTES_RESERVED_PER_CTA = 1024
 KV_LOADS = ("tma", "gather")
 LONGEST_GATHERED_PAGE = 8
@@ -25,6 +29,7 @@ bound; pages of 16 took 1.029 where gathered rows took 1.032."""
 KV_BYTES_PER_SM = 128 << 10
 """Stages of K and V of all CTAs of an SM. One CTA alone reads 56 GB/s with its half of them; with
 192 KB, queues in front of the DRAM made it up to 2 % slower."""
+MOST_STAGES = 4
 PAGE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -33,7 +38,8 @@ class PagedConfig:
     """A compiled paged kernel: features, tile, schedule."""
 
     dtype: str  # "bf16" | "fp16": of q, the pages and out
-    head_dim: int
+    head_dim: int  # columns of q and of the K pages as they are: padding is compiled in
+    v_head_dim: int  # of the V pages, of out and of partial results; at most head_dim
     page_tokens: int
     group_size: int  # query heads of one KV head, packed in the rows of a tile
     num_consumer_warpgroups: int  # 64 packed rows each
@@ -58,6 +64,21 @@ class PagedConfig:
         return WARPGROUP_ROWS * self.num_consumer_warpgroups
 
     @property
+    def k_columns(self) -> int:
+        """Columns of Q and K tiles in shared memory, those past head_dim zeros."""
+        return tile_columns(self.head_dim)
+
+    @property
+    def v_columns(self) -> int:
+        """Columns of V tiles and of the output accumulator."""
+        return tile_columns(self.v_head_dim)
+
+    @property
+    def k_steps(self) -> int:
+        """Products along head_dim: the padding beyond them is not multiplied."""
+        return -(-self.head_dim // PRODUCT_STEP)
+
+    @property
     def box_n(self) -> int:
         """Rows of one TMA box: a page, or a tile where a page is longer."""
         return min(self.page_tokens, self.tile_n)
@@ -70,8 +91,9 @@ class PagedConfig:
     @property
     def smem_bytes(self) -> int:
         """Shared memory of one CTA; 1024 covers barriers, the work slot and alignment."""
-        row = self.head_dim * 2
-        return (self.tile_m + 2 * self.stages * self.tile_n) * row + 1024
+        k_row, v_row = 2 * self.k_columns, 2 * self.v_columns
+        kv = self.stages * self.tile_n * (k_row + v_row)
+        return self.tile_m * k_row + kv + 1024
 
     @property
     def threads(self) -> int:
@@ -79,21 +101,45 @@ class PagedConfig:
         return (1 + self.num_consumer_warpgroups) * WARPGROUP_THREADS
 
 
+def tile_columns(dim: int) -> int:
+    """The narrowest tile that holds rows of `dim` columns; `dim` itself where none does.
+
+    The swizzles want whole 32 columns, and the dense kernel's tiles are known to be fast.
+    """
+    return next((columns for columns in HEAD_DIMS if columns >= dim), dim)
+
+
+def unserved_dims(head_dim: int, v_head_dim: int) -> str | None:
+    """Why no paged kernel has these dimensions, or None."""
+    for name, dim in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
+        if dim % DIM_STEP or not DIM_STEP <= dim <= LARGEST_DIM:
+            limits = f"a multiple of {DIM_STEP} from {DIM_STEP} to {LARGEST_DIM}"
+            return f"{name} must be {limits}, got {dim}"
+    if v_head_dim > head_dim:
+        return f"v_head_dim must be at most head_dim ({head_dim}), got {v_head_dim}"
+    return None
+
+
 def illegal_reason(config: PagedConfig) -> str | None:
     """Why `config` cannot run, or None. The single statement of the constraints."""
     c = config
+    unserved = unserved_dims(c.head_dim, c.v_head_dim)
     registers = WARPGROUP_THREADS * (
         c.producer_registers + c.num_consumer_warpgroups * c.consumer_registers
     )
     rules = (
         (c.dtype in DTYPES, f"dtype {c.dtype!r} is not one of {DTYPES}"),
-        (c.head_dim in HEAD_DIMS, f"head_dim {c.head_dim} is not one of {HEAD_DIMS}"),
+        (unserved is None, unserved or ""),
         (c.page_tokens in PAGE_TOKENS, f"page_tokens {c.page_tokens} is not one of {PAGE_TOKENS}"),
         (c.num_consumer_warpgroups in (1, 2), "one or two consumer warpgroups"),
         (c.tile_n % 16 == 0 and 16 <= c.tile_n <= 128, f"tile_n {c.tile_n}: 16 to 128, step 16"),
         (c.kv_load in KV_LOADS, f"kv_load {c.kv_load!r} is not one of {KV_LOADS}"),
         (c.tile_n % c.box_n == 0, "tile_n is whole pages, or part of one"),
         (c.page_tokens % c.box_n == 0, "a page is whole boxes"),
+        (
+            c.tile_n % rows_at_a_time(c.v_columns, c.num_consumer_warpgroups) == 0,
+            f"tile_n {c.tile_n}: the consumers clear rows of V in whole passes",
+        ),
         (c.stages >= 2, "at least two K/V stages"),
         (c.group_size >= 1, "at least one query head for each KV head"),
         (not (c.causal and c.tree), "a tree mask takes the place of causal"),
@@ -116,6 +162,7 @@ def choose(
     group_size: int,
     tile_m: int,
     *,
+    v_head_dim: int | None = None,
     causal: bool = True,
     window: bool = False,
     softcap: bool = False,
@@ -123,21 +170,30 @@ def choose(
     tree: bool = False,
     device_counts: bool = False,
 ) -> PagedConfig:
-    """The config for a plan's tile_m; ValueError where there is no kernel."""
+    """The config for a plan's tile_m; ValueError where there is no kernel.
+
+    v_head_dim: head_dim where not given.
+    """
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    if unserved := unserved_dims(head_dim, v_head_dim):
+        raise ValueError(unserved)
     if tile_m not in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS):
         raise ValueError(f"tile_m must be 64 or 128, got {tile_m}")
     warpgroups = tile_m // WARPGROUP_ROWS
-    ctas = ctas_per_sm(head_dim, tile_m)
+    ctas = ctas_per_sm(head_dim, tile_m, v_head_dim)
     kv_load = "gather" if page_tokens <= LONGEST_GATHERED_PAGE else "tma"
-    tile_n = 64 if head_dim * ctas >= 256 else 128
+    # Wider tiles have fewer waits, as long as two stages of them are no more than is wanted.
+    key_bytes = 2 * (head_dim + v_head_dim)
+    tile_n = 128 if ctas * 2 * 128 * key_bytes <= KV_BYTES_PER_SM else 64
     config = PagedConfig(
         dtype=dtype,
         head_dim=head_dim,
+        v_head_dim=v_head_dim,
         page_tokens=page_tokens,
         group_size=group_size,
         num_consumer_warpgroups=warpgroups,
         tile_n=tile_n,
-        stages=_stages(kv_load, head_dim, tile_m, tile_n, ctas),
+        stages=_stages(kv_load, head_dim, v_head_dim, tile_m, tile_n, ctas),
         kv_load=kv_load,
         producer_registers=40 if ctas == 1 else 56,
         consumer_registers=232 if ctas == 1 else 200,
@@ -156,14 +212,16 @@ def choose(
     return config
 
 
-def ctas_per_sm(head_dim: int, tile_m: int) -> int:
+def ctas_per_sm(head_dim: int, tile_m: int, v_head_dim: int | None = None) -> int:
     """CTAs of the chosen kernel that an SM runs at once.
 
-    Two where their stages fit: while one changes items, the other reads. Measured for head_dim 128
-    over ten decode batches: 0 to 6 % faster than one CTA of the same rows in all but two; gathered
-    pages of 1 token, 64 x 8192 with 90 % shared: 20 %.
+    Two where two stages of 64 keys each fit: while one changes items, the other reads. Measured for
+    head_dim 128 over ten decode batches: 0 to 6 % faster than one CTA of the same rows in all but
+    two; gathered pages of 1 token, 64 x 8192 with 90 % shared: 20 %.
     """
-    return 2 if tile_m == WARPGROUP_ROWS and head_dim <= 128 else 1
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    fitting = _fitting_stages(head_dim, v_head_dim, tile_m, 64, ctas=2)
+    return 2 if tile_m == WARPGROUP_ROWS and fitting >= 2 else 1
 
 
 def smem_bytes_of_cta(ctas: int) -> int:
@@ -172,13 +230,32 @@ def smem_bytes_of_cta(ctas: int) -> int:
     return of_sm // ctas - SMEM_BYTES_RESERVED_PER_CTA
 
 
-def _stages(kv_load: str, head_dim: int, tile_m: int, tile_n: int, ctas: int) -> int:
-    """Boxes: as many as make KV_BYTES_PER_SM. Gathered rows: as many as fit, at most four."""
-    row = head_dim * 2
-    stage = 2 * tile_n * row  # of K and of V
+def rows_at_a_time(columns: int, warpgroups: int) -> int:
+    """Rows of a tile that so many warpgroups copy or clear at a time.
+
+    A row's 16-byte vectors go to as many threads as divide both, which each take the same number.
+    """
+    threads = WARPGROUP_THREADS * warpgroups
+    return threads // gcd(columns // DIM_STEP, threads)
+
+
+def _stages(
+    kv_load: str, head_dim: int, v_head_dim: int, tile_m: int, tile_n: int, ctas: int
+) -> int:
+    """Boxes: as many as come nearest to KV_BYTES_PER_SM on their way. Padding is not read, so it
+    counts only where stages must fit. Gathered rows: as many as fit. At least two, at most four.
+    """
+    stages = _fitting_stages(head_dim, v_head_dim, tile_m, tile_n, ctas)
     if kv_load == "tma":
-        return KV_BYTES_PER_SM // (ctas * stage)
-    return min(4, (smem_bytes_of_cta(ctas) - 1024 - tile_m * row) // stage)
+        on_the_way = 2 * ctas * tile_n * (head_dim + v_head_dim)
+        stages = min(stages, max(2, round(KV_BYTES_PER_SM / on_the_way)))
+    return min(stages, MOST_STAGES)
+
+
+def _fitting_stages(head_dim: int, v_head_dim: int, tile_m: int, tile_n: int, ctas: int) -> int:
+    """Stages of K and V that fit beside Q into a CTA's share of an SM."""
+    k_row, v_row = 2 * tile_columns(head_dim), 2 * tile_columns(v_head_dim)
+    return (smem_bytes_of_cta(ctas) - 1024 - tile_m * k_row) // (tile_n * (k_row + v_row))
 
 
 @dataclass(frozen=True)
@@ -186,7 +263,7 @@ class CombineConfig:
     """A compiled merge kernel."""
 
     dtype: str  # "bf16" | "fp16": of out
-    head_dim: int
+    head_dim: int  # columns of out and of partial results: v_head_dim where the two differ
     sinks: bool = False
     warps_per_row: int = 1  # that share a merge list; 8 where lists are long
     device_counts: bool = False  # as in `PagedConfig`

@@ -59,6 +59,7 @@ def _one_sequence(
         seqlen_k,
         lambda begin, end: [(keys[:, begin:end], values[:, begin:end])],
         rules,
+        dim,
     )
     out.copy_(result[0].flatten(1, 2))
     lse.copy_(logs[0].flatten(1, 2))

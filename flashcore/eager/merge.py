@@ -19,7 +19,7 @@ def merge_partials(
 ) -> None:
     """Write the merged results of all query tokens that have partial ones into out and lse.
 
-    partial_out: [num_partial_tokens, num_q_heads, head_dim] fp32; partial_lse without the last
+    partial_out: [num_partial_tokens, num_q_heads, v_head_dim] fp32; partial_lse without the last
         axis.
     The sum runs over a token's list one place at a time: same inputs, same bits.
     """

@@ -40,10 +40,10 @@ def paged_attention(
     Returns out in q's dtype and lse [total_q, num_q_heads] fp32.
     """
     total_q, num_q_heads, dim = q.shape
-    num_kv_heads = k_pages.shape[2]
-    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    num_kv_heads, v_dim = k_pages.shape[2], v_pages.shape[3]
+    out = torch.zeros(total_q, num_q_heads, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.full((total_q, num_q_heads), -math.inf, dtype=torch.float32, device=q.device)
-    partial_out = out.new_empty(num_partial_tokens, num_q_heads, dim)
+    partial_out = out.new_empty(num_partial_tokens, num_q_heads, v_dim)
     partial_lse = out.new_empty(num_partial_tokens, num_q_heads)
     gathered, positions = q_tokens.long(), q_positions.long()
     scaled = (q.float() * rules.scale).view(total_q, num_kv_heads, num_q_heads // num_kv_heads, dim)
@@ -59,7 +59,7 @@ def paged_attention(
         if tree_mask is not None:
             tree = Tree(tree_mask[tokens[0]], place[0] - q_index[tokens[0]])
         load = reader.loader(batch)
-        result, logs = attend_runs(scaled[tokens], place, first.num_keys, load, rules, tree)
+        result, logs = attend_runs(scaled[tokens], place, first.num_keys, load, rules, v_dim, tree)
         result, logs = result.flatten(2, 3), logs.flatten(2, 3)
         if first.partial == DIRECT:
             out[tokens], lse[tokens] = result, logs
@@ -155,7 +155,7 @@ class _PageReader:
         return load
 
     def _gather(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """K and V of pages [runs, pages] as [runs, num_kv_heads, tokens, head_dim]."""
+        """K and V of pages [runs, pages] as [runs, num_kv_heads, tokens, columns]."""
         gathered = []
         for purpose, pool in self.pools.items():
             chosen = scratch(purpose, (ids.numel(), *pool.shape[1:]), pool)

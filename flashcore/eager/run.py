@@ -18,8 +18,8 @@ SCORES_PER_CHUNK = 1 << 24
 """fp32 scores alive at a time (64 MiB): bounds memory for long prefills."""
 
 LoadKeys = Callable[[int, int], list[tuple[torch.Tensor, torch.Tensor]]]
-"""(begin, end) -> for each run, K and V of these keys, [num_kv_heads, end - begin, head_dim], good
-until the next call."""
+"""(begin, end) -> for each run, K [num_kv_heads, end - begin, head_dim] and V [num_kv_heads, end -
+begin, v_head_dim] of these keys, good until the next call."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def attend_runs(
     num_keys: int,
     load: LoadKeys,
     rules: Rules,
+    v_dim: int,
     tree: Tree | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised result and LSE of queries, each over its own run of num_keys keys.
@@ -54,18 +55,19 @@ def attend_runs(
     q: [runs, n, num_kv_heads, g, head_dim] fp32, multiplied by the scale; g query heads share a KV
     head. positions: [runs, n], the key each query stands at on its run's scale. Several runs at
     once save calls, and go together only if every query sees all of its keys (`sees_all`).
-    Returns out like q and lse without the last axis; zeros and -inf where no key is visible.
+    Returns out as q but with v_dim columns and lse without the last axis; zeros and -inf where no
+    key is visible.
     """
     runs, n, heads, group, _ = q.shape
     rows = max(1, SCORES_PER_CHUNK // max(1, runs * heads * group * min(num_keys, KEYS_PER_CHUNK)))
     if n <= rows:
-        return _attend_rows(q, positions, num_keys, load, rules, tree)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
+        return _attend_rows(q, positions, num_keys, load, rules, v_dim, tree)
+    out, lse = q.new_empty(*q.shape[:-1], v_dim), q.new_empty(q.shape[:-1])
     for begin in range(0, n, rows):
         part = slice(begin, min(begin + rows, n))
         part_tree = None if tree is None else Tree(tree.mask[part], tree.first_key[part])
         out[:, part], lse[:, part] = _attend_rows(
-            q[:, part], positions[:, part], num_keys, load, rules, part_tree
+            q[:, part], positions[:, part], num_keys, load, rules, v_dim, part_tree
         )
     return out, lse
 
@@ -83,12 +85,13 @@ def _attend_rows(
     num_keys: int,
     load: LoadKeys,
     rules: Rules,
+    v_dim: int,
     tree: Tree | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     runs, n, heads, group, dim = q.shape
     bounds, first, last = _bounds(positions, num_keys, rules, tree)
     if first >= last:
-        return torch.zeros_like(q), q.new_full(q.shape[:-1], -math.inf)
+        return q.new_zeros(*q.shape[:-1], v_dim), q.new_full(q.shape[:-1], -math.inf)
     queries = q.transpose(1, 2).reshape(runs, heads, n * group, dim)
     out = lse = queries
     for begin in range(first, last, KEYS_PER_CHUNK):
@@ -111,7 +114,7 @@ def _attend_rows(
         chunk_lse = peak - weights.amax(-1, keepdim=True).log()
         if bounds is not None:
             chunk_lse.masked_fill_(peak == -math.inf, -math.inf)
-        chunk_out = torch.empty_like(queries)
+        chunk_out = queries.new_empty(*queries.shape[:-1], v_dim)
         for i, (_, v) in enumerate(loaded):
             torch.bmm(weights[i], v.float(), out=chunk_out[i])
         if begin == first:
@@ -119,7 +122,7 @@ def _attend_rows(
         else:
             out, lse = _merge(out, lse, chunk_out, chunk_lse)
     shape = (runs, heads, n, group)
-    return out.view(*shape, dim).transpose(1, 2), lse.view(shape).transpose(1, 2)
+    return out.view(*shape, v_dim).transpose(1, 2), lse.view(shape).transpose(1, 2)
 
 
 def _merge(

@@ -49,7 +49,9 @@ class Combine:
     def __init__(self, config: CombineConfig):
         self.config = config
         self.dtype = {"bf16": BFloat16, "fp16": Float16}[config.dtype]
-        self.columns = config.head_dim // LANES  # of a lane
+        # A power of two for whole vectors; lanes past the last column work along and write nothing.
+        self.columns = next(n for n in (2, 4, 8) if n * LANES >= config.head_dim)  # of a lane
+        self.lanes = config.head_dim // self.columns
         self.turns = config.fixed_order and config.warps_per_row > 1
 
     @cute.jit
@@ -269,7 +271,8 @@ class Combine:
         for u in cutlass.range_constexpr(UNROLL):
             partial = cute.arch.shuffle_sync(entry, j + u)
             values = cute.make_rmem_tensor(self.columns, Float32)
-            cute.autovec_copy(self.row(mPartialO[partial, head, None], lane), values)
+            within = lane if const_expr(self.lanes == LANES) else min(lane, self.lanes - 1)
+            cute.autovec_copy(self.row(mPartialO[partial, head, None], within), values)
             for c in cutlass.range_constexpr(self.columns):
                 rows[u, c] = values[c]
 
@@ -307,7 +310,7 @@ class Combine:
         rO = cute.make_rmem_tensor(columns, self.dtype)
         for c in cutlass.range_constexpr(columns):
             rO[c] = (acc[0, c] * factor).to(self.dtype)
-        cute.autovec_copy(rO, self.row(mO[token, head, None], lane))
+        self.write(rO, mO[token, head, None], lane)
         if lane == 0:
             lse = -Float32.inf
             if total > 0.0:
@@ -319,9 +322,18 @@ class Combine:
         """A row of NaN. Warps that share the row all write the same."""
         rO = cute.make_rmem_tensor(const_expr(self.columns), self.dtype)
         rO.fill(float("nan"))
-        cute.autovec_copy(rO, self.row(mO[token, head, None], lane))
+        self.write(rO, mO[token, head, None], lane)
         if lane == 0:
             mLSE[token, head] = Float32(float("nan"))
+
+    @cute.jit
+    def write(self, values: cute.Tensor, mRow: cute.Tensor, lane: Int32):
+        """Write this lane's columns of a row, if it has any."""
+        if const_expr(self.lanes < LANES):
+            if lane < self.lanes:
+                cute.autovec_copy(values, self.row(mRow, lane))
+        else:
+            cute.autovec_copy(values, self.row(mRow, lane))
 
     @cute.jit
     def row(self, mRow: cute.Tensor, lane: Int32) -> cute.Tensor:

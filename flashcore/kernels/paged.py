@@ -56,9 +56,9 @@ class Operands(NamedTuple):
     """Global tensors of a launch."""
 
     mQ: cute.Tensor  # (total_q, heads, dim)
-    mO: cute.Tensor  # as mQ
+    mO: cute.Tensor  # (total_q, heads, v dim)
     mLSE: cute.Tensor  # fp32 (total_q, heads)
-    mPartialO: cute.Tensor  # fp32 (partial tokens, heads, dim)
+    mPartialO: cute.Tensor  # fp32 (partial tokens, heads, v dim)
     mPartialLSE: cute.Tensor  # fp32 (partial tokens, heads)
     mCols: cute.Tensor  # int32 (entries,)
     mWork: cute.Tensor  # int32 (items, FIELDS)
@@ -87,7 +87,7 @@ class PagedAttention:
         self,
         mQ: cute.Tensor,
         mKPages: cute.Tensor,  # (pages, page_tokens, kv_heads, dim)
-        mVPages: cute.Tensor,  # as mKPages
+        mVPages: cute.Tensor,  # (pages, page_tokens, kv_heads, v dim)
         mO: cute.Tensor,
         mLSE: cute.Tensor,
         mPartialO: cute.Tensor,
@@ -109,15 +109,16 @@ class PagedAttention:
         stream,
     ):
         c = self.config
-        sQ_l = matmul.smem_layout(self.dtype, c.tile_m, c.head_dim)
-        sKV_l = matmul.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
+        sQ_l = matmul.smem_layout(self.dtype, c.tile_m, c.k_columns)
+        sK_l = matmul.smem_layout(self.dtype, c.tile_n, c.k_columns, c.stages)
+        sV_l = matmul.smem_layout(self.dtype, c.tile_n, c.v_columns, c.stages)
         if const_expr(c.kv_load == "tma"):
-            tma_k, gK = pages.page_copy(c, mKPages, sKV_l)
-            tma_v, gV = pages.page_copy(c, mVPages, sKV_l)
+            tma_k, gK = pages.page_copy(c, mKPages, sK_l)
+            tma_v, gV = pages.page_copy(c, mVPages, sV_l)
         else:
             tma_k, gK, tma_v, gV = None, mKPages, None, mVPages
         mma_qk = matmul.qk_product(self.dtype, self.warpgroups, c.tile_n)
-        mma_pv = matmul.pv_product(self.dtype, self.warpgroups, c.head_dim)
+        mma_pv = matmul.pv_product(self.dtype, self.warpgroups, c.v_columns)
 
         @cute.struct
         class Storage:
@@ -126,8 +127,8 @@ class PagedAttention:
             slot_barriers: cute.struct.MemRange[Int64, 2]
             slot: cute.struct.MemRange[Int32, SLOT_WORDS]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sQ_l)], 1024]
-            k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sKV_l)], 1024]
-            v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sKV_l)], 1024]
+            k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sK_l)], 1024]
+            v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sV_l)], 1024]
 
         assert Storage.size_in_bytes() <= SMEM_BYTES_PER_SM90_CTA
         self.Storage = Storage
@@ -137,7 +138,7 @@ class PagedAttention:
         )  # fmt: skip
         self.kernel(
             tma_k, gK, tma_v, gV, operands, softmax_scale, softcap,
-            Bounds(window_left, window_right), sQ_l, sKV_l, mma_qk, mma_pv,
+            Bounds(window_left, window_right), sQ_l, sK_l, sV_l, mma_qk, mma_pv,
         ).launch(
             grid=[num_ctas, 1, 1],
             block=[c.threads, 1, 1],
@@ -158,7 +159,8 @@ class PagedAttention:
         softcap: Float32,
         window: Bounds,
         sQ_l: cute.ComposedLayout,
-        sKV_l: cute.ComposedLayout,
+        sK_l: cute.ComposedLayout,
+        sV_l: cute.ComposedLayout,
         mma_qk: cute.TiledMma,
         mma_pv: cute.TiledMma,
     ):
@@ -173,18 +175,25 @@ class PagedAttention:
             words = work_loop.work_row(m.mWork, cute.arch.block_idx()[0])
         storage = SmemAllocator().allocate(self.Storage)
         sQ = storage.q.get_tensor(sQ_l.outer, swizzle=sQ_l.inner)
-        sK = storage.k.get_tensor(sKV_l.outer, swizzle=sKV_l.inner)
-        sV = storage.v.get_tensor(sKV_l.outer, swizzle=sKV_l.inner)
+        sK = storage.k.get_tensor(sK_l.outer, swizzle=sK_l.inner)
+        sV = storage.v.get_tensor(sV_l.outer, swizzle=sV_l.inner)
         slot_barriers = storage.slot_barriers.data_ptr()
         slot = Slot(
             storage.slot.get_tensor(cute.make_layout(SLOT_WORDS)), slot_barriers, slot_barriers + 1
         )
         warps = 4 * self.warpgroups
         if const_expr(c.kv_load == "tma"):
-            kv_bytes = cute.size_in_bytes(self.dtype, cute.select(sKV_l, mode=[0, 1]))
+            # Of a whole stage: TMA counts the zeros that it fills in too.
+            k_bytes, v_bytes = (
+                cute.size_in_bytes(self.dtype, cute.select(layout, mode=[0, 1]))
+                for layout in (sK_l, sV_l)
+            )
             ring_k, ring_v = (
-                pipelines.tma_ring(barriers.data_ptr(), c.stages, kv_bytes, warps)
-                for barriers in (storage.k_barriers, storage.v_barriers)
+                pipelines.tma_ring(barriers.data_ptr(), c.stages, stage_bytes, warps)
+                for barriers, stage_bytes in (
+                    (storage.k_barriers, k_bytes),
+                    (storage.v_barriers, v_bytes),
+                )
             )
             readers = warps
         else:
@@ -193,6 +202,7 @@ class PagedAttention:
                 for barriers in (storage.k_barriers, storage.v_barriers)
             )
             readers = warps + c.loading_warps
+            self.clear_padding(sK, sV, tidx)
         if warp == 0:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(slot.full, 1)
@@ -205,9 +215,8 @@ class PagedAttention:
         if warp < 4:
             cute.arch.setmaxregister_decrease(c.producer_registers)
             if const_expr(c.kv_load == "gather"):
-                stage_bytes = gather.byte_layout(sKV_l)
-                k_stages = gather.Stages(sK.iterator.toint(), stage_bytes)
-                v_stages = gather.Stages(sV.iterator.toint(), stage_bytes)
+                k_stages = gather.Stages(sK.iterator.toint(), gather.byte_layout(sK_l))
+                v_stages = gather.Stages(sV.iterator.toint(), gather.byte_layout(sV_l))
                 gather.produce(c, gK, gV, k_stages, v_stages, ring_k, ring_v, slot, m, window, warp)
             elif warp == 0:
                 self.produce(tma_k, gK, tma_v, gV, sK, sV, ring_k, ring_v, slot, m, window, words)
@@ -217,6 +226,15 @@ class PagedAttention:
                 m, sQ, sK, sV, ring_k, ring_v, slot, softmax_scale, softcap, window, mma_qk,
                 mma_pv, tidx - 128,
             )  # fmt: skip
+
+    @cute.jit
+    def clear_padding(self, sK: cute.Tensor, sV: cute.Tensor, tidx: Int32):
+        """Zero the columns that gathered rows leave, before the CTA's first barrier."""
+        c = self.config
+        for sKV, dim in ((sK, c.head_dim), (sV, c.v_head_dim)):
+            if const_expr(cute.size(sKV, mode=[1]) > dim):
+                pages.clear_padding(sKV, dim, tidx, c.threads)
+                cute.arch.fence_proxy("async.shared", space="cta")
 
     @cute.jit
     def produce(
@@ -393,7 +411,8 @@ class PagedAttention:
         pipelines.await_stage(ring_k, k_state)
         pipelines.take_turn(wg, self.warpgroups)
         accS = cute.make_rmem_tensor(frag.layout_s, Float32)
-        matmul.issue(frag.mma_qk, accS, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], True)
+        tSrK = frag.tSrK[None, None, None, k_state.index]
+        matmul.issue(frag.mma_qk, accS, frag.tSrQ, tSrK, True, self.config.k_steps)
         pipelines.pass_turn(wg, self.warpgroups)
         warpgroup.wait_group(0)
         ring_k.consumer_release(k_state)
@@ -413,7 +432,8 @@ class PagedAttention:
         pipelines.take_turn(wg, self.warpgroups)
         # A fresh accumulator for each tile: with a reused one ptxas serialises every product.
         accS = cute.make_rmem_tensor(frag.layout_s, Float32)
-        matmul.issue(frag.mma_qk, accS, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], True)
+        tSrK = frag.tSrK[None, None, None, k_state.index]
+        matmul.issue(frag.mma_qk, accS, frag.tSrQ, tSrK, True, self.config.k_steps)
         pipelines.await_stage(ring_v, v_state)
         tOrV = frag.tOrV[None, None, None, v_state.index]
         matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
@@ -467,7 +487,7 @@ class PagedAttention:
         """Normalise this thread's two rows; write them to the output or to the partial results."""
         c = self.config
         out = matmul.acc_rows_cols(frag.accO)
-        columns = const_expr(cute.size(out, mode=[1]))
+        columns = const_expr((c.v_head_dim + 31) // 32 * 8)  # of a thread: what `store_row` takes
         for r in cutlass.range_constexpr(2):
             row = thread_row + 8 * r
             packed = item.row_begin + row
@@ -492,7 +512,7 @@ class PagedAttention:
                 partial = item.partial + packed // c.group_size - first
                 if there:
                     mRow = m.mPartialO[partial, head, None]
-                    for col in cutlass.range_constexpr(0, columns, 2):
+                    for col in cutlass.range_constexpr(0, c.v_head_dim // 4, 2):
                         pair = cute.make_rmem_tensor(2, Float32)
                         pair[0], pair[1] = out[r, col] * factor, out[r, col + 1] * factor
                         at = (mRow.iterator + (4 * col + 2 * (lane % 4))).align(8)

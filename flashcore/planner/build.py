@@ -31,6 +31,7 @@ def plan(
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    v_head_dim: int | None = None,
     page_tokens: int = 128,
     itemsize: int = 2,
     tile_m: int | None = None,
@@ -47,6 +48,7 @@ def plan(
             the layout's lengths count them; None for one each (decode). Sequences with 0 are left
             out, whatever pages they hold.
         num_q_heads, num_kv_heads, head_dim: the model's, as this rank sees them.
+        v_head_dim: columns of V and of the result, at most head_dim; None: head_dim.
         page_tokens: tokens of a page, as the layout was built with.
         itemsize: bytes of a K or V element, for the folding rule.
         tile_m: packed query rows of a work item at most; None: 64, or 128 where the groups fill it.
@@ -63,7 +65,8 @@ def plan(
         TypeError, ValueError: naming the argument, what it is and what it may be.
     """
     group_size = validate.head_counts(num_q_heads, num_kv_heads)
-    _check_problem(head_dim, itemsize, tile_m, num_workers)
+    v_head_dim = validate.head_dims(head_dim, v_head_dim)
+    _check_problem(itemsize, tile_m, num_workers)
     _check_switches(share, fold, batch_invariant)
     lengths = _check_layout(layout, q_lens, page_tokens)
     q_offsets = _offsets(lengths)
@@ -92,7 +95,15 @@ def plan(
         runs.queries,
         _row_blocks(runs.queries * group_size, tile_m or FOLD_ROWS),
         runs.tokens == runs.entries * page_tokens,
-        Costs.of(num_q_heads, num_kv_heads, head_dim, itemsize, fold, parallel=parallel),
+        Costs.of(
+            num_q_heads,
+            num_kv_heads,
+            head_dim,
+            itemsize,
+            fold,
+            parallel=parallel,
+            v_head_dim=v_head_dim,
+        ),
         enabled=bool(fold),
     )
     segments = _fold(found, folding)
@@ -100,7 +111,7 @@ def plan(
     kept = _runs(segments, tokens_before, lengths)
     tile_m = tile_m or _tile_rows(kept.tokens, kept.queries * group_size)
     if chunk_pages is None:
-        num_workers = _workers(num_workers, layout, head_dim, tile_m)
+        num_workers = _workers(num_workers, layout, head_dim, tile_m, v_head_dim)
         blocks = _row_blocks(kept.queries * group_size, tile_m)
         per_split = _split_pages(kept, blocks, num_kv_heads, num_workers, page_tokens)
     else:  # runs begin with a chunk, and all their chunks but the last are full
@@ -114,6 +125,7 @@ def plan(
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        v_head_dim=v_head_dim,
         page_tokens=page_tokens,
         tile_m=tile_m,
         total_q=int(q_offsets[-1]),
@@ -165,10 +177,7 @@ class _Gathered(NamedTuple):
     positions: torch.Tensor
 
 
-def _check_problem(
-    head_dim: int, itemsize: int, tile_m: int | None, num_workers: int | None
-) -> None:
-    validate.positive_int("head_dim", head_dim)
+def _check_problem(itemsize: int, tile_m: int | None, num_workers: int | None) -> None:
     validate.positive_int("itemsize", itemsize, maximum=8)
     if tile_m is not None:
         validate.positive_int("tile_m", tile_m)
@@ -194,10 +203,13 @@ def _check_queries(q_lens: torch.Tensor, kv_lens: torch.Tensor) -> None:
         )
 
 
-def _workers(num_workers: int | None, layout: Layout, head_dim: int, tile_m: int) -> int:
+def _workers(
+    num_workers: int | None, layout: Layout, head_dim: int, tile_m: int, v_head_dim: int
+) -> int:
     if num_workers is None:
         device = layout.cols.device
-        return resident_ctas(device, head_dim, tile_m) if device.type == "cuda" else 0
+        is_cuda = device.type == "cuda"
+        return resident_ctas(device, head_dim, tile_m, v_head_dim) if is_cuda else 0
     return num_workers
 
 

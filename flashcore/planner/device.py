@@ -14,6 +14,7 @@ import torch
 
 from flashcore import validate
 from flashcore.config import planner as lines
+from flashcore.config.paged import unserved_dims
 from flashcore.device import device_path, resident_ctas
 from flashcore.pager.device import DeviceLayout, unit_stride
 from flashcore.planner import chunks, split
@@ -48,14 +49,14 @@ class DevicePlanner:
     Args:
         capacities: the most there may be of everything; see `Capacities`.
         num_pages: size of the page pool; page tables with an id outside it are caught.
-        num_q_heads, num_kv_heads, head_dim, page_tokens, itemsize, tile_m, num_workers, fold: as in
-            `flashcore.plan`; tile_m is 64 if not given.
+        num_q_heads, num_kv_heads, head_dim, v_head_dim, page_tokens, itemsize, tile_m, num_workers,
+            fold: as in `flashcore.plan`; tile_m is 64 if not given.
         batch_invariant: as in `flashcore.plan`, for `update` alone. Lists that do not fit then are
             a fault even where fewer splits would: the cuts are promised.
         device: a Hopper GPU.
-        workspace: fp32 [n], n at least max_partials * num_q_heads * (head_dim + 1), where partial
-            results go; allocated if None. Planners whose attention calls never overlap may share
-            one. Where capacities.max_partials is 0, what it holds is the capacity.
+        workspace: fp32 [n], n at least max_partials * num_q_heads * (v_head_dim + 1), where
+            partial results go; allocated if None. Planners whose attention calls never overlap may
+            share one. Where capacities.max_partials is 0, what it holds is the capacity.
         scratch: what the kernels keep between their steps; of its own if None. Planners whose
             updates follow one another may share one.
 
@@ -76,6 +77,7 @@ class DevicePlanner:
         num_q_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        v_head_dim: int | None = None,
         page_tokens: int = 128,
         itemsize: int = 2,
         tile_m: int = 64,
@@ -87,12 +89,15 @@ class DevicePlanner:
         scratch: PlannerScratch | None = None,
     ):
         validate.head_counts(num_q_heads, num_kv_heads)
-        validate.positive_int("head_dim", head_dim)
+        v_head_dim = validate.head_dims(head_dim, v_head_dim)
+        device = torch.device(device)
+        unserved = unserved_dims(head_dim, v_head_dim)
+        if unserved and device.type == "cuda":  # elsewhere the emulation plans for any model
+            raise ValueError(unserved)
         validate.positive_int("itemsize", itemsize, maximum=8)
         validate.positive_int("tile_m", tile_m)
         validate.positive_int("page_tokens", page_tokens)
         validate.positive_int("num_pages", num_pages, maximum=_MOST_PAGES)
-        device = torch.device(device)
         chunked = bool(batch_invariant)
         # First, since it names the limit on sequences.
         self._configs = (
@@ -100,9 +105,9 @@ class DevicePlanner:
             lines.choose(capacities.max_batch, from_layout=True),
         )
         self._itemsize, self._num_workers, self._fold = itemsize, num_workers, fold
-        workers = _workers(num_workers, device, head_dim, tile_m)
+        workers = _workers(num_workers, device, head_dim, tile_m, v_head_dim)
         if workspace is not None and not capacities.max_partials:
-            held = workspace.numel() // workspace_elements(1, num_q_heads, head_dim)
+            held = workspace.numel() // workspace_elements(1, num_q_heads, v_head_dim)
             capacities = replace(capacities, max_partials=held)
         short = chunks.lengths(page_tokens)[0] if batch_invariant else 0
         c = fill_defaults(capacities, num_q_heads, num_kv_heads, tile_m, workers, short)
@@ -113,13 +118,14 @@ class DevicePlanner:
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
+            v_head_dim=v_head_dim,
             page_tokens=page_tokens,
             tile_m=tile_m,
             batch_invariant=chunked,
             max_q=c.max_q,
             num_pages=num_pages,
             **filled,
-            **workspace_tensors(c.max_partials, num_q_heads, head_dim, workspace, device),
+            **workspace_tensors(c.max_partials, num_q_heads, v_head_dim, workspace, device),
         )
         if scratch is None:
             limits = (c.max_batch, c.max_entries, c.max_segments, num_pages)
@@ -131,10 +137,11 @@ class DevicePlanner:
     def _prepare(self) -> None:
         """What launches pass, of the plan's tensors and the numbers of the problem."""
         p = self.plan
-        workers = _workers(self._num_workers, p.device, p.head_dim, p.tile_m)
+        workers = _workers(self._num_workers, p.device, p.head_dim, p.tile_m, p.v_head_dim)
         costs = Costs.of(
             *(p.num_q_heads, p.num_kv_heads, p.head_dim, self._itemsize, self._fold),
             parallel=workers > 0,
+            v_head_dim=p.v_head_dim,
         )
         unit = p.page_tokens * -(-split.TILE_TOKENS // p.page_tokens)
         short, long = chunks.lengths(p.page_tokens) if p.batch_invariant else (0, 0)
@@ -205,7 +212,7 @@ class DevicePlanner:
     def workspace_bytes(self) -> int:
         """Bytes of the partial results, the largest of what the planner holds."""
         c, p = self.capacities, self.plan
-        return 4 * workspace_elements(c.max_partials, p.num_q_heads, p.head_dim)
+        return 4 * workspace_elements(c.max_partials, p.num_q_heads, p.v_head_dim)
 
     def stats(self) -> torch.Tensor:
         """Counters of the last update: int64 [Stat.SIZE] on the device, columns `counters.Stat`.
@@ -302,6 +309,7 @@ class DevicePlanner:
             num_q_heads=p.num_q_heads,
             num_kv_heads=p.num_kv_heads,
             head_dim=p.head_dim,
+            v_head_dim=p.v_head_dim,
             page_tokens=p.page_tokens,
             tile_m=p.tile_m,
             total_q=total_q,
@@ -355,10 +363,13 @@ class DevicePlanner:
             )
 
 
-def _workers(num_workers: int | None, device: torch.device, head_dim: int, tile_m: int) -> int:
+def _workers(
+    num_workers: int | None, device: torch.device, head_dim: int, tile_m: int, v_head_dim: int
+) -> int:
     """CTAs to balance, 0 for no split."""
     if num_workers is None:
-        return resident_ctas(device, head_dim, tile_m) if device.type == "cuda" else 0
+        is_cuda = device.type == "cuda"
+        return resident_ctas(device, head_dim, tile_m, v_head_dim) if is_cuda else 0
     if num_workers:
         validate.positive_int("num_workers", num_workers)
     return num_workers

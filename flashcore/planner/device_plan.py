@@ -11,7 +11,7 @@ from flashcore import validate
 from flashcore.config.planner import SCAN_THREADS
 from flashcore.planner import chunks
 from flashcore.planner.counters import Count, Fault, Stat
-from flashcore.planner.types import no_launches
+from flashcore.planner.types import dims_text, no_launches
 from flashcore.planner.work import FIELDS
 from flashcore.remembered import Remembered
 
@@ -125,6 +125,7 @@ class DevicePlan:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    v_head_dim: int
     page_tokens: int
     tile_m: int
     batch_invariant: bool
@@ -166,7 +167,8 @@ class DevicePlan:
         return (
             f"DevicePlan(max_batch={self.bad.numel()}, max_q={self.max_q}, "
             f"max_entries={self.cols.numel()}, max_partials={self.partial_lse.shape[0]}, "
-            f"heads={self.num_q_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"heads={self.num_q_heads}/{self.num_kv_heads}, "
+            f"head_dim={dims_text(self.head_dim, self.v_head_dim)}, "
             f"page_tokens={self.page_tokens}, device={self.device})"
         )
 
@@ -211,20 +213,20 @@ def _planned_shapes(c: Capacities) -> dict[str, tuple[int, ...]]:
     }
 
 
-def workspace_elements(max_partials: int, num_q_heads: int, head_dim: int) -> int:
+def workspace_elements(max_partials: int, num_q_heads: int, v_head_dim: int) -> int:
     """fp32 elements of the partial results: a row and its LSE for each partial token and head."""
-    return max_partials * num_q_heads * (head_dim + 1)
+    return max_partials * num_q_heads * (v_head_dim + 1)
 
 
 def workspace_tensors(
     max_partials: int,
     num_q_heads: int,
-    head_dim: int,
+    v_head_dim: int,
     workspace: torch.Tensor | None,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """Partial results in `workspace`, or in memory of their own, and the counter."""
-    elements = workspace_elements(max_partials, num_q_heads, head_dim)
+    elements = workspace_elements(max_partials, num_q_heads, v_head_dim)
     if workspace is None:
         workspace = torch.empty(elements, dtype=torch.float32, device=device)
     validate.tensor("workspace", workspace, dtypes=(torch.float32,), ndim=1)
@@ -233,12 +235,12 @@ def workspace_tensors(
     if workspace.numel() < elements or workspace.data_ptr() % 16:
         raise ValueError(
             f"workspace must have at least {elements} elements (max_partials {max_partials} x "
-            f"num_q_heads {num_q_heads} x (head_dim {head_dim} + 1)) and start at an address "
+            f"num_q_heads {num_q_heads} x (v_head_dim {v_head_dim} + 1)) and start at an address "
             f"divisible by 16, got {workspace.numel()} at {workspace.data_ptr()}"
         )
     rows = max_partials * num_q_heads
     return {
-        "partial_out": workspace[: rows * head_dim].view(max_partials, num_q_heads, head_dim),
-        "partial_lse": workspace[rows * head_dim : elements].view(max_partials, num_q_heads),
+        "partial_out": workspace[: rows * v_head_dim].view(max_partials, num_q_heads, v_head_dim),
+        "partial_lse": workspace[rows * v_head_dim : elements].view(max_partials, num_q_heads),
         "counter": torch.zeros(2, dtype=torch.int32, device=device),
     }

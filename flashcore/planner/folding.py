@@ -71,14 +71,18 @@ class Costs(NamedTuple):
         fold: Fold = True,
         *,
         parallel: bool = True,
+        v_head_dim: int | None = None,
     ) -> Costs:
         """parallel: whether work items run side by side, so that they read again from a common L2
-        and wait for each other before the merge. Else bytes are bytes."""
+        and wait for each other before the merge. Else bytes are bytes. v_head_dim: head_dim where
+        not given."""
         l2_cost, partial_cost, least_gain = 1, 1, 0
         if parallel:
             l2_cost, partial_cost, least_gain = L2_COST, PARTIAL_COST, LEAST_GAIN
-        kv_token = 0 if fold == "always" else l2_cost * 2 * num_kv_heads * head_dim * itemsize
-        partial_token = partial_cost * 2 * num_q_heads * (4 * head_dim + 4)
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        kv_bytes = num_kv_heads * (head_dim + v_head_dim) * itemsize
+        kv_token = 0 if fold == "always" else l2_cost * kv_bytes
+        partial_token = partial_cost * 2 * num_q_heads * (4 * v_head_dim + 4)
         return Costs(kv_token, partial_token, least_gain)
 
 

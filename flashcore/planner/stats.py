@@ -54,6 +54,7 @@ class PlanStats:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    v_head_dim: int
 
     @property
     def reuse(self) -> float:
@@ -75,10 +76,10 @@ class PlanStats:
 
     def bytes_partial(self) -> int:
         """Bytes of partial results, written once and read once."""
-        return 2 * self.num_partial_tokens * self.num_q_heads * (4 * self.head_dim + 4)
+        return 2 * self.num_partial_tokens * self.num_q_heads * (4 * self.v_head_dim + 4)
 
     def _token_bytes(self, dtype: torch.dtype) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
+        return self.num_kv_heads * (self.head_dim + self.v_head_dim) * dtype.itemsize
 
 
 def plan_stats(plan: Plan) -> PlanStats:
@@ -113,4 +114,5 @@ def plan_stats(plan: Plan) -> PlanStats:
         num_q_heads=plan.num_q_heads,
         num_kv_heads=plan.num_kv_heads,
         head_dim=plan.head_dim,
+        v_head_dim=plan.v_head_dim,
     )

@@ -10,6 +10,11 @@ from flashcore.planner.stats import PlanStats, plan_stats
 from flashcore.remembered import Remembered
 
 
+def dims_text(head_dim: int, v_head_dim: int) -> str:
+    """128, or 192/128 where V has fewer columns than K."""
+    return f"{head_dim}" if head_dim == v_head_dim else f"{head_dim}/{v_head_dim}"
+
+
 def no_launches() -> Remembered:
     """What calls with a plan have made ready, by all that they depend on besides the plan. Few:
     launches keep buffers."""
@@ -20,6 +25,7 @@ def no_launches() -> Remembered:
 class Plan:
     """Immutable work description of one batch; all tensors are int32 on one device.
 
+    v_head_dim: columns of V and of the result.
     max_q_len: the longest q_len. num_pages: pages that the pool must have at least (largest id +
         1).
     needs_merge: some query token has no DIRECT result: partial ones, or no keys at all.
@@ -46,6 +52,7 @@ class Plan:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    v_head_dim: int
     page_tokens: int
     tile_m: int
     total_q: int
@@ -96,6 +103,7 @@ class Plan:
         return (
             f"Plan(batch={self.batch}, total_q={self.total_q}, groups={self.groups.shape[0]}, "
             f"work={self.work.shape[0]}, partial_tokens={self.num_partial_tokens}, "
-            f"heads={self.num_q_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"heads={self.num_q_heads}/{self.num_kv_heads}, "
+            f"head_dim={dims_text(self.head_dim, self.v_head_dim)}, "
             f"page_tokens={self.page_tokens}, device={self.device})"
         )

@@ -55,10 +55,10 @@ def _paged_tensors(config: PagedConfig) -> tuple[Any, ...]:
     return (
         _strided(dtype, total_q, heads, c.head_dim),
         _strided(dtype, pages, c.page_tokens, kv_heads, c.head_dim),
-        _strided(dtype, pages, c.page_tokens, kv_heads, c.head_dim),
-        _strided(dtype, total_q, heads, c.head_dim),
+        _strided(dtype, pages, c.page_tokens, kv_heads, c.v_head_dim),
+        _strided(dtype, total_q, heads, c.v_head_dim),
         _matrix(Float32, total_q, heads, 4),
-        _strided(Float32, partials, heads, c.head_dim),
+        _strided(Float32, partials, heads, c.v_head_dim),
         _matrix(Float32, partials, heads, 4),
         _vector(Int32, cute.sym_int()),
         make_fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), assumed_align=16),

@@ -175,10 +175,10 @@ def paged_launch(
     return_lse: bool = True,
 ) -> PagedLaunch:
     """The launches of `paged_attention` for such tensors; q, k_pages, v_pages, out are not kept."""
-    ready = _ready(q, k_pages, v_pages)
     if q.dtype not in DTYPE_NAMES:
         raise NotImplementedError(f"q has dtype {q.dtype}; the Hopper kernel takes bf16 and fp16")
     total_q, heads, dim = q.shape
+    v_dim = v_pages.shape[3]
     page_tokens, kv_heads = k_pages.shape[1], k_pages.shape[2]
     dtype = DTYPE_NAMES[q.dtype]
     config = _choose(
@@ -187,6 +187,7 @@ def paged_launch(
         page_tokens,
         heads // kv_heads,
         tile_m,
+        v_head_dim=v_dim,
         causal=causal,
         window=window_left >= 0 or window_right >= 0,
         softcap=softcap > 0,
@@ -194,15 +195,17 @@ def paged_launch(
         tree=has_tree_mask,
         device_counts=counts is not None,
     )
+    # After the choice: a head_dim without kernels mostly has strides that TMA cannot take, too.
+    ready = _ready(q, k_pages, v_pages)
     partials = None
     given: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
     if workspace is not None:
         given = workspace
     else:
-        given = (*_no_partials(q.device, heads, dim), None)
+        given = (*_no_partials(q.device, heads, v_dim), None)
         if num_partial_tokens:
             rows = (num_partial_tokens, heads)
-            partials = contiguous((*rows, dim), torch.float32), contiguous(rows, torch.float32)
+            partials = contiguous((*rows, v_dim), torch.float32), contiguous(rows, torch.float32)
     num_items = work.shape[0] if total_q else 0
     merge = None
     if needs_merge and total_q:
@@ -210,10 +213,10 @@ def paged_launch(
         if entries == 0:  # query tokens without keys: their zeros are written by the merge
             merge_partials = merge_offsets
         if counts is None:
-            merge = choose_combine(dtype, dim, has_sinks, entries, total_q, batch_invariant)
+            merge = choose_combine(dtype, v_dim, has_sinks, entries, total_q, batch_invariant)
         else:
             all_rows = total_q * heads
-            merge = choose_device_combine(dtype, dim, has_sinks, all_rows, batch_invariant)
+            merge = choose_device_combine(dtype, v_dim, has_sinks, all_rows, batch_invariant)
     ctas = min(num_items, config.ctas_per_sm * sm_count(q.device))
     out_ready = out is None or tma_ready("out", out) is out
     return PagedLaunch(
@@ -222,7 +225,7 @@ def paged_launch(
         device=q.device,
         other_devices=torch.cuda.device_count() > 1,
         allocate=allocator(q.device),
-        out=contiguous(q.shape, q.dtype),
+        out=contiguous((total_q, heads, v_dim), q.dtype),
         lse=contiguous((total_q, heads), torch.float32),
         return_lse=return_lse,
         partials=partials,
@@ -251,13 +254,13 @@ def paged_attention(
     out: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes as in `flashcore.paged_attention` and `Plan`: (out like q, lse [total_q,
-    num_q_heads]).
+    """Shapes as in `flashcore.paged_attention` and `Plan`: (out [total_q, num_q_heads, v_head_dim],
+    lse [total_q, num_q_heads]).
 
     plan, options: those of `paged_launch`, from `cols` on. counts: of a plan made on the device,
-    whose tensors are at capacity. workspace: fp32 [num_partial_tokens, num_q_heads, head_dim], the
-    same without the last axis, and a `scheduler_scratch` of its own. out: to write the result to.
-    Both are made where not given.
+    whose tensors are at capacity. workspace: fp32 [num_partial_tokens, num_q_heads, v_head_dim],
+    the same without the last axis, and a `scheduler_scratch` of its own. out: to write the result
+    to. Both are made where not given.
 
     Raises NotImplementedError for a dtype, ValueError for a head_dim, page size or stride that the
     kernels cannot take.
@@ -284,9 +287,9 @@ def _ready(
 
 
 @lru_cache(maxsize=64)
-def _no_partials(device: torch.device, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _no_partials(device: torch.device, heads: int, v_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One partial token that nobody touches: an empty tensor has no address to hand over."""
-    partial_out = torch.empty((1, heads, dim), dtype=torch.float32, device=device)
+    partial_out = torch.empty((1, heads, v_dim), dtype=torch.float32, device=device)
     return partial_out, torch.empty((1, heads), dtype=torch.float32, device=device)
 
 

@@ -14,6 +14,8 @@ from flashcore.config.planner import PlannerConfig
 from flashcore.runtime.kernel import COMBINE, DENSE, PAGED, PAGER, PLANNER, Kernel
 
 _LONG = 4096  # tokens: many tiles, in every dimension
+PAGED_DIMS = (64, 128, 256)  # in every variant
+OTHER_PAGED_DIMS = ((80, 80), (96, 96), (112, 112), (192, 128))  # Phi 2 and 3, MiMo V2, ...
 
 
 def shipped_kernels() -> list[Kernel]:
@@ -88,11 +90,11 @@ def _problem(
 def _paged_configs() -> list[PagedConfig]:
     """Decode and prefill tiles for every head_dim; page sizes and features for models' own."""
     pick = paged.choose
-    configs = [pick("bf16", dim, 64, 4, m) for dim in paged.HEAD_DIMS for m in (64, 128)]
-    configs += [pick("fp16", dim, 64, 4, 64) for dim in paged.HEAD_DIMS]
+    configs = [pick("bf16", dim, 64, 4, m) for dim in PAGED_DIMS for m in (64, 128)]
+    configs += [pick("fp16", dim, 64, 4, 64) for dim in PAGED_DIMS]
     configs += [pick("bf16", 128, page, 4, 64) for page in (16, 128)]
     # Pages of 1 are SGLang's default, 8 another whose rows are gathered.
-    configs += [pick("bf16", dim, 1, 4, m) for dim in paged.HEAD_DIMS for m in (64, 128)]
+    configs += [pick("bf16", dim, 1, 4, m) for dim in PAGED_DIMS for m in (64, 128)]
     configs += [pick("fp16", 128, 1, 4, 64), pick("bf16", 128, 8, 4, 64)]
     configs += [pick("bf16", 128, 1, group, 64) for group in (1, 8)]
     configs.append(pick("bf16", 128, 1, 4, 64, tree=True))
@@ -102,29 +104,31 @@ def _paged_configs() -> list[PagedConfig]:
     configs.append(pick("bf16", 256, 64, 2, 64, window=True, softcap=True))
     # Plans made on the device, as an engine with CUDA graphs uses them; verify with a tree mask.
     configs += [
-        pick(dtype, dim, 64, 4, 64, device_counts=True)
-        for dtype in DTYPES
-        for dim in paged.HEAD_DIMS
+        pick(dtype, dim, 64, 4, 64, device_counts=True) for dtype in DTYPES for dim in PAGED_DIMS
     ]
     configs.append(pick("bf16", 128, 64, 4, 64, tree=True, device_counts=True))
+    configs += [
+        pick("bf16", dim, page, 4, 64, v_head_dim=v_dim, device_counts=True)
+        for dim, v_dim in OTHER_PAGED_DIMS
+        for page in (64, 1)
+    ]
     return list(dict.fromkeys(configs))
 
 
 def _combine_configs() -> list[CombineConfig]:
     """One for each head_dim and dtype, and with sinks for the models that have them."""
-    plain = [CombineConfig(dtype, dim) for dtype in DTYPES for dim in paged.HEAD_DIMS]
-    long = [CombineConfig("bf16", dim, warps_per_row=8) for dim in paged.HEAD_DIMS]
+    plain = [CombineConfig(dtype, dim) for dtype in DTYPES for dim in PAGED_DIMS]
+    long = [CombineConfig("bf16", dim, warps_per_row=8) for dim in PAGED_DIMS]
     # Batch-invariant plans differ in the merge alone.
     fixed = [
         CombineConfig("bf16", dim, warps_per_row=warps, fixed_order=True)
-        for dim in paged.HEAD_DIMS
+        for dim in PAGED_DIMS
         for warps in (1, 8)
     ]
     rows = (1, paged.FEW_ROWS + 1)
+    kinds = [(dtype, dim) for dtype in DTYPES for dim in PAGED_DIMS]
+    kinds += [("bf16", v_dim) for _, v_dim in OTHER_PAGED_DIMS if v_dim not in PAGED_DIMS]
     device = [
-        paged.choose_device_combine(dtype, dim, False, n)
-        for dtype in DTYPES
-        for dim in paged.HEAD_DIMS
-        for n in rows
+        paged.choose_device_combine(dtype, dim, False, n) for dtype, dim in kinds for n in rows
     ]
     return [*plain, *long, *fixed, *device, CombineConfig("bf16", 64, sinks=True)]

@@ -320,10 +320,10 @@ class FlashcoreBackend(AttentionBackend):
         *,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Any number of new tokens: q [tokens, heads * head_dim] to the same shape.
+        """Any number of new tokens: q [tokens, heads * head_dim] to [tokens, heads * v_head_dim].
 
         Gemma 3 gives q as [tokens, heads, head_dim] or [1, tokens, heads, head_dim], the latter
-        transposed; the result is [tokens, heads * head_dim] for these too.
+        transposed; the result is [tokens, heads * v_head_dim] for these too.
         """
         if torch.is_grad_enabled():  # a model whose forward SGLang does not run without gradients
             k, v, sinks = (x if x is None else x.detach() for x in (k, v, sinks))
@@ -356,8 +356,8 @@ class FlashcoreBackend(AttentionBackend):
         loc: torch.Tensor | None,
         sinks: torch.Tensor | None,
     ) -> None:
-        """Write k and v [tokens, heads, head_dim] to the slots `loc`, if given, and attend: q to
-        out, both [tokens, heads * head_dim]."""
+        """Write k and v [tokens, heads, head_dim] to the slots `loc`, if given, and attend: q
+        [tokens, heads * head_dim] to out [tokens, heads * v_head_dim]."""
         if self._nothing:
             out.zero_()
             return
@@ -368,14 +368,14 @@ class FlashcoreBackend(AttentionBackend):
             self.token_to_kv_pool.set_kv_buffer(
                 layer, KVWriteLoc(loc, swa_loc), k, v, layer.k_scale, layer.v_scale
             )
-        rows = (q.shape[0], layer.tp_q_head_num, layer.head_dim)
+        tokens, heads = q.shape[0], layer.tp_q_head_num
         k_pool, v_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         windowed = _is_windowed(layer)
         self._view_of(layer, windowed).attend(
-            q.view(rows),
+            q.view(tokens, heads, layer.head_dim),
             k_pool,
             v_pool,
-            out=out.view(rows),
+            out=out.view(tokens, heads, layer.v_head_dim),
             scale=layer.scaling,
             causal=layer.attn_type != AttentionType.ENCODER_ONLY,
             window=(layer.sliding_window_size, 0) if windowed else None,

@@ -171,7 +171,7 @@ def capacities(room: Room, shape: Shape, workspace: int) -> Capacities:
         max_entries=room.entries,
         max_q=room.queries,
         max_gathered=gathered,
-        max_partials=workspace // workspace_elements(1, shape.num_q_heads, shape.head_dim),
+        max_partials=workspace // workspace_elements(1, shape.num_q_heads, shape.v_head_dim),
         max_items=shape.num_kv_heads * items + 4096,
         max_segments=segments,
     )

@@ -80,6 +80,7 @@ def wanted(model: Model, kinds: list[Kind], max_batch: int, tree: bool) -> list[
             kind.shape.num_q_heads,
             kind.shape.num_kv_heads,
             kind.shape.head_dim,
+            v_head_dim=kind.shape.v_head_dim,
             dtype="bf16" if model.dtype == torch.bfloat16 else "fp16",
             page_tokens=model.page_tokens,
             max_batch=max_batch,
@@ -113,6 +114,7 @@ def kernels_for(
     num_kv_heads: int,
     head_dim: int,
     *,
+    v_head_dim: int | None = None,
     dtype: str = "bf16",
     page_tokens: int = 64,
     max_batch: int = 4096,
@@ -124,8 +126,8 @@ def kernels_for(
 ) -> list[Kernel]:
     """Kernels of layers of one shape, heads as one rank sees them; each once.
 
-    windowed, softcap, sinks: features of those layers. tree: speculative decoding with trees.
-    max_batch: requests that run at most.
+    v_head_dim: head_dim where not given. windowed, softcap, sinks: features of those layers. tree:
+    speculative decoding with trees. max_batch: requests that run at most.
     """
     attention = [
         paged.choose(
@@ -134,6 +136,7 @@ def kernels_for(
             page_tokens,
             num_q_heads // num_kv_heads,
             tile_m,
+            v_head_dim=v_head_dim,
             causal=causal,
             window=windowed,
             softcap=softcap,
@@ -146,7 +149,7 @@ def kernels_for(
         if not (with_tree and tile_m > WARPGROUP_ROWS)  # verify runs with decode's tile
     ]
     merges = [
-        paged.choose_device_combine(dtype, head_dim, sinks, rows)
+        paged.choose_device_combine(dtype, v_head_dim or head_dim, sinks, rows)
         for rows in (1, paged.FEW_ROWS + 1)
     ]
     # Prefill planners are made for few sequences and grow, to twice as many as can run.

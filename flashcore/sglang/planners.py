@@ -86,6 +86,7 @@ class TorchPlanner:
             num_q_heads=self.shape.num_q_heads,
             num_kv_heads=self.shape.num_kv_heads,
             head_dim=self.shape.head_dim,
+            v_head_dim=self.shape.v_head_dim,
             page_tokens=self.page_tokens,
             tile_m=self.tile_m,
             fold=self.fold,
@@ -110,7 +111,7 @@ class TorchPlanner:
         if rules.get("tree_mask") is not None:
             rules["tree_mask"] = rules["tree_mask"][:planned]
         result = flashcore.paged_attention(q[:planned], k, v, plan, **rules)
-        out = torch.empty_like(q) if out is None else out
+        out = q.new_empty(*q.shape[:-1], self.shape.v_head_dim) if out is None else out
         out[:planned].copy_(result)
         out[planned:].zero_()
         return out
@@ -142,6 +143,7 @@ class KernelPlanner:
             num_q_heads=shape.num_q_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
+            v_head_dim=shape.v_head_dim,
             page_tokens=model.page_tokens,
             itemsize=model.dtype.itemsize,
             tile_m=decode_tile(),
@@ -180,10 +182,10 @@ def workspace_for(model: Model, max_q: int) -> int:
     """
     elements = WORKSPACE_BYTES // 4
     for shape in model.shapes:
-        row = shape.num_q_heads * (shape.head_dim + 1)
+        row = shape.num_q_heads * (shape.v_head_dim + 1)
         # `planner.device_plan.fill_defaults`, for two CTAs of 64 rows an SM or one of 128.
         splits = 5 * multiprocessors(model.device) * 128
-        elements = max(elements, 12 * max_q * row + splits * (shape.head_dim + 1))
+        elements = max(elements, 12 * max_q * row + splits * (shape.v_head_dim + 1))
     return elements
 
 
@@ -218,7 +220,7 @@ def prefill_fold(queries: int, shape: Shape, room: int | None) -> Fold:
     """
     if room is None:
         return True
-    row = shape.num_q_heads * (shape.head_dim + 1)
+    row = shape.num_q_heads * (shape.v_head_dim + 1)
     return True if PARTIALS_OF_SHARING * queries * row <= room else "always"
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from flashcore.config.paged import HEAD_DIMS, PAGE_TOKENS
+from flashcore.config.paged import PAGE_TOKENS, unserved_dims
+from flashcore.planner.types import dims_text
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +26,19 @@ class NotServed(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of one kind of layer as this rank sees it."""
+    """Attention of one kind of layer as this rank sees it. v_head_dim: head_dim where it is 0."""
 
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    v_head_dim: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "v_head_dim", self.v_head_dim or self.head_dim)
 
     def __str__(self) -> str:
-        return f"{self.num_q_heads}/{self.num_kv_heads} heads of {self.head_dim}"
+        dims = dims_text(self.head_dim, self.v_head_dim)
+        return f"{self.num_q_heads}/{self.num_kv_heads} heads of {dims}"
 
 
 @dataclass(frozen=True)
@@ -156,9 +162,8 @@ def check_kernels(model: Model, kv_cache_dtype: torch.dtype) -> None:
             f"use one of {', '.join(str(n) for n in PAGE_TOKENS)}",
         )
     for shape in model.shapes:
-        if shape.head_dim not in HEAD_DIMS:
-            dims = ", ".join(str(n) for n in HEAD_DIMS)
-            raise NotServed(f"head_dim {shape.head_dim} (only {dims})")
+        if unserved := unserved_dims(shape.head_dim, shape.v_head_dim):
+            raise NotServed(f"{shape} ({unserved})")
 
 
 def _window(runner: Any) -> int:
@@ -184,7 +189,7 @@ def _shapes(runner: Any, window: int) -> tuple[Shape | None, Shape | None]:
     kinds = []
     for windowed in (False, True):
         shapes = {
-            Shape(layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim)
+            Shape(layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim, layer.v_head_dim)
             for layer in layers
             if (layer.sliding_window_size >= 0) == windowed
         }
@@ -198,7 +203,7 @@ def check_layer(layer: Any) -> None:
     """Raise NotServed for a RadixAttention layer with a feature that the backend lacks."""
     if layer.is_cross_attention:
         raise NotServed("cross attention", "use --attention-backend fa3")
-    if layer.v_head_dim != layer.head_dim:
+    if layer.v_head_dim > layer.head_dim:
         raise NotServed(f"v_head_dim {layer.v_head_dim} beside head_dim {layer.head_dim}")
     if layer.attn_type.value == "encoder_only" and layer.sliding_window_size >= 0:
         raise NotServed("encoder layers with a sliding window", _TRITON)
@@ -243,9 +248,8 @@ def attention_layers(runner: Any) -> list[Any]:
 
 def _configured_shape(runner: Any) -> Shape:
     config, ranks = runner.model_config, parallel_ranks(runner).attn_tp_size
-    return Shape(
-        config.num_attention_heads // ranks, config.get_num_kv_heads(ranks), config.head_dim
-    )
+    heads = config.num_attention_heads // ranks, config.get_num_kv_heads(ranks)
+    return Shape(*heads, config.head_dim, config.v_head_dim)
 
 
 def _listed(shapes: Iterable[Shape]) -> str:

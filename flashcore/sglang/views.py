@@ -106,9 +106,10 @@ class View:
         self.plan = self.planner.plan(self.tables)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rules: Any) -> None:
-        """q [tokens, heads, dim] against pools [slots, heads, dim]."""
-        pages = (-1, self.model.page_tokens, self.shape.num_kv_heads, self.shape.head_dim)
-        self.planner.attend(self.plan, q, k.view(pages), v.view(pages), **rules)
+        """q [tokens, heads, dim] against pools [slots, heads, dim], that of v with its own dim."""
+        pages = (-1, self.model.page_tokens, self.shape.num_kv_heads)
+        k, v = k.view(*pages, self.shape.head_dim), v.view(*pages, self.shape.v_head_dim)
+        self.planner.attend(self.plan, q, k, v, **rules)
 
     def _rows(self, need: Need) -> PageTables:
         """The graphs' tables of a batch. What does not fit is refused as its graph is captured."""

@@ -77,6 +77,7 @@ def _planner(
         num_q_heads=shape.num_q_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
+        v_head_dim=shape.v_head_dim,
         page_tokens=model.page_tokens,
         itemsize=model.dtype.itemsize,
         tile_m=tile_m,
@@ -107,21 +108,21 @@ def _attend(
 ) -> None:
     shape, device = kind.shape, model.device
     q = torch.zeros(count, shape.num_q_heads, shape.head_dim, dtype=model.dtype, device=device)
-    pages = (-1, model.page_tokens, shape.num_kv_heads, shape.head_dim)
+    pages = (-1, model.page_tokens, shape.num_kv_heads)
     drafts = max(1, model.draft_tokens)
     sinks = torch.zeros(shape.num_q_heads, dtype=model.dtype, device=device)
     mask = torch.ones(count, drafts, dtype=torch.bool, device=device)
     flashcore.paged_attention(
         q,
-        cache.k.view(pages),
-        cache.v.view(pages),
+        cache.k.view(*pages, shape.head_dim),
+        cache.v.view(*pages, shape.v_head_dim),
         plan,
         causal=variant.causal,
         window=(cache.window, 0) if cache.window >= 0 else None,
         softcap=1.0 if variant.softcap else 0.0,
         sinks=sinks if variant.sinks else None,
         tree_mask=mask if with_tree else None,
-        out=torch.empty_like(q),
+        out=q.new_empty(count, shape.num_q_heads, shape.v_head_dim),
     )
 
 

@@ -132,12 +132,30 @@ def test_forward_with_gradients_on(mode: str) -> None:
         assert_close(out, exact, torch.bfloat16)
 
 
+# Between the kernels' tile widths, and V narrower than K.
+@pytest.mark.parametrize("dims", [(80, 80), (112, 112), (192, 128)])
+@pytest.mark.parametrize("mode", ["extend", "decode"])
+def test_padded_head_dims(mode: str, dims: tuple[int, int]) -> None:
+    engine = make_engine(setup_of(mode, 64, torch.bfloat16, dims[0], v_head_dim=dims[1]))
+    forward = forward_of(engine, mode)
+    engine.backend.init_forward_metadata(forward.batch)
+    check(engine, forward, attend(engine, forward))
+
+
 @pytest.mark.parametrize("page_tokens", [1, 64])
 @pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("mode", ["decode", "verify_chain", "verify_tree"])
 def test_graph(mode: str, windows: str, page_tokens: int) -> None:
     """Two graphs of two batch sizes that share every buffer, replayed in turn with new batches."""
-    engine = make_engine(setup_of(mode, page_tokens, torch.bfloat16, 128, **WINDOWS[windows]))
+    check_graphs(setup_of(mode, page_tokens, torch.bfloat16, 128, **WINDOWS[windows]), mode)
+
+
+def test_graph_with_narrow_values() -> None:
+    check_graphs(setup_of("decode", 64, torch.bfloat16, 192, v_head_dim=128), "decode")
+
+
+def check_graphs(setup: Any, mode: str) -> None:
+    engine = make_engine(setup)
     first = forward_of(engine, mode)
     sizes = (first.batch.batch_size, first.batch.batch_size + 3)
     width = max(1, engine.setup.draft_tokens)
@@ -217,11 +235,12 @@ def test_too_much_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
 def static_inputs(engine: Engine, tokens: int) -> dict[str, list[torch.Tensor]]:
     s = engine.setup
     return {
-        kind: [
-            torch.zeros(tokens, heads, s.head_dim, dtype=s.dtype, device="cuda")
-            for _ in engine.layers
-        ]
-        for kind, heads in (("q", s.heads[0]), ("k", s.heads[1]), ("v", s.heads[1]))
+        kind: [torch.zeros(tokens, heads, dim, dtype=s.dtype, device="cuda") for _ in engine.layers]
+        for kind, heads, dim in (
+            ("q", s.heads[0], s.head_dim),
+            ("k", s.heads[1], s.head_dim),
+            ("v", s.heads[1], s.v_dim),
+        )
     }
 
 

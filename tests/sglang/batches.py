@@ -44,12 +44,17 @@ class Setup:
     page_tokens: int
     heads: tuple[int, int] = (4, 2)
     head_dim: int = 16
+    v_head_dim: int = 0  # 0: head_dim
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     window: int = -1
     two_pools: bool = False  # windowed layers in a pool of their own
     draft_tokens: int = 0
     max_context: int = 512
+
+    @property
+    def v_dim(self) -> int:
+        return self.v_head_dim or self.head_dim
 
 
 @dataclass
@@ -96,6 +101,7 @@ def make_engine(
         context_len=s.max_context,
         sliding_window_size=case.sliding_window_size,
     )
+    config.v_head_dim = config.swa_v_head_dim = s.v_dim
     runner = MockModelRunner(
         case=case,
         model_config=config,
@@ -111,6 +117,7 @@ def make_engine(
         RadixAttention(
             num_heads=s.heads[0],
             head_dim=s.head_dim,
+            v_head_dim=s.v_dim,
             scaling=s.head_dim**-0.5,
             num_kv_heads=s.heads[1],
             layer_id=layer,
@@ -130,6 +137,7 @@ def _make_pools(runner: Any, s: Setup, size: int, rng: torch.Generator) -> None:
         "dtype": s.dtype,
         "head_num": s.heads[1],
         "head_dim": s.head_dim,
+        "v_head_dim": s.v_dim,
         "device": s.device,
         "enable_alt_stream": False,
     }
@@ -316,7 +324,7 @@ def _one(
 ) -> torch.Tensor:
     n, length = q.shape[0], k.shape[0]
     if n == 0:
-        return q.new_empty(0, q.shape[1], v.shape[2]).double()
+        return q[..., : v.shape[-1]].double()
     group = q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double(), v.double()
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)

@@ -132,6 +132,39 @@ def test_head_counts(heads: tuple[int, int]) -> None:
         check(engine, forward, attend(engine, forward))
 
 
+# Between the kernels' tile widths, as in Phi and others; V narrower than K, as in MiMo V2, with
+# windowed layers in a pool of their own.
+@pytest.mark.parametrize("windows", ["full", "pools"])
+@pytest.mark.parametrize("dims", [(80, 80), (96, 96), (112, 112), (192, 128)])
+@pytest.mark.parametrize("mode", MODES)
+def test_head_dims(mode: str, dims: tuple[int, int], windows: str) -> None:
+    options = WINDOWS[windows] | {"head_dim": dims[0], "v_head_dim": dims[1]}
+    engine = make_engine(setup_of(mode, 16, **options))
+    assert engine.backend.full.shape.v_head_dim == dims[1]
+    forward = forward_of(engine, mode)
+    engine.backend.init_forward_metadata(forward.batch)
+    outs = attend(engine, forward)
+    assert {out.shape[1] for out in outs} == {4 * dims[1]}
+    check(engine, forward, outs)
+
+
+def test_narrow_values_in_graph_buffers() -> None:
+    """Rows that pad a graph's batch come out as zeros in a result that has V's columns."""
+    engine = make_engine(setup_of("decode", 16, head_dim=24, v_head_dim=16))
+    backend, forward = engine.backend, forward_of(engine, "decode")
+    padded = forward.batch.batch_size + 3
+    backend.init_cuda_graph_state(padded, padded)
+    replay = graph_view(engine, forward, padded, graph_buffers(engine, padded))
+    backend.init_forward_metadata_out_graph(replay)
+    backend.init_forward_metadata_in_graph(replay)
+    replay.out_cache_loc = torch.cat([replay.out_cache_loc, torch.zeros(3, dtype=torch.int64)])
+    out = torch.full((padded, 4 * 16), float("nan"))
+    replay._attn_output = out  # as SGLang hands it over at the breaks of a prefill graph
+    (returned,) = attend(engine, pad(forward, padded), replay)
+    assert returned.data_ptr() == out.data_ptr()
+    check(engine, forward, [returned])
+
+
 def test_logit_cap_and_sinks() -> None:
     engine = make_engine(Setup(16, window=50))
     for layer in engine.layers:

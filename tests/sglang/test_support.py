@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from flashcore.device import Path as DevicePath
 from flashcore.planner.counters import Fault, Stat
 from flashcore.sglang import counters
 from flashcore.sglang.counters import Counters
 from flashcore.sglang.register import NAME, register
-from flashcore.sglang.support import Model, NotServed
+from flashcore.sglang.support import Model, NotServed, Shape, check_kernels
 from tests.sglang import cases
 from tests.sglang.batches import Setup, attend, make_engine, make_forward
 
@@ -48,7 +50,7 @@ UNSERVED: dict[str, tuple[Any, str]] = {
     "fp8": (lambda r: setattr(r, "kv_cache_dtype", torch.float8_e4m3fn), "torch.float8_e4m3fn"),
     "hnd": (lambda r: setattr(r.token_to_kv_pool, "use_hnd", True), "HND"),
     "cross": (lambda r: setattr(r.model[0], "is_cross_attention", True), "cross attention"),
-    "v_dim": (lambda r: setattr(r.model[0], "v_head_dim", 8), "v_head_dim 8 beside head_dim 16"),
+    "v_dim": (lambda r: setattr(r.model[0], "v_head_dim", 24), "v_head_dim 24 beside head_dim 16"),
     "cap": (
         lambda r: (
             setattr(r.model[0], "logit_cap", 1.0),
@@ -78,6 +80,33 @@ def test_unserved_fails_at_start_in_one_line(name: str) -> None:
     assert words in text
     assert "\n" not in text
     assert re.search(r"; (use|leave out|unset) ", text)
+
+
+@pytest.mark.parametrize(
+    ("dims", "reason"),
+    [
+        ((80, 0), ""),
+        ((192, 128), ""),
+        ((100, 0), "4/2 heads of 100 (head_dim must be a multiple of 8 from 8 to 256, got 100)"),
+        ((512, 0), "head_dim must be a multiple of 8 from 8 to 256, got 512"),
+        ((192, 100), "192/100 (v_head_dim must be a multiple of 8 from 8 to 256, got 100)"),
+    ],
+)
+def test_head_dims_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, dims: tuple[int, int], reason: str
+) -> None:
+    """Named when the server starts on a GPU; the torch operators of a CPU take any."""
+    monkeypatch.setattr("flashcore.device.device_path", lambda device: DevicePath("hopper", ""))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    shape = Shape(4, 2, *dims)
+    cpu = Model(None, shape, 40, 16, 0, torch.bfloat16, torch.device("cpu"))
+    check_kernels(cpu, cpu.dtype)
+    gpu = replace(cpu, device=torch.device("cuda"))
+    if not reason:
+        check_kernels(gpu, gpu.dtype)
+        return
+    with pytest.raises(NotServed, match=re.escape(reason)):
+        check_kernels(gpu, gpu.dtype)
 
 
 def test_layers_of_two_shapes_of_one_kind() -> None:

@@ -39,7 +39,7 @@ class Fragments(NamedTuple):
 
 @cute.jit
 def fragments(
-    config: cutlass.Constexpr,  # DenseConfig or PagedConfig: tile_m, tile_n, head_dim
+    config: cutlass.Constexpr,  # DenseConfig or PagedConfig: tile_m, tile_n
     dtype: cutlass.Constexpr,
     mma_qk: cute.TiledMma,
     mma_pv: cute.TiledMma,
@@ -52,7 +52,8 @@ def fragments(
     c = config
     thr_qk, thr_pv = mma_qk.get_slice(wg * 128), mma_pv.get_slice(wg * 128)
     sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
-    accO = cute.make_rmem_tensor(thr_pv.partition_shape_C((c.tile_m, c.head_dim)), Float32)
+    v_columns = const_expr(cute.size(sV, mode=[1]))
+    accO = cute.make_rmem_tensor(thr_pv.partition_shape_C((c.tile_m, v_columns)), Float32)
     accS = cute.make_rmem_tensor(thr_qk.partition_shape_C((c.tile_m, c.tile_n)), Float32)
     rows = const_expr(ROWS)
     return Fragments(

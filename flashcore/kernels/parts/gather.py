@@ -126,6 +126,7 @@ def copy_vector(dst: Int32, src: Int64, evict_first: bool, whole_lines: bool, *,
 @cute.jit
 def copy_tile(
     config: cutlass.Constexpr[PagedConfig],
+    dim: cutlass.Constexpr[int],  # columns of the rows
     addresses: list[Int64],  # of `find_rows`
     stages: Stages,
     stage: Int32,
@@ -134,19 +135,20 @@ def copy_tile(
     c = config
     lane = cute.arch.lane_idx()
     vector = lane % LANES_PER_ROW
+    vectors = const_expr(dim // VECTOR)
     for b in cutlass.range_constexpr(len(addresses)):
         for i in cutlass.range(block_rows(c) // ROWS_PER_COPY, unroll=2):
             row = i * ROWS_PER_COPY + lane // LANES_PER_ROW
             src = cute.arch.shuffle_sync(addresses[b], row) + Int64(16 * vector)
-            for j in cutlass.range_constexpr(c.head_dim // (VECTOR * LANES_PER_ROW)):
+            for j in cutlass.range_constexpr((vectors + LANES_PER_ROW - 1) // LANES_PER_ROW):
                 column = 16 * (vector + LANES_PER_ROW * j)
                 at = cute.crd2idx((b * block_rows(c) + row, column, stage), stages.bytes)
-                copy_vector(
-                    stages.start + at,
-                    src + 16 * LANES_PER_ROW * j,
-                    c.evict_first,
-                    c.head_dim % 128 == 0,
-                )
+                to, start = stages.start + at, src + 16 * LANES_PER_ROW * j
+                if const_expr(LANES_PER_ROW * (j + 1) > vectors):
+                    if vector < vectors - LANES_PER_ROW * j:
+                        copy_vector(to, start, c.evict_first, dim % 128 == 0)
+                else:
+                    copy_vector(to, start, c.evict_first, dim % 128 == 0)
 
 
 @cute.jit
@@ -170,7 +172,7 @@ def load_item(
         addresses = find_rows(c, rows, n, item, found)
         find_pages(c, mCols, n - LOADERS, item, found)
         ring.producer_acquire(state)
-        copy_tile(c, addresses, stages, state.index)
+        copy_tile(c, mPages.shape[3], addresses, stages, state.index)
         ring.producer_commit(state)
         for _ in cutlass.range_constexpr(LOADERS):
             state.advance()

@@ -55,12 +55,16 @@ def issue(
     a: cute.Tensor,
     b: cute.Tensor,
     zero: cutlass.Constexpr[bool],
+    steps: cutlass.Constexpr[int | None] = None,
 ):
-    """Start acc = (zero ? 0 : acc) + a b as one commit group; the caller waits for it."""
+    """Start acc = (zero ? 0 : acc) + a b as one commit group; the caller waits for it.
+
+    steps: products along the inner dimension, of 16 each; None: all that there are.
+    """
     warpgroup.fence()
     atom = cute.make_mma_atom(tiled_mma.op)  # .set() on a shared atom breaks SSA dominance
     atom.set(warpgroup.Field.ACCUMULATE, not zero)
-    for k in cutlass.range_constexpr(cute.size(a, mode=[2])):
+    for k in cutlass.range_constexpr(cute.size(a, mode=[2]) if steps is None else steps):
         cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
         atom.set(warpgroup.Field.ACCUMULATE, True)
     warpgroup.commit_group()
