@@ -107,6 +107,8 @@ def _paged_configs() -> list[PagedConfig]:
         for dim in paged.HEAD_DIMS
     ]
     configs.append(pick("bf16", 128, 64, 4, 64, tree=True, device_counts=True))
+    options = {"window": True, "sinks": True, "tree": True, "device_counts": True}
+    configs.append(pick("bf16", 64, 64, 8, 64, **options))
     return list(dict.fromkeys(configs))
 
 
