@@ -54,6 +54,8 @@ class FlashcoreBackend(AttentionBackend):
         self._mode = "decode"
         self._tree: torch.Tensor | None = None  # mask of this forward
         self._tree_buffer: torch.Tensor | None = None  # of captured graphs
+        self._tree_positions: torch.Tensor | None = None  # of this forward, for windowed layers
+        self._tree_positions_buffer: torch.Tensor | None = None  # of captured graphs
         self._draft_mask: torch.Tensor | None = None  # that EAGLE's worker fills
         self._swa_loc: torch.Tensor | None = None  # of this forward
         self._swa_loc_buffer: torch.Tensor | None = None  # of captured graphs
@@ -126,6 +128,10 @@ class FlashcoreBackend(AttentionBackend):
             self._swa_loc_buffer = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
         if n:
             self._tree_buffer = torch.ones(max_num_tokens, n, dtype=torch.bool, device=device)
+            if self.windowed is not None:
+                self._tree_positions_buffer = torch.ones(
+                    max_num_tokens, dtype=torch.int32, device=device
+                )
             if not self._is_draft:
                 self._allocate_draft_mask(max_bs, max_num_tokens)
         size = self._bytes() / 2**20
@@ -199,7 +205,7 @@ class FlashcoreBackend(AttentionBackend):
         self._swa_loc = self._swa_loc_buffer[: max(queries, loc.numel())]
 
     def _take_tree(self, fb: Any, real: int, queries: int, graph: bool, in_capture: bool) -> None:
-        self._tree = None
+        self._tree = self._tree_positions = None
         spec = fb.spec_info
         if not fb.forward_mode.is_target_verify() or not _is_tree(spec):
             return
@@ -207,14 +213,22 @@ class FlashcoreBackend(AttentionBackend):
         if graph:
             assert self._tree_buffer is not None
             self._tree = self._tree_buffer[:queries]
+            if self._tree_positions_buffer is not None:
+                self._tree_positions = self._tree_positions_buffer[:queries]
             if in_capture:
                 return  # there is no tree yet
         else:
             self._tree = torch.empty(queries, n, dtype=torch.bool, device=self.model.device)
+            if self.windowed is not None:
+                self._tree_positions = torch.empty(
+                    queries, dtype=torch.int32, device=self.model.device
+                )
         mask = spec.custom_mask
         own = self._draft_mask is not None and mask.data_ptr() == self._draft_mask.data_ptr()
         full = not (own and self._mask_of_drafts) and mask.numel() != real * n * n
         page_tables.tree_mask(self._tree, mask, fb.seq_lens[:real], n, full)
+        if self._tree_positions is not None:  # rows hold all ancestors and the token itself
+            torch.sum(self._tree, 1, dtype=torch.int32, out=self._tree_positions)
 
     def _count(self, mode: Any, decode: bool, in_capture: bool) -> None:
         """Tell the counters of the plan before this one, of the mode it was made in."""
@@ -294,7 +308,7 @@ class FlashcoreBackend(AttentionBackend):
         if out is None or out.shape[0] != rows[0]:
             out = torch.empty(rows[0], rows[1] * rows[2], dtype=q.dtype, device=q.device)
         k_pool, v_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        tree = self._tree
+        tree, tree_positions = self._tree, self._tree_positions
         windowed = layer.sliding_window_size is not None and layer.sliding_window_size >= 0
         self._view_of(layer, windowed).attend(
             q.view(rows),
@@ -307,6 +321,7 @@ class FlashcoreBackend(AttentionBackend):
             softcap=layer.logit_cap or 0.0,
             sinks=sinks,
             tree_mask=tree,
+            tree_positions=tree_positions,
         )
         return out.view(rows[0], -1)
 
