@@ -160,7 +160,7 @@ def test_all_copies_of_the_softmax_use_the_same_products(config: paged.PagedConf
     assert 0 <= resources.count("FFMA") - copies * scores < scores
 
 
-# A vote is inline assembly, which a compiler might double into two branches that wait for each other.
+# A vote is inline assembly: were it doubled into two branches, each would wait for the other.
 @pytest.mark.parametrize(
     ("config", "masked_copies"),
     [
