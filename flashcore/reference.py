@@ -106,11 +106,11 @@ def visible_keys(
     elif causal:
         visible &= key <= position[:, None]
     beyond = position[:, None] - key  # how far a query is beyond a key
-    # Differences are compared, so that no bound is too large.
+    # Differences are compared, so that no bound is too large but for the type.
     if left >= 0:
-        visible &= beyond <= min(left, seqlen_q + seqlen_k)
+        visible &= beyond <= min(left, 2**62)
     if right >= 0 and tree_mask is None:
-        visible &= -beyond <= min(right, seqlen_q + seqlen_k)
+        visible &= -beyond <= min(right, 2**62)
     return visible
 
 
