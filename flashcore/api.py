@@ -75,7 +75,7 @@ def attention(
         causal: query i sees key j iff j <= i + seqlen_k - seqlen_q (aligned bottom-right).
         scale: of the scores, above 0; 1 / sqrt(head_dim) by default.
         window: (left, right), keys from i - left to i + right in the same alignment; -1 does not
-            bind.
+            bind, nor does 2**31 - 1 or more.
         softcap: scores become softcap * tanh(score / softcap); 0 is off.
         sinks: [num_q_heads], a logit per head that joins the softmax's sum with no value.
         cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], ends of the packed sequences, 0 first.
@@ -165,6 +165,7 @@ def paged_attention(
     softcap: float = ...,
     sinks: torch.Tensor | None = ...,
     tree_mask: torch.Tensor | None = ...,
+    tree_positions: torch.Tensor | None = ...,
     out: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
 ) -> torch.Tensor: ...
@@ -181,6 +182,7 @@ def paged_attention(
     softcap: float = ...,
     sinks: torch.Tensor | None = ...,
     tree_mask: torch.Tensor | None = ...,
+    tree_positions: torch.Tensor | None = ...,
     out: torch.Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -196,6 +198,7 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
+    tree_positions: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -217,11 +220,20 @@ def paged_attention(
             the latter, q may have more rows than the plan has query tokens, as a batch padded for a
             CUDA graph has. Rows of sequences that could not be planned come out as NaN; so do all
             rows where q or the tree mask is too small for the plan.
-        scale, window, softcap, sinks: as in `attention`; a window counts from the query's position.
+        scale, window, softcap, sinks: as in `attention`; a window counts from the query's position,
+            and under a tree mask by depth.
         causal: query t of a sequence sees keys 0 .. kv_len - q_len + t.
         tree_mask: bool [total_q, width], width at least the longest q_len: among its sequence's own
             new tokens, query t sees token j iff tree_mask[t, j]; the cached ones are all visible.
-            It takes the place of `causal`.
+            It takes the place of `causal`, and of the window's right bound.
+        tree_positions: int32 [total_q], with a tree mask: where each query token stands in its
+            sequence, as engines have it in their `positions`. Only differences to the sequence's
+            first new token count, which is the root and stands right after the cached ones; they
+            are depths in the tree, from 0 to width - 1. A window counts by them, for queries and
+            for keys. Without them a token stands at the number of new tokens that its row of the
+            mask allows: the same where rows hold all ancestors and the token itself, as those of
+            draft trees do, and some small launches more for each call on a GPU. They are neither
+            needed nor read without a window.
         out: [total_q, num_q_heads, v_head_dim] in q's dtype, to write the result to.
         return_lse: also return the natural log of the softmax's sum, sinks included.
 
@@ -254,12 +266,13 @@ def paged_attention(
                 out is None,
                 None if sinks is None else (sinks.dtype, sinks.shape),
                 None if tree_mask is None else (tree_mask.dtype, tree_mask.shape),
+                None if tree_positions is None else (tree_positions.dtype, tree_positions.shape),
             )
             launch = plan.launches.get(key)
             if launch is not None and not (
                 is_grad_enabled() and _wants_gradient(q, k_pages, v_pages, sinks)
             ):
-                result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, out)
+                result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, tree_positions, out)
                 return (result, lse) if return_lse else result
         except Exception:  # the checks below, or the same launch there, say what is wrong
             pass
@@ -275,6 +288,7 @@ def paged_attention(
         plan=plan.cols,
         sinks=sinks,
         tree_mask=tree_mask,
+        tree_positions=tree_positions,
         out=out,
     )
     validate.contiguous_last_axis(q=q, k_pages=k_pages, v_pages=v_pages)
@@ -282,6 +296,8 @@ def paged_attention(
     _check_paged_shapes(q, k_pages, v_pages, plan)
     if tree_mask is not None:
         _check_tree_mask(tree_mask, plan, len(q))
+    if tree_positions is not None:
+        _check_tree_positions(tree_positions, tree_mask, plan)
     if out is not None:
         _check_out(out, q, plan.v_head_dim)
     left, right = _window(window)
@@ -295,7 +311,7 @@ def paged_attention(
             options = (causal, scale, window, softcap, return_lse)
             if key is not None and launch.reusable and _all_plain(options):
                 plan.launches.remember(key, launch)
-            result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, out)
+            result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, tree_positions, out)
             return result if lse is None else (result, lse)
     elif isinstance(plan, DevicePlan):
         raise NotImplementedError(
@@ -323,6 +339,7 @@ def paged_attention(
         *rules,
         sinks,
         tree_mask,
+        tree_positions,
     )
     if _traced(q):
         result, lse = ops.paged_attention_op(*arguments)
@@ -459,6 +476,30 @@ def _check_tree_mask(tree_mask: torch.Tensor, plan: Plan | DevicePlan, total_q: 
         )
 
 
+def _check_tree_positions(
+    tree_positions: torch.Tensor, tree_mask: torch.Tensor | None, plan: Plan | DevicePlan
+) -> None:
+    """The values are checked on the CPU, as those of `cu_seqlens_q` are."""
+    validate.tensor("tree_positions", tree_positions, dtypes=(torch.int32,), ndim=1)
+    if tree_mask is None:
+        raise ValueError("tree_positions go with a tree_mask; without one the plan has positions")
+    rows, width = tree_mask.shape
+    if tree_positions.numel() != rows:
+        raise ValueError(
+            f"tree_positions must be [total_q] = [{rows}], got {tuple(tree_positions.shape)}"
+        )
+    on_host = tree_positions.device.type == "cpu" and isinstance(plan, Plan)
+    if not on_host or _traced(tree_positions) or rows == 0:
+        return
+    first = tree_positions.long()[torch.arange(rows) - plan.q_index]
+    low, high = (int(x) for x in torch.aminmax(tree_positions.long() - first))
+    if low < 0 or high >= width:
+        raise ValueError(
+            f"tree_positions must be 0 to {width - 1} (the width of tree_mask, less 1) beyond that "
+            f"of their sequence's first new token, got {low if low < 0 else high}"
+        )
+
+
 def _check_out(out: torch.Tensor, q: torch.Tensor, v_head_dim: int) -> None:
     validate.tensor("out", out, dtypes=(q.dtype,), ndim=3)
     expected = (*q.shape[:-1], v_head_dim)
@@ -479,7 +520,11 @@ def _window(window: Window | None) -> Window:
             raise ValueError(
                 f"window {name} must be an int of at least -1 (no bound), got {bound!r}"
             )
-    return left, right
+    # No sequence is longer, and kernels take a bound in 32 bits.
+    return (
+        -1 if left >= validate.INT32_MAX else left,
+        -1 if right >= validate.INT32_MAX else right,
+    )
 
 
 def _scale(scale: float | None, head_dim: int) -> float:

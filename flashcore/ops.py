@@ -123,6 +123,7 @@ def paged_attention_impl(
     softcap: float,
     sinks: torch.Tensor | None,
     tree_mask: torch.Tensor | None,
+    tree_positions: torch.Tensor | None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [total_q, num_q_heads, v_head_dim], and the LSE [total_q, num_q_heads]."""
@@ -151,6 +152,7 @@ def paged_attention_impl(
             softcap=softcap,
             sinks=sinks,
             tree_mask=tree_mask,
+            tree_positions=tree_positions,
             out=out,
         )
     result, lse = eager_paged_attention(
@@ -168,6 +170,7 @@ def paged_attention_impl(
         Rules(scale, causal, window_left, window_right, softcap),
         sinks,
         tree_mask,
+        tree_positions,
     )
     return (result, lse) if out is None else (out.copy_(result), lse)
 
@@ -284,6 +287,7 @@ def _paged_attention_fake(
     softcap: float,
     sinks: torch.Tensor | None,
     tree_mask: torch.Tensor | None,
+    tree_positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = q.shape[:-1]
     return q.new_empty(*rows, v_pages.shape[-1]), q.new_empty(rows, dtype=torch.float32)

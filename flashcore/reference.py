@@ -8,11 +8,19 @@ p = i + seqlen_k - seqlen_q: the queries are the last tokens of the sequence. Ke
     causal:     j <= p
     window:     p - left <= j <= p + right                    (a bound of -1 does not bind)
     tree_mask:  j belongs to the sequence's cached part (j < seqlen_k - seqlen_q),
-                or tree_mask[i, j - (seqlen_k - seqlen_q)]    (takes the place of causal)
-and with s = scale * q . k, softcapped as softcap * tanh(s / softcap) where softcap > 0,
+                or tree_mask[i, j - (seqlen_k - seqlen_q)]    (takes the place of causal, and of the
+                window's right bound)
+Under a tree mask the new tokens stand at their depth in the tree, not at their index, and the
+window's left bound counts from there: the position of new token i, as a query and as a key, is
+seqlen_k - seqlen_q + depth(i), with depth(i) = tree_positions[i] - tree_positions[0]: the first new
+token is the root, right after the cached ones. Positions that are not given are the number of the
+sequence's new tokens that a token's row of the mask allows, so that its depth is the number of its
+ancestors where rows hold all of these and the token itself, as those of draft trees do.
+
+With these s = scale * q . k, softcapped as softcap * tanh(s / softcap) where softcap > 0,
     out = sum_j exp(s_j - lse) v_j,    lse = log(sum_j exp(s_j) [+ exp(sink)]).
 A query that sees no key gives zeros and an lse of -inf (its sink where there is one). What stands
-in keys and values that no query of the sequence may see has no influence.
+in a key or value has no influence on a query that does not see it, be it NaN.
 """
 
 from __future__ import annotations
@@ -39,15 +47,18 @@ def sequence_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
+    tree_positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence: q [seqlen_q, num_q_heads, head_dim], k [seqlen_k, num_kv_heads, head_dim], v
     [seqlen_k, num_kv_heads, v_head_dim].
 
-    tree_mask: bool [seqlen_q, at least seqlen_q]. Returns out [seqlen_q, num_q_heads, v_head_dim]
+    tree_mask: bool [seqlen_q, at least seqlen_q]. tree_positions: int [seqlen_q]. Returns out
+    [seqlen_q, num_q_heads, v_head_dim]
         and lse [seqlen_q, num_q_heads].
     """
     group = q.shape[1] // k.shape[1]
-    visible = visible_keys(q.shape[0], k.shape[0], causal, window, tree_mask).to(q.device)
+    lengths = q.shape[0], k.shape[0]
+    visible = visible_keys(*lengths, causal, window, tree_mask, tree_positions).to(q.device)
     seen = visible.any(0)[:, None, None]
     k = torch.where(seen, k, 0).repeat_interleave(group, 1)
     v = torch.where(seen, v, 0).repeat_interleave(group, 1)
@@ -62,7 +73,13 @@ def sequence_attention(
     lse = torch.logsumexp(terms, 2)
     # exp(-inf - -inf) is not a number; a query with an empty sum has no weights at all.
     weights = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[:, :, None])
-    return torch.einsum("hqk,khd->qhd", weights, v), lse.T
+    finite = torch.isfinite(v)
+    out = torch.einsum("hqk,khd->qhd", weights, torch.where(finite, v, 0))
+    # 0 * NaN is not 0: such values go only to the queries that see them.
+    for j in (~finite).flatten(1).any(1).nonzero().flatten().tolist():
+        rows = visible[:, j]
+        out[rows] += torch.where(finite[j], 0, v[j] * weights[:, rows, j].T[:, :, None])
+    return out, lse.T
 
 
 def visible_keys(
@@ -71,23 +88,30 @@ def visible_keys(
     causal: bool,
     window: Window | None = None,
     tree_mask: torch.Tensor | None = None,
+    tree_positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """bool [seqlen_q, seqlen_k], by the rules at the head of this file."""
     cached = seqlen_k - seqlen_q
-    position = torch.arange(seqlen_q)[:, None] + cached
-    key = torch.arange(seqlen_k)[None, :]
+    left, right = (-1, -1) if window is None else window
+    position = torch.arange(seqlen_q) + cached
+    key = torch.arange(seqlen_k)
     visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool)
     if tree_mask is not None:
-        new = (key - cached).clamp(0, max(seqlen_q - 1, 0)).expand(seqlen_q, -1)
-        visible &= (key < cached) | tree_mask.cpu()[:seqlen_q, :].gather(1, new)
+        among_new = tree_mask.cpu()[:seqlen_q, :seqlen_q]
+        new = (key - cached).clamp(0, max(seqlen_q - 1, 0))
+        visible &= (key < cached) | among_new[:, new]
+        stands = among_new.sum(1) if tree_positions is None else tree_positions.cpu().long()
+        position = cached + stands - stands[:1]
+        if seqlen_q:
+            key = torch.where(key < cached, key, position[new])
     elif causal:
-        visible &= key <= position
-    if window is not None:
-        left, right = window
-        if left >= 0:
-            visible &= key >= position - left
-        if right >= 0:
-            visible &= key <= position + right
+        visible &= key <= position[:, None]
+    beyond = position[:, None] - key  # how far a query is beyond a key
+    # Differences are compared, so that no bound is too large but for the type.
+    if left >= 0:
+        visible &= beyond <= min(left, 2**62)
+    if right >= 0 and tree_mask is None:
+        visible &= -beyond <= min(right, 2**62)
     return visible
 
 
@@ -146,6 +170,7 @@ def paged_attention_reference(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
+    tree_positions: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `flashcore.paged_attention` means, from the layout itself: no groups, no plan.
@@ -179,5 +204,6 @@ def paged_attention_reference(
             softcap=softcap,
             sinks=sinks,
             tree_mask=None if tree_mask is None else tree_mask[tokens],
+            tree_positions=None if tree_positions is None else tree_positions[tokens],
         )
     return out, lse

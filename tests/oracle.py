@@ -143,13 +143,26 @@ def attention(
     softcap: float = 0.0,
     sinks: np.ndarray | None = None,
     tree_mask: np.ndarray | None = None,
+    tree_positions: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One sequence in float64: q [n, heads, d], keys [m, kv heads, d], values [m, kv heads, e]."""
+    """One sequence in float64: q [n, heads, d], keys [m, kv heads, d], values
+    [m, kv heads, e].
+
+    In a tree the new tokens stand at their depth below the first of them; what is right of a query
+    is the mask's business.
+    """
     n, heads, _ = q.shape
     m, kv_heads, _ = keys.shape
     out, lse = np.zeros((n, heads, values.shape[2])), np.full((n, heads), -math.inf)
+    stands = {j: j for j in range(min(0, m - n), m)}
+    if tree_mask is not None:
+        window = window[0], -1
+        if tree_positions is None:
+            tree_positions = np.array([len([k for k in range(n) if row[k]]) for row in tree_mask])
+        for i in range(n):
+            stands[m - n + i] = m - n + int(tree_positions[i]) - int(tree_positions[0])
     for i in range(n):
-        position = i + m - n
+        position = stands[i + m - n]
         for h in range(heads):
             terms, chosen = [], []
             for j in range(m):
@@ -159,9 +172,9 @@ def attention(
                         continue
                 elif causal and j > position:
                     continue
-                if window[0] >= 0 and j < position - window[0]:
+                if window[0] >= 0 and stands[j] < position - window[0]:
                     continue
-                if window[1] >= 0 and j > position + window[1]:
+                if window[1] >= 0 and stands[j] > position + window[1]:
                     continue
                 s = scale * float(np.dot(q[i, h], keys[j, h * kv_heads // heads]))
                 terms.append(softcap * math.tanh(s / softcap) if softcap else s)

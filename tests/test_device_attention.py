@@ -79,11 +79,11 @@ def test_launch_takes_counts_and_workspace_from_the_plan(recorder: Recorder, row
     assert attention[5] is plan.partial_out
     assert attention[6] is plan.partial_lse
     assert attention[7:11] == (plan.cols, plan.work, plan.q_tokens, plan.q_positions)
-    # q_index, tree mask, sinks
-    assert attention[11:14] == (None, None, None)
-    assert attention[14] is plan.counter
-    assert attention[15] is plan.counts
-    assert attention[16:] == (0.125, 0.0, -1, -1, min(2 * 132, plan.work.shape[0]))
+    # q_index, tree mask and positions, sinks
+    assert attention[11:15] == (None, None, None, None)
+    assert attention[15] is plan.counter
+    assert attention[16] is plan.counts
+    assert attention[17:] == (0.125, 0.0, -1, -1, min(2 * 132, plan.work.shape[0]))
     assert merge[:7] == (
         *(out, lse, plan.partial_out, plan.partial_lse),
         *(plan.merge_offsets, plan.merge_partials, None),
@@ -100,6 +100,14 @@ def test_merge_is_told_the_width_of_the_tree_mask(recorder: Recorder) -> None:
     assert recorder.calls[0][11] is not None
     assert recorder.calls[0][12].shape == mask.shape
     assert recorder.calls[1][8] == 5
+
+
+def test_drafts_stand_where_the_mask_says(recorder: Recorder) -> None:
+    mask = torch.ones(10, 4).tril().bool()
+    flashcore.paged_attention(**arguments(), tree_mask=mask, window=(9, 0))
+    assert (recorder.configs[0].tree, recorder.configs[0].window) == (True, True)
+    assert recorder.calls[0][13].shape == (10,)
+    assert recorder.calls[0][13].dtype == torch.int32
 
 
 def test_result_goes_where_it_is_wanted(recorder: Recorder) -> None:

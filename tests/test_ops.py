@@ -71,6 +71,7 @@ def test_opcheck_paged():
         0.0,
         None,
         None,
+        None,
     )
     torch.library.opcheck(torch.ops.flashcore.paged_attention.default, arguments)
 

@@ -15,6 +15,7 @@ from flashcore.remembered import Remembered
 from flashcore.runtime import launch
 from flashcore.runtime.cache import KernelCache
 from flashcore.runtime.kernel import DENSE, Kernel
+from tests.mask_cases import strided
 from tests.pretend_gpu import no_gpu, pretend
 from tests.runtime_fixtures import needs_dsl
 
@@ -368,6 +369,26 @@ def test_legal_views_are_passed_as_they_are(recorder: Recorder) -> None:
 
 
 # ---------------------------------------------------------------- the real function
+
+
+def test_sinks_in_any_strides_are_passed_side_by_side(on_hopper: Recorder) -> None:
+    q, k, v = tensors(1, 64, 8, 64)
+    for sinks in strided(torch.randn(8)):
+        for _ in range(2):
+            flashcore.attention(q, k, v, sinks=sinks)
+            passed = on_hopper.calls[-1][7]
+            assert (passed.stride(), passed.dtype) == ((1,), torch.float32)
+            assert torch.equal(passed, sinks.float())
+
+
+@pytest.mark.parametrize("bound", [2**31 - 2, 2**30, 200])
+def test_bounds_stay_within_reach(on_hopper: Recorder, bound: int) -> None:
+    """Kernels add them to positions in 32 bits; no key is further away than all are many."""
+    q, k, v = tensors(1, 64, 2, 64)
+    flashcore.attention(q, k, v, window=(bound, bound))
+    assert on_hopper.calls[-1][11:13] == (128, 128)
+    flashcore.attention(q, k, v, window=(bound, 3))
+    assert on_hopper.calls[-1][11:13] == (128, 3)
 
 
 class Checked(Recorder):

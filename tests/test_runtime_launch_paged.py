@@ -148,11 +148,11 @@ def test_a_remembered_call_is_the_same_call(recorder: Recorder) -> None:
         (_, attention), (_, merge) = recorder.calls[-2:]
         assert attention[:5] == (now["q"], now["k_pages"], now["v_pages"], out, lse)
         assert merge[:2] == (out, lse)
-        assert torch.equal(attention[13], sinks.float())
+        assert torch.equal(attention[14], sinks.float())
     (_, before), _, (_, after), _ = recorder.calls
     assert len(given["plan"].launches) == 1
     assert before[5:12] == after[5:12]  # partial results too: nobody reads them later
-    assert before[16:] == after[16:]
+    assert before[17:] == after[17:]
     assert before[3] is not after[3]
     assert before[4] is not after[4]  # a returned LSE is the caller's
 
@@ -233,7 +233,7 @@ def test_an_option_that_can_change_is_read_each_time(recorder: Recorder) -> None
     for expected in (0.25, 0.5):
         scale.fill_(expected)
         flashcore.paged_attention(**given, scale=scale)
-        assert recorder.calls[-1][1][16] == expected
+        assert recorder.calls[-1][1][17] == expected
 
 
 def test_repaired_strides_are_repaired_each_time(recorder: Recorder) -> None:

@@ -160,6 +160,23 @@ def test_all_copies_of_the_softmax_use_the_same_products(config: paged.PagedConf
     assert 0 <= resources.count("FFMA") - copies * scores < scores
 
 
+# A vote is inline assembly: were it doubled into two branches, each would wait for the other.
+@pytest.mark.parametrize(
+    ("config", "masked_copies"),
+    [
+        (paged.choose("bf16", 64, 64, 8, 64, window=True, sinks=True), 3),
+        (paged.choose("bf16", 256, 64, 2, 64, window=True, softcap=True), 3),
+        (paged.choose("bf16", 128, 64, 4, 64), 0),
+    ],
+)
+def test_a_window_has_one_vote_for_each_masked_copy(
+    config: paged.PagedConfig, masked_copies: int
+) -> None:
+    resources = check_kernel(Kernel(PAGED, config), default_folder(), detect_target()).resources
+    assert resources is not None
+    assert resources.count("BAR.RED") == masked_copies
+
+
 FAMILIES = (DENSE, PAGED, COMBINE, PLANNER, PAGER)
 
 

@@ -12,6 +12,7 @@ from flashcore.eager.merge import apply_sinks, merge_partials
 from flashcore.eager.run import Rules, Tree, attend_runs, sees_all
 from flashcore.eager.workspace import scratch
 from flashcore.planner.work import DIRECT, Group
+from flashcore.tree import by_depth
 
 KEYS_PER_BATCH = 8192
 """Keys gathered at a time when several runs go together."""
@@ -32,6 +33,7 @@ def paged_attention(
     rules: Rules,
     sinks: torch.Tensor | None,
     tree_mask: torch.Tensor | None,
+    tree_positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes as in `flashcore.paged_attention` and `Plan`; q_index: [total_q] place in its
     sequence.
@@ -46,6 +48,12 @@ def paged_attention(
     partial_out = out.new_empty(num_partial_tokens, num_q_heads, v_dim)
     partial_lse = out.new_empty(num_partial_tokens, num_q_heads)
     gathered, positions = q_tokens.long(), q_positions.long()
+    depth = None
+    if tree_mask is not None and rules.window_left >= 0:
+        tree_mask, tree_positions = by_depth(
+            tree_mask, tree_positions, q_index, total_q, rules.window_left
+        )
+        depth = tree_positions - tree_positions[torch.arange(total_q, device=q.device) - q_index]
     scaled = (q.float() * rules.scale).view(total_q, num_kv_heads, num_q_heads // num_kv_heads, dim)
     runs = _runs(groups, positions, k_pages.shape[1])
     reader = _PageReader(k_pages, v_pages, cols.long())
@@ -58,6 +66,8 @@ def paged_attention(
         tree = None
         if tree_mask is not None:
             tree = Tree(tree_mask[tokens[0]], place[0] - q_index[tokens[0]])
+            if depth is not None:
+                place = (tree.first_key + depth[tokens[0]])[None]
         load = reader.loader(batch)
         result, logs = attend_runs(scaled[tokens], place, first.num_keys, load, rules, v_dim, tree)
         result, logs = result.flatten(2, 3), logs.flatten(2, 3)

@@ -24,7 +24,8 @@ begin, v_head_dim] of these keys, good until the next call."""
 
 @dataclass(frozen=True)
 class Rules:
-    """What of a score depends on the call and not on the run. Window bounds of -1 do not bind."""
+    """What of a score depends on the call and not on the run. Window bounds of -1 do not bind; the
+    right one has no say under a tree mask."""
 
     scale: float
     causal: bool
@@ -35,7 +36,8 @@ class Rules:
 
 @dataclass(frozen=True)
 class Tree:
-    """mask: bool [n, width], of a run's queries. first_key: [n], the run's key of column 0."""
+    """mask: bool [n, width], of a run's queries; what a window leaves of it. first_key: [n], the
+    run's key of column 0."""
 
     mask: torch.Tensor
     first_key: torch.Tensor
@@ -53,8 +55,9 @@ def attend_runs(
     """Normalised result and LSE of queries, each over its own run of num_keys keys.
 
     q: [runs, n, num_kv_heads, g, head_dim] fp32, multiplied by the scale; g query heads share a KV
-    head. positions: [runs, n], the key each query stands at on its run's scale. Several runs at
-    once save calls, and go together only if every query sees all of its keys (`sees_all`).
+    head. positions: [runs, n], the key each query stands at on its run's scale; by its depth where
+    a window counts from it in a tree. Several runs at once save calls, and go together only if
+    every query sees all of its keys (`sees_all`).
     Returns out as q but with v_dim columns and lse without the last axis; zeros and -inf where no
     key is visible.
     """
@@ -90,6 +93,7 @@ def _attend_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     runs, n, heads, group, dim = q.shape
     bounds, first, last = _bounds(positions, num_keys, rules, tree)
+    seen = None
     if first >= last:
         return q.new_zeros(*q.shape[:-1], v_dim), q.new_full(q.shape[:-1], -math.inf)
     queries = q.transpose(1, 2).reshape(runs, heads, n * group, dim)
@@ -103,8 +107,8 @@ def _attend_rows(
         if rules.softcap > 0:
             scores = scores.div_(rules.softcap).tanh_().mul_(rules.softcap)
         if bounds is not None:
-            hidden = ~visible(*bounds, begin, end, tree)
-            scores.view(heads, n, group, -1).masked_fill_(hidden[:, None, :], -math.inf)
+            seen = visible(*bounds, begin, end, tree)
+            scores.view(heads, n, group, -1).masked_fill_(~seen[:, None, :], -math.inf)
         peak = scores.amax(-1, keepdim=True)
         weights = scratch("weights", tuple(scores.shape), q)
         torch.softmax(scores, -1, out=weights)
@@ -116,13 +120,33 @@ def _attend_rows(
             chunk_lse.masked_fill_(peak == -math.inf, -math.inf)
         chunk_out = queries.new_empty(*queries.shape[:-1], v_dim)
         for i, (_, v) in enumerate(loaded):
-            torch.bmm(weights[i], v.float(), out=chunk_out[i])
+            values, apart = v.float(), None
+            if seen is not None and not bool(torch.isfinite(values.sum())):
+                values, apart = _finite(values)
+            torch.bmm(weights[i], values, out=chunk_out[i])
+            if apart is not None:
+                assert seen is not None
+                _add_apart(chunk_out[i].view(heads, n, group, v_dim), apart, seen)
         if begin == first:
             out, lse = chunk_out, chunk_lse
         else:
             out, lse = _merge(out, lse, chunk_out, chunk_lse)
     shape = (runs, heads, n, group)
     return out.view(*shape, v_dim).transpose(1, 2), lse.view(shape).transpose(1, 2)
+
+
+def _finite(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """v [heads, keys, dim] with zeros for what is NaN or infinite, and that with zeros for the
+    rest."""
+    finite = torch.isfinite(v)
+    return v.where(finite, 0.0), v.where(~finite, 0.0)
+
+
+def _add_apart(out: torch.Tensor, apart: torch.Tensor, seen: torch.Tensor) -> None:
+    """Add what `_finite` took out to the queries that see it: times a weight above zero it is the
+    same. out: [heads, n, g, dim]. seen: bool [n, keys]."""
+    for key in (apart != 0).any(2).any(0).nonzero().flatten().tolist():
+        out[:, seen[:, key]] += apart[:, key, None, None]
 
 
 def _merge(
@@ -154,15 +178,20 @@ def _bounds(
 def key_bounds(
     positions: torch.Tensor, num_keys: int, rules: Rules, tree: Tree | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per query the interval [low, high) of keys that causal mask and window leave; tree apart."""
+    """Per query the interval [low, high) of keys that causal mask and window leave; tree apart.
+
+    In a tree it ends with the run and holds every new token: these the mask alone decides.
+    """
     low = torch.zeros_like(positions)
     high = torch.full_like(positions, num_keys)
     if rules.causal and tree is None:
         high = torch.minimum(high, positions + 1)
-    if rules.window_right >= 0:
+    if rules.window_right >= 0 and tree is None:
         high = torch.minimum(high, positions + rules.window_right + 1)
     if rules.window_left >= 0:
         low = torch.maximum(low, positions - rules.window_left)
+    if tree is not None:
+        low = torch.minimum(low, tree.first_key.clamp(min=0))
     # An empty interval must not widen the range that the rows together read.
     low = torch.minimum(low, low.new_full((), num_keys))
     return low, torch.maximum(high, low)

@@ -22,17 +22,19 @@ from flashcore.kernels.parts import (
     device_plan,
     gather,
     matmul,
+    nonfinite,
     pages,
     pipelines,
     work_loop,
 )
-from flashcore.kernels.parts.consumer import Fragments, Scale, fragments, last_product
+from flashcore.kernels.parts.consumer import Fragments, Scale, fragments, here, last_product
 from flashcore.kernels.parts.epilogue import store_row
 from flashcore.kernels.parts.intervals import (
     Bounds,
     Rows,
     mask_scores,
     measure_item,
+    place_in_tree,
     row_interval,
 )
 from flashcore.kernels.parts.softmax import (
@@ -66,6 +68,7 @@ class Operands(NamedTuple):
     mPositions: cute.Tensor  # int32 (gathered,)
     mQIndex: cute.Tensor | None  # int32 (total_q,): place in its sequence, for the tree mask
     mTree: cute.Tensor | None  # uint8 (total_q, width)
+    mTreePositions: cute.Tensor | None  # int32 (total_q,), where a window counts from them
     mSinks: cute.Tensor | None  # fp32 (heads,)
     mCounter: cute.Tensor  # int32 (2,), zero before and after every launch
     mCounts: cute.Tensor | None  # int32 (Count.SIZE,) of a plan made on the device
@@ -98,6 +101,7 @@ class PagedAttention:
         mPositions: cute.Tensor,
         mQIndex: cute.Tensor | None,
         mTree: cute.Tensor | None,
+        mTreePositions: cute.Tensor | None,
         mSinks: cute.Tensor | None,
         mCounter: cute.Tensor,
         mCounts: cute.Tensor | None,
@@ -134,7 +138,7 @@ class PagedAttention:
         self.Storage = Storage
         operands = Operands(
             mQ, mO, mLSE, mPartialO, mPartialLSE, mCols, mWork, mTokens, mPositions, mQIndex,
-            mTree, mSinks, mCounter, mCounts,
+            mTree, mTreePositions, mSinks, mCounter, mCounts,
         )  # fmt: skip
         self.kernel(
             tma_k, gK, tma_v, gV, operands, softmax_scale, softcap,
@@ -265,7 +269,9 @@ class PagedAttention:
             # On its way while the item is measured: most items begin with their run's last tile.
             guess = (num_tokens - 1) // c.tile_n
             ids = pages.tile_pages(c, m.mCols, entry, last_entry, guess)
-            item = measure_item(c, words, Work, m.mPositions, m.mTokens, m.mQIndex, window)
+            item = measure_item(
+                c, words, Work, m.mPositions, m.mTokens, m.mQIndex, m.mTreePositions, window
+            )
             work_loop.publish_item(slot, slot_phase, item)
             slot_phase ^= 1
             if item.end > item.first:
@@ -382,17 +388,21 @@ class PagedAttention:
             there = row < item.num_rows
             gathered = (item.row_begin + (row if there else Int32(0))) // c.group_size
             position = m.mPositions[gathered] - item.kv_offset
-            low[r], high[r] = row_interval(c, position, item.num_tokens, window)
             token[r] = m.mTokens[gathered]
             first_new[r] = Int32(0)
             if const_expr(c.tree):
-                first_new[r] = position - m.mQIndex[token[r]]
+                first_new[r], position = place_in_tree(
+                    c, position, token[r], m.mQIndex, m.mTreePositions
+                )
+            low[r], high[r] = row_interval(c, position, first_new[r], item.num_tokens, window)
         return Rows(low, high, token, first_new)
 
     @cute.jit
     def load_queries(self, m: Operands, item: Item, sQ: cute.Tensor, wg: Int32, tid: Int32):
         """Gather this warpgroup's rows of Q; its last products have been waited for."""
         barriers.sync_warpgroup(wg)
+        if const_expr(self.config.window and self.config.k_columns == 256):
+            tid = here(tid)  # no register is left to keep addresses in from item to item
         pages.gather_queries(
             self.config, m.mQ, m.mTokens, sQ, item.kv_head, item.row_begin, item.num_rows, wg * 64,
             tid % 128,
@@ -419,7 +429,7 @@ class PagedAttention:
         n = item.end - 1
         self.softmax(frag, rows, m, scale, accS, column + n * self.config.tile_n, True, True)
         matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
-        self.clear_unseen(sV, ring_v, v_state, item, n, tid)
+        self.clear_unseen(frag, rows, m, sV, ring_v, v_state, item, column, n, tid)
 
     @cute.jit
     def tile(
@@ -450,14 +460,25 @@ class PagedAttention:
         if const_expr(masked):
             following = v_state.clone()
             following.advance()
-            self.clear_unseen(sV, ring_v, following, item, n, tid)
+            self.clear_unseen(frag, rows, m, sV, ring_v, following, item, column, n, tid)
 
     @cute.jit
-    def clear_unseen(self, sV: cute.Tensor, ring_v, v_state, item: Item, n: Int32, tid: Int32):
-        """Zero the rows of V tile n that no row of the item sees; all consumers take part."""
+    def clear_unseen(
+        self, frag: Fragments, rows: Rows, m: Operands, sV: cute.Tensor, ring_v, v_state,
+        item: Item, column: Int32, n: Int32, tid: Int32,
+    ):  # fmt: skip
+        """Zero what no row of the item sees of V tile n, and with a window what is not finite and
+        not every row sees; all consumers take part, with nothing in flight."""
         c = self.config
         begin, end = item.low - n * c.tile_n, item.high - n * c.tile_n
-        if begin > 0 or end < c.tile_n:
+        if const_expr(c.window):
+            all_low, all_high = item.all_low - n * c.tile_n, item.all_high - n * c.tile_n
+            seen = nonfinite.Seen(begin, end, all_low, all_high)
+            if all_low > 0 or all_high < c.tile_n:
+                pipelines.await_stage(ring_v, v_state)
+                stage = sV[None, None, v_state.index]
+                nonfinite.clear(c, frag.accO, rows, m.mTree, stage, seen, n * c.tile_n, column, tid)
+        elif begin > 0 or end < c.tile_n:
             pipelines.await_stage(ring_v, v_state)
             pages.clear_rows(c, sV[None, None, v_state.index], begin, end, tid)
             cute.arch.fence_proxy("async.shared", space="cta")

@@ -13,8 +13,9 @@ def compile_paged(config: PagedConfig, options: str = "") -> Any:
     """Compile paged attention for `config`; the result exports with `export_to_c`.
 
     Call arguments, in order: q, k_pages, v_pages, out, lse, partial_out, partial_lse, cols, work,
-    q_tokens, q_positions, q_index or None, tree_mask (uint8) or None, sinks or None,
-    scheduler_scratch, counts or None, softmax_scale, softcap, window_left, window_right, num_ctas.
+    q_tokens, q_positions, q_index or None, tree_mask (uint8) or None, tree_positions or None, sinks
+    or None, scheduler_scratch, counts or None, softmax_scale, softcap, window_left, window_right,
+    num_ctas.
     The stream is the caller's current one.
     """
     reason = illegal_reason(config)
@@ -66,6 +67,7 @@ def _paged_tensors(config: PagedConfig) -> tuple[Any, ...]:
         _vector(Int32, gathered),
         _vector(Int32, cute.sym_int()) if c.tree else None,
         _matrix(Uint8, total_q, cute.sym_int(), 1) if c.tree else None,
+        _vector(Int32, total_q) if c.tree and c.window else None,
         _vector(Float32, heads) if c.sinks else None,
         _vector(Int32, 2),
         _vector(Int32, int(Count.SIZE)) if c.device_counts else None,

@@ -89,8 +89,7 @@ class DenseLaunch:
                 return self(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
         if not self.reusable:
             q, k, v = tma_ready("q", q), tma_ready("k", k), tma_ready("v", v)
-        if sinks is not None and sinks.dtype is not torch.float32:
-            sinks = sinks.float()
+        sinks = sink_logits(sinks)
         out = self.allocate(*self.out)
         lse = None if self.lse is None else self.allocate(*self.lse)
         if self.function is None:
@@ -180,8 +179,10 @@ def dense_launch(
             q.device,
         )
         plan = _plans.get(what) or _plan_of(what)
-    # A causal window is a window that ends at the query itself.
-    right = 0 if causal else window_right
+    # A causal window is a window that ends at the query itself. No bound beyond every key, whose
+    # sum with a position might need more than 32 bits.
+    reach = q.shape[-3] + k.shape[-3]
+    left, right = min(window_left, reach), 0 if causal else min(window_right, reach)
     return DenseLaunch(
         function=plan.function if plan else None,
         device=q.device,
@@ -190,7 +191,7 @@ def dense_launch(
         allocate=allocator(q.device),
         out=contiguous(q.shape, q.dtype),
         lse=contiguous(q.shape[:-1], torch.float32) if return_lse else None,
-        scalars=(scale, softcap, window_left, right, longest_q, plan.num_ctas if plan else 0),
+        scalars=(scale, softcap, left, right, longest_q, plan.num_ctas if plan else 0),
         # Not where strides need repair, nor where no compiled function looks at the arguments.
         reusable=plan is not None and ready[0] is q and ready[1] is k and ready[2] is v,
     )
@@ -223,6 +224,20 @@ def tma_ready(name: str, value: torch.Tensor) -> torch.Tensor:
     # The stride of an axis with one element means nothing to torch, and yet TMA checks it.
     legal = [s if s % _TMA_ELEMENTS == 0 else _TMA_ELEMENTS for s in strides[:-1]]
     return value.as_strided(value.shape, [*legal, 1])
+
+
+def sink_logits(sinks: torch.Tensor | None) -> torch.Tensor | None:
+    """[heads] as kernels read them: fp32, one beside the other."""
+    if sinks is None:
+        return None
+    if sinks.dtype is not torch.float32:
+        sinks = sinks.float()
+    return packed(sinks)
+
+
+def packed(vector: torch.Tensor) -> torch.Tensor:
+    """`vector` with its elements one beside the other: small, so it is copied where it is not."""
+    return vector if vector.stride(0) == 1 else vector.clone(memory_format=torch.contiguous_format)
 
 
 def lasting_stream(device_index: int) -> int | None:

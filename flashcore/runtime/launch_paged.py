@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ from flashcore.config.paged import (
     choose_combine,
     choose_device_combine,
 )
+from flashcore.planner.counters import Count
 from flashcore.runtime.allocate import Allocate, Buffer, allocator, contiguous
 from flashcore.runtime.cache import shared_cache
 from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
@@ -30,11 +31,14 @@ from flashcore.runtime.launch import (
     DTYPE_NAMES,
     current_device,
     lasting_stream,
+    packed,
     scheduler_scratch,
+    sink_logits,
     sm_count,
     tma_ready,
 )
 from flashcore.runtime.load import CompiledFunction, prepared
+from flashcore.tree import by_depth
 
 _ANY_WIDTH = 2**31 - 1
 # Kept for a stream and a thread, by each remembered launch of a plan. A plan made ahead has few,
@@ -47,6 +51,14 @@ _Buffers = tuple[Any, Any, Any, Any]
 
 _functions: dict[PagedConfig | CombineConfig, CompiledFunction] = {}
 _choose = lru_cache(maxsize=1024)(choose)  # a choice costs the host as much as a launch
+
+
+class TreeWindow(NamedTuple):
+    """What `tree.by_depth` needs where a window meets a tree mask."""
+
+    q_index: torch.Tensor
+    total_q: torch.Tensor | int
+    left: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +82,7 @@ class PagedLaunch:
     plan: tuple[Any, ...]  # cols to q_index; this and what follows as `load.prepared` has it
     merge_lists: tuple[Any, ...]
     counts: Any
+    tree_window: TreeWindow | None
     scalars: tuple[float | int, ...]  # the last arguments of the attention kernel
     reusable: bool
     kept: dict[tuple[int, int], _Buffers] = field(default_factory=dict)
@@ -81,12 +94,13 @@ class PagedLaunch:
         v_pages: torch.Tensor,
         sinks: torch.Tensor | None,
         tree_mask: torch.Tensor | None,
+        tree_positions: torch.Tensor | None,
         out: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(out, LSE or None)."""
         if self.other_devices and self.device.index != current_device():
             with torch.cuda.device(self.device):
-                return self(q, k_pages, v_pages, sinks, tree_mask, out)
+                return self(q, k_pages, v_pages, sinks, tree_mask, tree_positions, out)
         if not self.reusable:
             q, k_pages, v_pages = _ready(q, k_pages, v_pages)
             out = None if out is None else tma_ready("out", out)
@@ -99,11 +113,14 @@ class PagedLaunch:
         lse, partial_out, partial_lse, scratch = found or self._buffers(stream)
         if self.return_lse:
             lse = self.allocate(*self.lse)
-        if sinks is not None and sinks.dtype is not torch.float32:
-            sinks = sinks.float()
-        if tree_mask is None:
-            mask, width = None, _ANY_WIDTH
-        else:
+        sinks = sink_logits(sinks)
+        mask, positions, width = None, None, _ANY_WIDTH
+        if tree_mask is not None:
+            if self.tree_window is not None:
+                tree_mask, positions = by_depth(tree_mask, tree_positions, *self.tree_window)
+                positions = packed(positions)
+            if tree_mask.stride(1) != 1:
+                tree_mask = tree_mask.clone(memory_format=torch.contiguous_format)
             mask, width = tree_mask.view(torch.uint8), tree_mask.shape[1]
         if self.attend is not None:
             self.attend(
@@ -116,6 +133,7 @@ class PagedLaunch:
                 partial_lse,
                 *self.plan,
                 mask,
+                positions,
                 sinks,
                 scratch,
                 self.counts,
@@ -181,6 +199,12 @@ def paged_launch(
     v_dim = v_pages.shape[3]
     page_tokens, kv_heads = k_pages.shape[1], k_pages.shape[2]
     dtype = DTYPE_NAMES[q.dtype]
+    tree_window = None
+    if has_tree_mask:
+        window_right = -1  # has no say
+        if window_left >= 0:
+            total = total_q if counts is None else counts[int(Count.TOTAL_Q)]
+            tree_window = TreeWindow(q_index, total, window_left)
     config = _choose(
         dtype,
         dim,
@@ -236,6 +260,7 @@ def paged_launch(
         ),
         merge_lists=(prepared(merge_offsets), prepared(merge_partials)),
         counts=prepared(counts),
+        tree_window=tree_window,
         scalars=(scale, softcap, window_left, window_right, ctas),
         # Not where strides need repair, nor where no compiled function looks at the arguments.
         reusable=num_items > 0
@@ -251,6 +276,7 @@ def paged_attention(
     *plan: Any,
     sinks: torch.Tensor | None,
     tree_mask: torch.Tensor | None,
+    tree_positions: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,7 +301,7 @@ def paged_attention(
         out=out,
         **options,
     )
-    out, lse = launch(q, k_pages, v_pages, sinks, tree_mask, out)
+    out, lse = launch(q, k_pages, v_pages, sinks, tree_mask, tree_positions, out)
     assert lse is not None  # return_lse is the default
     return out, lse
 

@@ -112,6 +112,8 @@ def _paged_configs() -> list[PagedConfig]:
         for dim, v_dim in OTHER_PAGED_DIMS
         for page in (64, 1)
     ]
+    options = {"window": True, "sinks": True, "tree": True, "device_counts": True}
+    configs.append(pick("bf16", 64, 64, 8, 64, **options))
     return list(dict.fromkeys(configs))
 
 

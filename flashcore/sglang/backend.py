@@ -63,6 +63,7 @@ class FlashcoreBackend(AttentionBackend):
         self._mode = "decode"
         self._tree: torch.Tensor | None = None  # mask of this forward
         self._nothing = False  # no query token in this forward
+        self._tree_positions: torch.Tensor | None = None  # of this forward, for windowed layers
         self._swa_loc: torch.Tensor | None = None  # of this forward
         self._swa_loc_buffer: torch.Tensor | None = None  # of captured graphs
         self._swa_filled = 0  # of it, by the last batch
@@ -209,7 +210,7 @@ class FlashcoreBackend(AttentionBackend):
             new, queries = self._new_tokens(fb, batch)
         self._nothing = not graph and (queries == 0 or mode.is_idle())
         if self._nothing:
-            self._tree = None
+            self._tree = self._tree_positions = None
             return
         requests, seq_lens, tokens = fb.req_pool_indices, fb.seq_lens, None
         if not graph:
@@ -222,7 +223,7 @@ class FlashcoreBackend(AttentionBackend):
         for view in self._views:
             view.take(slots, need, decode=decode, graph=graph)
         self._take_swa_loc(fb, queries, graph)
-        self._tree = self._masks.take(fb, real, queries, graph, in_capture)
+        self._tree, self._tree_positions = self._masks.take(fb, real, queries, graph, in_capture)
 
     def _new_tokens(self, fb: Any, batch: int) -> tuple[torch.Tensor | int, int]:
         """New tokens of each of `batch` sequences, and of all of them."""
@@ -382,6 +383,7 @@ class FlashcoreBackend(AttentionBackend):
             softcap=layer.logit_cap or 0.0,
             sinks=sinks,
             tree_mask=self._tree,
+            tree_positions=self._tree_positions,
         )
 
     forward_decode = forward_extend  # one new token each

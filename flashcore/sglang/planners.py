@@ -108,8 +108,9 @@ class TorchPlanner:
         **rules: Any,
     ) -> torch.Tensor:
         planned, out = plan.total_q, rules.pop("out", None)
-        if rules.get("tree_mask") is not None:
-            rules["tree_mask"] = rules["tree_mask"][:planned]
+        for name in ("tree_mask", "tree_positions"):
+            if rules.get(name) is not None:
+                rules[name] = rules[name][:planned]
         result = flashcore.paged_attention(q[:planned], k, v, plan, **rules)
         out = q.new_empty(*q.shape[:-1], self.shape.v_head_dim) if out is None else out
         out[:planned].copy_(result)

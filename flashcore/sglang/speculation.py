@@ -8,7 +8,7 @@ of 0.5.16): then it says when the draft mask is final, and the tree mask is writ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,14 @@ from flashcore.sglang.support import Model
 
 @dataclass(frozen=True, eq=False)
 class _Taken:
-    """Where the tree mask of a graph's batch comes from. tree: [tokens, draft_tokens], static."""
+    """Where the tree mask of a batch comes from, and where it goes.
+
+    tree: [tokens, draft_tokens]. positions: int32 [tokens], where each token stands in its tree;
+    None where no layer has a window, which counts from there.
+    """
 
     tree: torch.Tensor
+    positions: torch.Tensor | None
     mask: torch.Tensor
     seq_lens: torch.Tensor
     real: int
@@ -39,12 +44,14 @@ class TreeMasks:
         self.draft_mask: torch.Tensor | None = None  # as 0.5.16 does; the same memory
         self._of_drafts = False  # the draft mask is over the draft tokens alone, not over all keys
         self._buffer: torch.Tensor | None = None  # of captured graphs
+        self._positions_buffer: torch.Tensor | None = None  # of captured graphs
         self._taken: _Taken | None = None
 
     @property
     def bytes(self) -> int:
         """Memory that it keeps."""
-        return sum(x.nbytes for x in (self.draft_mask, self._buffer) if x is not None)
+        kept = (self.draft_mask, self._buffer, self._positions_buffer)
+        return sum(x.nbytes for x in kept if x is not None)
 
     def allocate(self, max_bs: int, max_num_tokens: int) -> None:
         """Buffers of graphs up to `max_bs` sequences."""
@@ -52,6 +59,8 @@ class TreeMasks:
         if not n:
             return
         self._buffer = torch.ones(max_num_tokens, n, dtype=torch.bool, device=device)
+        if self.model.windowed is not None:
+            self._positions_buffer = torch.ones(max_num_tokens, dtype=torch.int32, device=device)
         if self.is_draft:
             return
         verify_mask = _verify_mask_type()
@@ -70,27 +79,32 @@ class TreeMasks:
 
     def take(
         self, fb: Any, real: int, queries: int, graph: bool, in_capture: bool
-    ) -> torch.Tensor | None:
-        """The tree mask [queries, draft_tokens] of a forward; None where it is no tree's.
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The tree mask [queries, draft_tokens] of a forward, and where its tokens stand in their
+        trees (int32 [queries], where a layer has a window); None where it is no tree's.
 
         real: sequences that are; rows of others see themselves.
         """
         self._taken = None
         spec = fb.spec_info
         if not is_tree(fb):
-            return None
+            return None, None
         n = int(spec.draft_token_num)
         if graph:
             assert self._buffer is not None
-            tree = self._buffer[:queries]
+            tree, positions = self._buffer[:queries], self._positions_buffer
+            positions = None if positions is None else positions[:queries]
             if in_capture:
-                return tree  # there is no mask yet
+                return tree, positions  # there is no mask yet
         else:
             tree = torch.empty(queries, n, dtype=torch.bool, device=self.model.device)
-        taken = _Taken(tree, spec.custom_mask, fb.seq_lens, real, n)
+            positions = None
+            if self.model.windowed is not None:
+                positions = torch.empty(queries, dtype=torch.int32, device=self.model.device)
+        taken = _Taken(tree, positions, spec.custom_mask, fb.seq_lens, real, n)
         self._write(taken)
         self._taken = taken if graph else None
-        return tree
+        return tree, positions
 
     def refresh(self, spec_info: Any) -> None:
         """The draft mask is final: write the tree mask of the graph's batch again."""
@@ -99,13 +113,15 @@ class TreeMasks:
             return
         mask = getattr(spec_info, "custom_mask", None)
         mask = taken.mask if mask is None else mask
-        self._write(_Taken(taken.tree, mask, taken.seq_lens, taken.real, taken.draft_tokens))
+        self._write(replace(taken, mask=mask))
 
     def _write(self, taken: _Taken) -> None:
         n, mask, real = taken.draft_tokens, taken.mask, taken.real
         own = self.draft_mask is not None and mask.data_ptr() == self.draft_mask.data_ptr()
         full = not (own and self._of_drafts) and mask.numel() != real * n * n
         page_tables.tree_mask(taken.tree, mask, taken.seq_lens[:real], n, full)
+        if taken.positions is not None:  # rows hold all ancestors and the token itself
+            torch.sum(taken.tree, 1, dtype=torch.int32, out=taken.positions)
 
 
 def is_tree(fb: Any) -> bool:

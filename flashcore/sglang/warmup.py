@@ -112,6 +112,7 @@ def _attend(
     drafts = max(1, model.draft_tokens)
     sinks = torch.zeros(shape.num_q_heads, dtype=model.dtype, device=device)
     mask = torch.ones(count, drafts, dtype=torch.bool, device=device)
+    positions = with_tree and cache.window >= 0
     flashcore.paged_attention(
         q,
         cache.k.view(*pages, shape.head_dim),
@@ -122,6 +123,7 @@ def _attend(
         softcap=1.0 if variant.softcap else 0.0,
         sinks=sinks if variant.sinks else None,
         tree_mask=mask if with_tree else None,
+        tree_positions=torch.ones(count, dtype=torch.int32, device=device) if positions else None,
         out=q.new_empty(count, shape.num_q_heads, shape.v_head_dim),
     )
 
@@ -134,3 +136,4 @@ def _tree_masks(model: Model) -> None:
     for full in (False, True):
         mask = torch.ones(n * (n + full), dtype=torch.bool, device=device)
         page_tables.tree_mask(out, mask, lengths, n, full)
+    torch.sum(out, 1, dtype=torch.int32, out=torch.empty(2 * n, dtype=torch.int32, device=device))

@@ -271,8 +271,12 @@ def _add_spec_info(engine: Engine, forward: Forward, requests: list[Request], tr
     chain = torch.ones(n, n).tril().bool()
     masks = []
     for _ in requests:
-        mask = (torch.rand(n, n, generator=engine.rng) < 0.5) & chain if tree else chain
-        masks.append(mask | torch.eye(n).bool())
+        mask = torch.eye(n).bool()
+        for i in range(1, n):  # a token sees what its parent sees
+            parent = int(torch.randint(0, i, (1,), generator=engine.rng)) if tree else i - 1
+            mask[i] |= mask[parent]
+        assert tree or torch.equal(mask, chain)
+        masks.append(mask)
     flat = [
         torch.cat([torch.ones(n, r.prefix).bool(), mask], 1).flatten()
         for r, mask in zip(requests, masks, strict=True)
@@ -333,6 +337,9 @@ def _one(
         scores = layer.logit_cap * torch.tanh(scores / layer.logit_cap)
     position = torch.arange(length - n, length, device=q.device)[:, None]
     key = torch.arange(length, device=q.device)
+    if tree is not None:  # by depth, which is the number of ancestors
+        position = length - n + tree.sum(1, keepdim=True) - 1
+        key = torch.cat([key[: length - n], position[:, 0]])
     seen = key <= position
     if layer.attn_type == AttentionType.ENCODER_ONLY:
         seen = torch.ones_like(seen)

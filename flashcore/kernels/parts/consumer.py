@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, const_expr
+from cutlass import Float32, Int32, const_expr
+from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import warpgroup
+from cutlass.cutlass_dsl import T, dsl_user_op
 
 from flashcore.kernels.parts import matmul, pipelines
 
@@ -79,3 +81,19 @@ def last_product(frag: Fragments, ring_v, v_state):
     matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
     warpgroup.wait_group(0)
     ring_v.consumer_release(v_state)
+
+
+@dsl_user_op
+def here(x: Int32, *, loc=None, ip=None) -> Int32:
+    """`x`, so that what comes of it is computed here, and not once and kept in registers."""
+    return Int32(
+        llvm.inline_asm(
+            T.i32(),
+            [x.ir_value(loc=loc, ip=ip)],
+            "mov.b32 $0, $1;",
+            "=r,r",
+            has_side_effects=True,
+            is_align_stack=False,
+            asm_dialect=llvm.AsmDialect.AD_ATT,
+        )
+    )

@@ -256,7 +256,9 @@ def publish(
     """Publish item `index` of the work list, or its end."""
     if index < num_items:
         words = work_loop.work_row(m.mWork, index)
-        item = measure_item(config, words, Work, m.mPositions, m.mTokens, m.mQIndex, window)
+        item = measure_item(
+            config, words, Work, m.mPositions, m.mTokens, m.mQIndex, m.mTreePositions, window
+        )
         work_loop.publish_item(slot, phase, item)
     else:
         work_loop.publish_end(slot, phase)

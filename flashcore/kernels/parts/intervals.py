@@ -20,18 +20,48 @@ class Bounds(NamedTuple):
 
 
 @cute.jit
-def row_interval(
-    config: cutlass.Constexpr[PagedConfig], position: Int32, num_tokens: Int32, window: Bounds
+def place_in_tree(
+    config: cutlass.Constexpr[PagedConfig],
+    position: Int32,
+    token: Int32,  # query token
+    mQIndex: cute.Tensor,
+    mTreePositions: cute.Tensor | None,
 ):
-    """[low, high) of the keys that a query at `position` sees, tree mask apart."""
+    """(Key of the tree mask's column 0, position from which the window counts) of a query.
+
+    With a window that is its depth beyond column 0, whose own query token is the root.
+    """
+    index = mQIndex[token]
+    first_new = position - index
+    if const_expr(config.window):
+        position = first_new + mTreePositions[token] - mTreePositions[token - index]
+    return first_new, position
+
+
+@cute.jit
+def row_interval(
+    config: cutlass.Constexpr[PagedConfig],
+    position: Int32,
+    first_new: Int32,  # key of the tree mask's column 0; read with a tree mask alone
+    num_tokens: Int32,
+    window: Bounds,
+):
+    """[low, high) of the keys that a query at `position` sees, tree mask apart.
+
+    Compared before they are added: a bound may be any number that fits an Int32.
+    """
     low, high = Int32(0), num_tokens
     if const_expr(config.causal):
         high = min(high, position + 1)
     if const_expr(config.window):
-        if window.right >= 0:
-            high = min(high, position + window.right + 1)
-        if window.left >= 0:
-            low = min(max(low, position - window.left), num_tokens)
+        if const_expr(not config.tree):
+            if window.right >= 0 and window.right < num_tokens - 1 - position:
+                high = min(high, position + window.right + 1)
+        if window.left >= 0 and position > window.left:
+            low = min(position - window.left, num_tokens)
+        if const_expr(config.tree):
+            # Drafts stand in any order, and the mask has what the window leaves of them.
+            low = min(low, max(first_new, 0))
     return low, max(high, low)
 
 
@@ -43,6 +73,7 @@ def measure_item(
     mPositions: cute.Tensor,
     mTokens: cute.Tensor,
     mQIndex: cute.Tensor | None,
+    mTreePositions: cute.Tensor | None,
     window: Bounds,
 ) -> Item:
     """The item with its tile ranges, from the positions of its query tokens. By a whole warp."""
@@ -55,12 +86,16 @@ def measure_item(
         last = (row_begin + num_rows - 1) // c.group_size
         low, max_low, min_high, high = num_tokens, Int32(0), num_tokens, Int32(0)
         while token <= last:
-            position = mPositions[token] - offset
-            a, b = row_interval(c, position, num_tokens, window)
+            position, first_new = mPositions[token] - offset, Int32(0)
+            if const_expr(c.tree):
+                first_new, position = place_in_tree(
+                    c, position, mTokens[token], mQIndex, mTreePositions
+                )
+            a, b = row_interval(c, position, first_new, num_tokens, window)
             low, max_low, high = min(low, a), max(max_low, a), max(high, b)
             if const_expr(c.tree):
                 # From its sequence's first new token on, a query needs its row of the mask.
-                b = min(b, max(position - mQIndex[mTokens[token]], 0))
+                b = min(b, max(first_new, 0))
             min_high = min(min_high, b)
             token += 32
         low = cute.arch.warp_redux_sync(low, "min")
@@ -86,6 +121,8 @@ def measure_item(
         low=low,
         high=high,
         entry=words[int(fields.ENTRY)],
+        all_low=max_low if const_expr(c.window) else None,
+        all_high=min_high if const_expr(c.window) else None,
     )
 
 
@@ -122,3 +159,20 @@ def mask_scores(
                 allowed = mTree[token, new if own else Int32(0)] != 0
                 visible = visible and (allowed or not own)
             scores[r, c] = scores[r, c] if visible else -Float32.inf
+
+
+@cute.jit
+def sees_key(
+    config: cutlass.Constexpr[PagedConfig],
+    rows: Rows,
+    r: cutlass.Constexpr[int],
+    mTree: cute.Tensor | None,  # uint8 (token, width)
+    key: Int32,
+) -> Boolean:
+    """Whether one of a thread's rows sees a key: what `mask_scores` leaves of a score."""
+    seen = key >= rows.low[r] and key < rows.high[r]
+    if const_expr(config.tree):
+        new = key - rows.first_new[r]
+        own = new >= 0 and new < mTree.shape[1]
+        seen = seen and (not own or mTree[rows.token[r], new if own else Int32(0)] != 0)
+    return seen

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 
 from flashcore.planner.work import FIELDS
 
@@ -42,6 +42,9 @@ class Item(NamedTuple):
     low: Int32
     high: Int32
     entry: Int32  # first entry of the run
+    # With a window alone. Every row sees keys all_low .. all_high - 1, whatever the tree mask says.
+    all_low: Int32 | None = None
+    all_high: Int32 | None = None
 
 
 @cute.jit
@@ -85,7 +88,8 @@ def publish_item(slot: Slot, phase: Int32, item: Item):
     cute.arch.mbarrier_wait(slot.empty, phase)
     if cute.arch.lane_idx() == 0:
         for i in cutlass.range_constexpr(len(item)):
-            slot.words[i] = item[i]
+            if const_expr(item[i] is not None):
+                slot.words[i] = item[i]
         cute.arch.mbarrier_arrive(slot.full)
 
 
@@ -93,7 +97,8 @@ def publish_item(slot: Slot, phase: Int32, item: Item):
 def publish_end(slot: Slot, phase: Int32):
     """Tell everyone who awaits items that there are no more."""
     nothing = Int32(0)
-    publish_item(slot, phase, Item(Int32(-1), *[nothing] * (len(Item._fields) - 1)))
+    needed = len(Item._fields) - len(Item._field_defaults)
+    publish_item(slot, phase, Item(Int32(-1), *[nothing] * (needed - 1)))
 
 
 @cute.jit
