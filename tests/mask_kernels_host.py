@@ -81,10 +81,10 @@ def _clear(
 ):
     c = config
     dtype = BFloat16 if cutlass.const_expr(c.dtype == "bf16") else Float16
-    layout = matmul.smem_layout(dtype, c.tile_n, c.head_dim)
+    layout = matmul.smem_layout(dtype, c.tile_n, c.v_columns)
     sV = cute.make_tensor(cute.recast_ptr(mStage.iterator, layout.inner), layout.outer)
-    for i in cutlass.range(c.tile_n * c.head_dim, unroll=1):
-        sV[i // c.head_dim, i % c.head_dim] = mV[i // c.head_dim, i % c.head_dim]
+    for i in cutlass.range(c.tile_n * c.v_columns, unroll=1):
+        sV[i // c.v_columns, i % c.v_columns] = mV[i // c.v_columns, i % c.v_columns]
     seen = nonfinite.Seen(*seen)
     threads = 128 * c.num_consumer_warpgroups
     for thread in cutlass.range(threads, unroll=1):
@@ -96,17 +96,17 @@ def _clear(
         for r in cutlass.range_constexpr(2):
             rows.low[r], rows.high[r] = mRows[row + 8 * r, 0], mRows[row + 8 * r, 1]
             rows.token[r], rows.first_new[r] = Int32(0), Int32(0)
-        acc = cute.make_rmem_tensor(((2, 2, c.head_dim // 8), 1, 1), Float32)
+        acc = cute.make_rmem_tensor(((2, 2, c.v_columns // 8), 1, 1), Float32)
         acc.fill(0.0)
         out = matmul.acc_rows_cols(acc)
         nonfinite.add_to_rows(c, out, rows, None, sV, seen, first_key, column)
         for r in cutlass.range_constexpr(2):
-            for j in cutlass.range_constexpr(c.head_dim // 4):
+            for j in cutlass.range_constexpr(c.v_columns // 4):
                 mOut[row + 8 * r, 8 * (j // 2) + column + j % 2] = out[r, j]
     for thread in cutlass.range(threads, unroll=1):
         nonfinite.take_out(c, sV, seen, Int32(thread))
-    for i in cutlass.range(c.tile_n * c.head_dim, unroll=1):
-        mV[i // c.head_dim, i % c.head_dim] = sV[i // c.head_dim, i % c.head_dim]
+    for i in cutlass.range(c.tile_n * c.v_columns, unroll=1):
+        mV[i // c.v_columns, i % c.v_columns] = sV[i // c.v_columns, i % c.v_columns]
 
 
 def clear(
@@ -118,10 +118,10 @@ def clear(
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """What `nonfinite.clear` leaves of a tile of V, what it adds to each packed row, and whether
     any thread found something. seen: as `nonfinite.Seen`, from the tile's first key on."""
-    v, out = v.clone(), torch.zeros(config.tile_m, config.head_dim)
-    memory = torch.zeros(config.tile_n * config.head_dim + 512, dtype=DTYPES[config.dtype])
+    v, out = v.clone(), torch.zeros(config.tile_m, config.v_columns)
+    memory = torch.zeros(config.tile_n * config.v_columns + 512, dtype=DTYPES[config.dtype])
     start = -memory.data_ptr() % 1024 // 2  # the swizzle is of addresses
-    stage = memory[start : start + config.tile_n * config.head_dim]
+    stage = memory[start : start + config.tile_n * config.v_columns]
     found = torch.zeros(128 * config.num_consumer_warpgroups, dtype=torch.int32)
     views = (from_dlpack(x) for x in (v, stage, rows, out, found))
     _clear(config, *views, tuple(Int32(x) for x in seen), Int32(first_key))

@@ -65,7 +65,10 @@ def test_trees_are_the_reference_s(left: int) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "tile_m"),
-    [("bf16", 64, 64), ("fp16", 64, 128), ("bf16", 128, 64), ("fp16", 256, 64), ("bf16", 256, 128)],
+    [
+        *(("bf16", 64, 64), ("fp16", 64, 128), ("bf16", 128, 64), ("fp16", 256, 64)),
+        *(("bf16", 256, 128), ("bf16", 80, 64), ("fp16", 192, 128)),  # of tiles 96 and 192 wide
+    ],
 )
 def test_what_is_not_finite_goes_to_the_rows_that_see_it(
     dtype: str, head_dim: int, tile_m: int
@@ -75,7 +78,8 @@ def test_what_is_not_finite_goes_to_the_rows_that_see_it(
     config = choose(dtype, head_dim, 16, 8, tile_m, window=True)
     rng = torch.Generator().manual_seed(head_dim + tile_m)
     first_key, tile = 3 * config.tile_n, config.tile_n
-    clean = torch.randn(tile, head_dim, generator=rng).to(DTYPES[dtype])
+    columns = config.v_columns
+    clean = torch.randn(tile, columns, generator=rng).to(DTYPES[dtype])
     clean[5, :4] = torch.tensor([65504.0, -65504.0, 1e-7, -0.0])
     for case in range(4):
         low = torch.randint(-20, tile // 2, (tile_m,), generator=rng)
@@ -87,7 +91,7 @@ def test_what_is_not_finite_goes_to_the_rows_that_see_it(
         v = clean.clone()
         for value in (torch.nan, torch.inf, -torch.inf, -torch.nan):
             if case < 3:
-                at = torch.randint(0, tile * head_dim, (5,), generator=rng)
+                at = torch.randint(0, tile * columns, (5,), generator=rng)
                 v.view(-1)[at] = value
         seen = tuple(int(x) for x in (low.min(), high.max(), low.max(), high.min()))
         rows = torch.stack([low, high], 1).int() + first_key
@@ -102,7 +106,7 @@ def test_what_is_not_finite_goes_to_the_rows_that_see_it(
         same = torch.where(gone, 0, v)
         assert torch.equal(left.view(torch.int16), same.view(torch.int16))
         apart = torch.where(some[:, None] & ~finite, v.float(), 0)
-        expected = torch.zeros(tile_m, head_dim)
+        expected = torch.zeros(tile_m, columns)
         for row in range(tile_m):
             expected[row] = apart[(key >= low[row]) & (key < high[row])].sum(0)
         torch.testing.assert_close(added, expected, rtol=0, atol=0, equal_nan=True)

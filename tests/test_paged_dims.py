@@ -302,7 +302,7 @@ def test_launch_has_both_dims(recorder: Recorder, dims: tuple[int, int]) -> None
     assert merge.head_dim == dims[1]
     assert out.shape == (2, 8, dims[1])
     assert recorder.calls[0][5].shape == (given["plan"].num_partial_tokens, 8, dims[1])
-    assert recorder.calls[0][16] == 1.0 / math.sqrt(dims[0])
+    assert recorder.calls[0][17] == 1.0 / math.sqrt(dims[0])
     assert lse.shape == (2, 8)
     into = torch.zeros_like(out)
     assert flashcore.paged_attention(**given, out=into) is into

@@ -17,7 +17,7 @@ _STAND_INS: dict[str, dict[str, Any]] = {
     "flashcore.ops": {"device_path": lambda device: Path("hopper", "")},
     "flashcore.planner.device": {
         "device_path": lambda device: Path("hopper", ""),
-        "_workers": lambda workers, device, head_dim, tile_m: workers or 2 * _SMS,
+        "_workers": lambda workers, *_: workers or 2 * _SMS,
     },
     "flashcore.runtime.launch_planner": {"sm_count": lambda device: _SMS},
     "flashcore.runtime.launch_paged": {
