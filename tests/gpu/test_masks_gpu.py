@@ -51,7 +51,8 @@ def test_tree_window_is_that_of_each_path(page_tokens: int, left: int) -> None:
     options: dict[str, Any] = {"window": (left, 0), "sinks": on_device, "return_lse": True}
     host = batch.plan(tile_m=64, num_workers=13).to("cuda")
     with small_scale():
-        planner = planner_for(batch, flashcore.Capacities(9, 4096, 200), "cuda", tile_m=64)
+        room = flashcore.Capacities(9, 4096, 200)
+        planner = planner_for(batch, room, "cuda", tile_m=64, num_workers=13)
         # What a larger batch leaves in the planner's tensors means nothing to this one.
         other = verify_batch(page_tokens, (64, 8), 64, [401, 300, 260, 250, 240, 230], 11)
         planner.update(

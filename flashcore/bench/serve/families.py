@@ -40,7 +40,11 @@ _PARTS = (
     (2, 4400, 90),
 )
 _HYBRID = {"mamba_ssm_dtype": "float32"}  # the type these models are served in
-ARGUMENTS: dict[str, dict[str, Any]] = {"qwen3-next": _HYBRID, "qwen3.5": _HYBRID}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "qwen3-next": _HYBRID,
+    "qwen3.5": {**_HYBRID, "enable_multimodal": False},  # its image processor is not in a config
+    "lfm2": {"page_size": 1},  # all that its prefix cache has
+}
 # Widespread and different ones first, for a run that is cut short.
 ORDER = (
     *("llama", "gpt-oss", "gemma3", "qwen3-next", "qwen3-moe", "nemotron-h", "qwen2.5", "phi3"),
