@@ -24,7 +24,7 @@ demo: $(READY)
 	$(PY) -m flashcore demo
 
 test: $(DEV_READY) lint types
-	$(PY) -m pytest tests --ignore=tests/gpu
+	$(PY) -m pytest tests --ignore=tests/gpu --ignore=tests/families_gpu
 	$(if $(CI),$(MAKE) test-dsl-old test-sglang)
 	$(if $(HAS_GPU),$(MAKE) test-gpu)
 

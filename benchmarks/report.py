@@ -185,7 +185,7 @@ def serve_table(data: dict[str, Any]) -> str:
 
 
 def serve_small_table(data: dict[str, Any]) -> str:
-    """Figures of serve_small_h100.json as Markdown: steps and first tokens, ours over fa3's."""
+    """Figures of serve_small_h200.json as Markdown: steps and first tokens, ours over fa3's."""
     head = ["workload", "model", "what", "flashcore", "fa3", "flashcore / fa3"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for by_backend in by_workload(data["rows"], "backend").values():
@@ -225,25 +225,25 @@ SMALL_FIGURES = {
 
 
 def models_table(data: dict[str, Any]) -> str:
-    """Rows of models_h100.json as Markdown: a line a model family."""
+    """Rows of models_h200.json as Markdown: a line a model family."""
     families: dict[str, dict[str, dict[str, Any]]] = {}
     for row in data["rows"]:
         families.setdefault(row["family"], {})[row["backend"]] = row
-    head = ["model family", "served", "from", "mean difference", "triton from fa3", "same tokens"]
+    head = ["model family", "passed", "from", "mean difference", "triton from fa3", "same tokens"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for family, by_backend in families.items():
         ours = by_backend.get("flashcore")
         if ours is None:
             continue
-        served = "yes" if ours["passed"] else "no"
+        passed = "yes" if ours["passed"] else "no"
         if ours.get("error"):
-            why = ours["error"].replace("|", "\\|")
-            rows.append(f"| {family} | {served}: {why} | | | {_peers(by_backend)} | |")
+            why = ours["error"].partition("; its last lines")[0].replace("|", "\\|")
+            rows.append(f"| {family} | {passed}: {why} | | | {_peers(by_backend)} | |")
             continue
         peer = ours["peer"] or "nobody runs it"
         mean = "" if ours["mean_difference"] is None else f"{ours['mean_difference']:.4f}"
         same = "" if ours["same_tokens"] is None else f"{ours['same_tokens']} of {ours['tokens']}"
-        rows.append(f"| {family} | {served} | {peer} | {mean} | {_peers(by_backend)} | {same} |")
+        rows.append(f"| {family} | {passed} | {peer} | {mean} | {_peers(by_backend)} | {same} |")
     versions = data["versions"]
     return (
         "\n".join(rows) + "\n\nMean difference of log-probabilities, the larger of prompts' and "
@@ -290,8 +290,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 # Of measurements that a tree need not have: in whichever page has the markers.
 LATER: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "serve-small": ("serve_small_h100.json", serve_small_table),
-    "models": ("models_h100.json", models_table),
+    "serve-small": ("serve_small_h200.json", serve_small_table),
+    "models": ("models_h200.json", models_table),
 }
 PAGES = (README, HERE.parent / "docs" / "sglang.md")
 

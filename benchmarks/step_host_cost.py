@@ -75,6 +75,7 @@ def costs(name: str, device: str, options: dict[str, Any], batch: int) -> dict[s
     capture = graph_view(engine, decode, batch, graph_buffers(engine, batch))
     capture.positions = torch.zeros(batch, dtype=torch.int64, device=device)
     capture.spec_info = view.spec_info = None
+    capture.seq_lens_sum = view.seq_lens_sum = None  # as SGLang's scheduler has it with overlap
     backend.init_forward_metadata_out_graph(capture, in_capture=True)
     found = {
         "decode graph: metadata": microseconds(

@@ -6,7 +6,7 @@ SGLANG_VERSIONS ?= 0.5.16 0.5.23
 SGLANG_DIR ?= .venv-sglang
 PIP_TARGET = $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target
 
-.PHONY: test-sglang
+.PHONY: test-sglang test-families-gpu
 
 test-sglang: $(SGLANG_VERSIONS:%=test-sglang-%)
 
@@ -24,3 +24,8 @@ $(SGLANG_DIR)/%/.ready: | $(DEV_READY)
 	rm -rf $(@D)
 	$(PIP_TARGET) $(@D) "sglang==$*"
 	touch $@
+
+# 22 model families in SGLang's engine, flashcore beside fa3 and triton: 66 engines, several at a
+# time, 8 minutes on two GPUs. Apart from `make test-gpu` for that reason.
+test-families-gpu: $(DEV_READY)
+	$(PY) -m pytest tests/families_gpu

@@ -114,7 +114,7 @@ def test_tables_that_have_no_file_yet_stay_as_they_are(tmp_path: Path) -> None:
     text = "a\n<!-- table: models -->\nold\n<!-- end -->\nb\n"
     assert report.filled(text, tmp_path) == text
     rows = [{"family": "x", "backend": "flashcore", "passed": False, "error": "e"}]
-    (tmp_path / "models_h100.json").write_text(json.dumps({**ABOUT, "rows": rows}))
+    (tmp_path / "models_h200.json").write_text(json.dumps({**ABOUT, "rows": rows}))
     assert "| x | no: e |" in report.filled(text, tmp_path)
     for page in report.PAGES:
         assert report.filled(page.read_text()) == page.read_text(), page

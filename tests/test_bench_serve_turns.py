@@ -275,7 +275,7 @@ def test_who_has_no_room_or_dies_leaves_a_note_and_the_others_run() -> None:
     assert result["skipped"] == ["fa3 on 7x16+8:1: needs room"]
     table = Table(dies=("slow", "decode"))
     result, _ = turn(["4x16+8:40", "5x16+8:40"], table, "flashcore", "slow", "fa3", starts=1)
-    assert result["skipped"] == ["slow: slow ended\nlast words"]
+    assert result["skipped"] == ["slow: slow ended"]  # one line: logs name paths
     assert len([1 for backend, _ in table.calls if backend == "slow"]) < 12
     done = {(row["workload"], row["backend"]): len(row["step_ms_all"]) for row in result["rows"]}
     # The round in which it died is left out, for the others too.

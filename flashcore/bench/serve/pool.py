@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from flashcore.bench.serve.deadline import Deadline
 from flashcore.bench.serve.engine import EngineOptions
-from flashcore.bench.serve.suite import START_TIMEOUT_S, Worker, WorkerError
+from flashcore.bench.serve.suite import START_TIMEOUT_S, Worker, WorkerError, reason
 
 FEWEST_S = 50.0  # an engine that has less than this is not started
 ANSWER_S = 240.0
@@ -115,13 +115,3 @@ class _Engines:
         self._stopped = True
         for worker in list(self._running):
             worker.stop(patience=0)
-
-
-def reason(log: str, otherwise: str) -> str:
-    """The line of an engine's log that says why it ended: one line of at most 300 characters."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for sign in ("does not serve", "NotServed", "Error: ", "Error"):
-        for line in reversed(lines):
-            if sign in line:
-                return line[-300:] if sign == "does not serve" else line[:300]
-    return otherwise.splitlines()[0][:300]

@@ -138,6 +138,16 @@ class Worker:
         return f"the engine with backend {self.backend} {what}; its last lines:\n{last}"
 
 
+def reason(log: str, otherwise: str) -> str:
+    """The line of an engine's log that says why it ended: one line of at most 300 characters."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    for sign in ("does not serve", "NotServed", "Error: ", "Error"):
+        for line in reversed(lines):
+            if sign in line:
+                return line[-300:] if sign == "does not serve" else line[:300]
+    return otherwise.splitlines()[0][:300]
+
+
 def run_serve(
     workloads: Sequence[Workload],
     options: Sequence[EngineOptions],
@@ -199,7 +209,7 @@ def run_serve(
         return True
 
     def failed(one: EngineOptions, error: WorkerError) -> None:  # the others shall have their turn
-        skipped[f"{one.backend} on {one.shape.name}"] = str(error)
+        skipped[f"{one.backend} on {one.shape.name}"] = reason(str(error), str(error))
         after(str(error))
 
     def take_turns(those: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
@@ -298,6 +308,9 @@ def make_row(
     }
 
 
+SPARE_PAGES = 64
+
+
 def by_model(
     workloads: Sequence[Workload], default: ModelShape
 ) -> Iterator[tuple[ModelShape, list[Workload]]]:
@@ -313,7 +326,9 @@ def fitted(
     where engines share the memory."""
     batches = tuple(sorted({w.batch for w in workloads}))
     page = options.page_size
-    room = max(w.capacity(page) for w in workloads) * 21 // 20 // page * page + page
+    # The scheduler runs a step ahead, and what the last batch left is evicted first: a cache that
+    # is just large enough cuts answers short.
+    room = max(w.capacity(page) for w in workloads) * 21 // 20 // page * page + SPARE_PAGES * page
     return replace(
         options,
         shape=shape,

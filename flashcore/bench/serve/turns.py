@@ -32,6 +32,7 @@ from flashcore.bench.serve.suite import (
     fitted,
     log_file,
     make_row,
+    reason,
 )
 from flashcore.bench.serve.workloads import Workload
 
@@ -197,7 +198,7 @@ class _Run:
 
     def _lost(self, workers: dict[str, Worker], backend: str, error: WorkerError) -> None:
         workers.pop(backend).stop(patience=IMPATIENCE_S)
-        self.skipped[backend] = str(error)
+        self.skipped[backend] = reason(str(error), str(error))
         self._after(str(error))
 
     def row(self, workload: Workload, backend: str) -> Row | None:
