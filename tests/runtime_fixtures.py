@@ -89,7 +89,7 @@ class CompiledConstant:
         subprocess.run(["gcc", "-c", "-fPIC", "-o", object_file_path, str(source)], check=True)
 
 
-def compile_constant(config: ConstantConfig) -> CompiledConstant:
+def compile_constant(config: ConstantConfig, options: str = "") -> CompiledConstant:
     if log := os.environ.get(COMPILE_LOG):
         with open(log, "a") as file:
             file.write(f"{os.getpid()} {config.value}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,33 @@ def test_compiling_needs_no_gpu_and_leaves_the_environment(
     assert entry.facts["target"]["arch"] == "sm_90a"
     assert entry.facts["symbol"].startswith("flashcore_tile_")
     assert entry.facts["dynamic_smem_bytes"] >= 2 * 64 * 64 * 2
+
+
+@needs_dsl
+def test_an_import_of_the_dsl_before_does_not_choose_the_target(tmp_path: Path) -> None:
+    code = """
+import sys
+import cutlass.cute
+from pathlib import Path
+from flashcore.runtime.cache import KernelCache
+from flashcore.runtime.inspect import inspect_entry
+from flashcore.runtime.kernel import Kernel
+from tests.runtime_fixtures import TILE
+from tests.toy_kernels import TileConfig
+
+print(inspect_entry(KernelCache.open(Path(sys.argv[1])).ensure(Kernel(TILE, TileConfig()))).arch)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "CUTE_DSL_ARCH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=TESTS.parent,
+        env=environment,
+    )
+    assert done.stdout.split() == ["sm_90a"], done.stderr
 
 
 @needs_loader

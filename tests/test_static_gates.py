@@ -117,14 +117,20 @@ def test_limit_of_arrivals(hgmma: int, arrive: int, serialised: bool) -> None:
         static_smem_bytes=0,
         dynamic_smem_bytes=232_448,
         opcodes={"HGMMA.64x128x16.F32.BF16": hgmma, "WARPGROUP.ARRIVE": arrive, "UTMALDG.4D": 4},
+        arch="sm_90a",
     )
     assert bool(violations(resources)) is serialised
 
 
 def test_required_opcodes_are_the_family_s() -> None:
-    resources = Resources(64, 0, 0, 1024, {"LDG.E.128": 8})
+    resources = Resources(64, 0, 0, 1024, {"LDG.E.128": 8}, "sm_90a")
     assert violations(resources, ()) == []
     assert violations(resources, ("UTMALDG",)) == ["no UTMALDG"]
+
+
+def test_code_for_another_gpu_fails() -> None:
+    resources = Resources(64, 0, 0, 1024, {"LDG.E.128": 8}, "sm_100a")
+    assert violations(resources, ()) == ["compiled for sm_100a, not for sm_90a"]
 
 
 def test_load_path_is_told_by_its_opcodes(tmp_path: Path) -> None:
@@ -204,12 +210,14 @@ def test_shipped_kernels_are_legal_and_distinct() -> None:
 
 
 def test_unknown_shared_memory_fails() -> None:
-    resources = Resources(168, 0, 0, None, {"HGMMA": 8, "WARPGROUP.ARRIVE": 1, "UTMALDG": 1})
+    resources = Resources(
+        168, 0, 0, None, {"HGMMA": 8, "WARPGROUP.ARRIVE": 1, "UTMALDG": 1}, "sm_90a"
+    )
     assert violations(resources) == ["shared memory of the launch is unknown"]
 
 
 def test_counting_does_not_match_longer_names() -> None:
-    resources = Resources(1, 0, 0, 0, {"LDL": 1, "LDL.64": 2, "LDLX": 4})
+    resources = Resources(1, 0, 0, 0, {"LDL": 1, "LDL.64": 2, "LDLX": 4}, "sm_90a")
     assert resources.count("LDL") == 3
 
 

@@ -21,8 +21,8 @@ class TileConfig:
     extra_smem_bytes: int = 0
 
 
-def compile_tile(config: TileConfig) -> Any:
+def compile_tile(config: TileConfig, options: str = "") -> Any:
     """Compile the tile kernel; imports the CuTe DSL."""
     from tests import toy_kernels_device
 
-    return toy_kernels_device.compile_tile(config)
+    return toy_kernels_device.compile_tile(config, options)

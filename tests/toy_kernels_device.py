@@ -147,7 +147,7 @@ class TileKernel:
         acc[1] = array[(index * 7 + 1) % self.c.local_array]
 
 
-def compile_tile(config: TileConfig) -> Any:
+def compile_tile(config: TileConfig, options: str) -> Any:
     """The compiled tile kernel: (a, b, out), bf16, bf16, fp32."""
 
     def fake(dtype, columns):
@@ -162,5 +162,5 @@ def compile_tile(config: TileConfig) -> Any:
         fake(BFloat16, wide),
         fake(Float32, _TILE),
         make_fake_stream(use_tvm_ffi_env_stream=True),
-        options="--enable-tvm-ffi",
+        options=f"--enable-tvm-ffi {options}".strip(),
     )

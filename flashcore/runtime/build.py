@@ -43,7 +43,8 @@ def build_entry(kernel: Kernel, target: Target, key: str) -> bytes:
             raise MissingRuntimeError(
                 f"compiling a kernel needs {error.name}, which is not installed; {INSTALL_HINT}"
             ) from error
-        compiled = compiler(kernel.config)
+        # An option, since the DSL read the variable if another library imported it before.
+        compiled = compiler(kernel.config, options=f"--gpu-arch {target.arch}")
         symbol = symbol_of(kernel, key)
         with tempfile.TemporaryDirectory(prefix="flashcore-") as scratch:
             shared_object = link(compiled, symbol, Path(scratch)).read_bytes()
@@ -88,7 +89,7 @@ def linker_command() -> list[str]:
 
 @contextmanager
 def pinned_arch(arch: str) -> Iterator[None]:
-    """Set the DSL's target for the block, so that it needs no GPU and ignores the one it finds."""
+    """Set the DSL's default target for the block, so that it looks for no GPU at its import."""
     before = os.environ.get("CUTE_DSL_ARCH")
     os.environ["CUTE_DSL_ARCH"] = arch
     try:

@@ -18,7 +18,7 @@ from flashcore.runtime.cache import KernelCache
 from flashcore.runtime.folder import publish
 from flashcore.runtime.inspect import Resources, inspect_entry
 from flashcore.runtime.kernel import Kernel
-from flashcore.runtime.target import Target
+from flashcore.runtime.target import HOPPER, Target
 from flashcore.runtime.workers import run_all
 
 SMEM_BYTES_PER_SM90_CTA = 232_448
@@ -38,11 +38,15 @@ class GateRow:
 
 
 def violations(
-    resources: Resources, required_opcodes: Sequence[str] = ("HGMMA", "UTMALDG")
+    resources: Resources,
+    required_opcodes: Sequence[str] = ("HGMMA", "UTMALDG"),
+    arch: str = HOPPER,
 ) -> list[str]:
-    """Why a kernel with these resources may not ship; empty when it may."""
+    """Why a kernel with these resources may not ship for `arch`; empty when it may."""
     r = resources
     found = []
+    if r.arch != arch:
+        found.append(f"compiled for {r.arch}, not for {arch}")
     if r.stack_bytes:
         found.append(f"stack frame of {r.stack_bytes} bytes")
     if spills := r.count("LDL", "STL"):
@@ -87,7 +91,7 @@ def check_kernel(kernel: Kernel, folder: Path, target: Target) -> GateRow:
     except Exception as error:  # whatever the compiler raises is this kernel's verdict
         text = next(iter(_COLOUR.sub("", str(error)).strip().splitlines()), "")
         return GateRow(kernel.describe(), None, [f"{type(error).__name__}: {text}"])
-    found = violations(resources, kernel.required_opcodes)
+    found = violations(resources, kernel.required_opcodes, target.arch)
     return GateRow(kernel.describe(), resources, found)
 
 

@@ -23,6 +23,7 @@ _ELF64_LITTLE_ENDIAN = b"\x7fELF\x02\x01"
 _ELF_HEADER_BYTES = 64
 _EM_CUDA = 190
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)", re.MULTILINE)
+_TARGET = re.compile(r"^\s*\.target\s+(\w+)", re.MULTILINE)
 _RESOURCE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 
@@ -35,6 +36,7 @@ class Resources:
     static_smem_bytes: int
     dynamic_smem_bytes: int | None  # None: not known to the host code at compile time
     opcodes: dict[str, int]  # full SASS mnemonic -> number of instructions
+    arch: str  # "sm_90a"; several, joined by a comma, where the binaries differ
 
     def count(self, *prefixes: str) -> int:
         """Instructions whose mnemonic is one of `prefixes` or continues one with a dot."""
@@ -57,13 +59,16 @@ def inspect_cubins(cubins: list[bytes], dynamic_smem_bytes: int | None) -> Resou
     """Resources of GPU binaries; `dynamic_smem_bytes` comes from the code that launches them."""
     usage: list[tuple[int, int, int]] = []
     opcodes: Counter[str] = Counter()
+    targets: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="flashcore-") as scratch:
         for number, cubin in enumerate(cubins):
             path = Path(scratch) / f"{number}.cubin"
             path.write_bytes(cubin)
             report = _run("cuobjdump", "-res-usage", str(path))
             usage += [(int(r), int(s), int(m)) for r, s, m in _RESOURCE.findall(report)]
-            opcodes.update(_OPCODE.findall(_run("nvdisasm", "-c", str(path))))
+            sass = _run("nvdisasm", "-c", str(path))
+            opcodes.update(_OPCODE.findall(sass))
+            targets.update(_TARGET.findall(sass))
     if not usage:
         raise ValueError("cuobjdump reported no function")
     return Resources(
@@ -72,6 +77,7 @@ def inspect_cubins(cubins: list[bytes], dynamic_smem_bytes: int | None) -> Resou
         static_smem_bytes=max(u[2] for u in usage),
         dynamic_smem_bytes=dynamic_smem_bytes,
         opcodes=dict(opcodes),
+        arch=",".join(sorted(targets)),
     )
 
 

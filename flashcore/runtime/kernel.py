@@ -19,7 +19,7 @@ from flashcore.config.paged import PagedConfig
 from flashcore.runtime.target import Target
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_FORMAT = 1  # of a cache entry; raise it when entry.py or the way of linking changes
+_FORMAT = 2  # of a cache entry; raise it when entry.py or the way of linking changes
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Family:
     """All kernels that one compile function makes from one kind of configuration."""
 
     name: str  # part of symbols and file names: letters, digits, underscores
-    compiler: str  # "module:function"; takes a configuration and no tensor
+    compiler: str  # "module:function"; takes a configuration and the DSL's options, no tensor
     sources: tuple[str, ...]  # files and folders that decide the code, relative to the package
     required_opcodes: tuple[str, ...] = ("HGMMA", "UTMALDG")  # or the kernel is not what it says
     root: Path = _PACKAGE
     opcodes_of: Callable[[Any], tuple[str, ...]] | None = None  # where the configuration decides
 
-    def resolve_compiler(self) -> Callable[[Any], Any]:
+    def resolve_compiler(self) -> Callable[..., Any]:
         """Import the compile function. This imports the CuTe DSL, so only a cache miss does it."""
         module, _, function = self.compiler.partition(":")
-        resolved: Callable[[Any], Any] = getattr(import_module(module), function)
+        resolved: Callable[..., Any] = getattr(import_module(module), function)
         return resolved
 
 
