@@ -19,13 +19,17 @@ from unittest import mock
 import torch
 
 import flashcore
-from flashcore import api, device, ops
+from flashcore import api, dispatch, ops
 from flashcore.bench.machine import describe_device, package_versions, source_commit
+from flashcore.jit.cache import shared_cache
+from flashcore.jit.kernel import Kernel
 from flashcore.remembered import Remembered
-from flashcore.runtime import launch, launch_paged
-from flashcore.runtime.allocate import allocator, contiguous
-from flashcore.runtime.cache import shared_cache
-from flashcore.runtime.kernel import Kernel
+from flashcore.sm90.available import available
+from flashcore.sm90.launch import dense as launch
+from flashcore.sm90.launch import paged as launch_paged
+from flashcore.sm90.launch.allocate import allocator, contiguous
+from flashcore.sm90.launch.streams import lasting_stream, scheduler_scratch
+from flashcore.sm90.launch.tensors import tma_ready
 
 CALLS, REPEATS = 400, 15  # a driver queues about a thousand launches before it makes the host wait
 
@@ -116,7 +120,7 @@ def launches_through(cache: Any, stub: bool) -> Iterator[None]:
             return
         scratch = torch.zeros(2, dtype=torch.int32)
         stand_ins: dict[Any, dict[str, Callable[..., Any]]] = {
-            ops: {"device_path": lambda _: device.Path("hopper", "")},
+            ops: {"device_path": lambda _: dispatch.Path("hopper", "")},
             launch: {
                 "sm_count": lambda _: 132,
                 "scheduler_scratch": lambda _: scratch,
@@ -181,14 +185,14 @@ def parts(where: str) -> dict[str, float]:
         ),
         "out.copy_(q)": microseconds(lambda: out.copy_(q)),
         "out.zero_()": microseconds(lambda: out.zero_()),
-        "tma_ready": microseconds(lambda: launch.tma_ready("q", q)),
+        "tma_ready": microseconds(lambda: tma_ready("q", q)),
     }
     if q.is_cuda:
         costs["current_device"] = microseconds(torch.cuda.current_device)
         costs["raw stream"] = microseconds(lambda: torch._C._cuda_getCurrentRawStream(0))
         costs["is capturing"] = microseconds(torch.cuda.is_current_stream_capturing)
-        costs["lasting_stream"] = microseconds(lambda: launch.lasting_stream(0))
-        costs["scheduler_scratch"] = microseconds(lambda: launch.scheduler_scratch(0))
+        costs["lasting_stream"] = microseconds(lambda: lasting_stream(0))
+        costs["scheduler_scratch"] = microseconds(lambda: scheduler_scratch(0))
     return costs
 
 
@@ -198,7 +202,7 @@ def main() -> None:
     parser.add_argument("--stub", action="store_true", help="time the host code alone, on the CPU")
     parser.add_argument("--commit", help="to record where the package is no git checkout")
     options = parser.parse_args()
-    stub = options.stub or not launch.available("cuda")[0]
+    stub = options.stub or not available("cuda")[0]
     where = "cpu" if stub else "cuda:0"
     calls = {
         "attention, causal": dense_call(where),

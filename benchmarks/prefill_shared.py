@@ -20,11 +20,11 @@ from flashcore.bench.graphs import capture, start_sample, time_graphs
 from flashcore.bench.machine import describe_device, package_versions, source_commit
 from flashcore.bench.paged_problems import DTYPE, PagedInputs, PagedProblem, make_batch, make_inputs
 from flashcore.bench.paged_providers import paged_providers
-from flashcore.planner.counters import Stat
+from flashcore.contract.counts import Stat
+from flashcore.contract.work import DIRECT, Group
 from flashcore.planner.folding import Fold
-from flashcore.planner.work import DIRECT, Group
-from flashcore.sglang.planners import WORKSPACE_BYTES, prefill_fold, prefill_tile
-from flashcore.sglang.support import Shape
+from flashcore.serving.planners import WORKSPACE_BYTES, prefill_fold, prefill_tile
+from flashcore.serving.shapes import Shape
 
 WORKLOADS = (  # sequences, cached tokens that all share, new tokens
     (512, 4096, 64),

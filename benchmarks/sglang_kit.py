@@ -80,7 +80,7 @@ class Result(NamedTuple):
 
 def run_cases(backend: str, device: str, dtype: str, head_dim: int) -> Result:
     """Every case of the kit for one dtype and head_dim, one after the other."""
-    from flashcore.sglang.register import register
+    from flashcore.integrations.sglang.register import register
 
     register()
     on_gpu = device == "cuda"

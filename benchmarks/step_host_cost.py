@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from flashcore.bench.machine import describe_device, package_versions, source_commit
-from flashcore.runtime import launch
+from flashcore.sm90.available import available
 
 REPEATS = 15
 WINDOWS: dict[str, dict[str, Any]] = {
@@ -99,15 +99,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--commit", help="to record where the package is no git checkout")
     options = parser.parse_args()
-    stub = options.stub or not launch.available("cuda")[0]
+    stub = options.stub or not available("cuda")[0]
     if stub:
         from tests.sglang import standins
 
         standins.install()
     from sglang.srt.runtime_context import get_parallel
 
-    from flashcore.sglang import page_tables
-    from flashcore.sglang.register import NAME, register
+    from flashcore.integrations.sglang.register import NAME, register
+    from flashcore.serving import page_tables
     from tests.sglang import fake_kernels
 
     register()

@@ -17,10 +17,10 @@ _HOME = {
     "PlanStats": "flashcore.planner.stats",
     "plan": "flashcore.planner.build",
     "Capacities": "flashcore.planner.device_plan",
-    "DeviceLayout": "flashcore.pager.device",
-    "DevicePager": "flashcore.pager.device",
+    "DeviceLayout": "flashcore.sm90.device_pager",
+    "DevicePager": "flashcore.sm90.device_pager",
     "DevicePlan": "flashcore.planner.device_plan",
-    "DevicePlanner": "flashcore.planner.device",
+    "DevicePlanner": "flashcore.sm90.device_planner",
     "attention": "flashcore.api",
     "paged_attention": "flashcore.api",
 }
@@ -45,12 +45,12 @@ __all__ = [
 if TYPE_CHECKING:
     from flashcore.api import attention, paged_attention
     from flashcore.pager.csr import Layout, build_layout, layout_from_page_table
-    from flashcore.pager.device import DeviceLayout, DevicePager
     from flashcore.planner.build import plan
-    from flashcore.planner.device import DevicePlanner
     from flashcore.planner.device_plan import Capacities, DevicePlan
     from flashcore.planner.stats import PlanStats
     from flashcore.planner.types import Plan
+    from flashcore.sm90.device_pager import DeviceLayout, DevicePager
+    from flashcore.sm90.device_planner import DevicePlanner
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flashcore.device import device_path
+from flashcore.dispatch import device_path
 from flashcore.eager.dense import dense_attention
 from flashcore.eager.paged import paged_attention as eager_paged_attention
 from flashcore.eager.run import Rules
@@ -19,8 +19,8 @@ from flashcore.planner.device_plan import DevicePlan
 from flashcore.planner.types import Plan
 
 if TYPE_CHECKING:
-    from flashcore.runtime.launch import DenseLaunch
-    from flashcore.runtime.launch_paged import PagedLaunch
+    from flashcore.sm90.launch.dense import DenseLaunch
+    from flashcore.sm90.launch.paged import PagedLaunch
 
 
 def attention_launch(
@@ -41,7 +41,7 @@ def attention_launch(
     """The launch that `attention_impl` would make of these arguments; None off Hopper."""
     if device_path(q.device).name != "hopper":
         return None
-    from flashcore.runtime.launch import dense_launch
+    from flashcore.sm90.launch.dense import dense_launch
 
     return dense_launch(
         q,
@@ -128,7 +128,7 @@ def paged_attention_impl(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [total_q, num_q_heads, v_head_dim], and the LSE [total_q, num_q_heads]."""
     if device_path(q.device).name == "hopper":
-        from flashcore.runtime.launch_paged import paged_attention
+        from flashcore.sm90.launch.paged import paged_attention
 
         return paged_attention(
             q,
@@ -202,7 +202,7 @@ def plan_launch(
                 f"{path.reason}; use flashcore.plan"
             )
         return None
-    from flashcore.runtime.launch_paged import paged_launch
+    from flashcore.sm90.launch.paged import paged_launch
 
     counts, workspace = None, None
     if isinstance(plan, DevicePlan):

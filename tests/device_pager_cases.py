@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import flashcore
-from flashcore.pager.device import DevicePager
+from flashcore.sm90.device_pager import DevicePager
 from tests.cases import ABSURD_PAGE, small_scale
 
 

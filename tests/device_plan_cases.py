@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from flashcore.planner.counters import INVALID, Stat
-from flashcore.planner.device import DevicePlanner
+from flashcore.contract.counts import INVALID, Stat
+from flashcore.contract.work import Group, Work
 from flashcore.planner.device_plan import Capacities
 from flashcore.planner.types import Plan
-from flashcore.planner.work import Group, Work
+from flashcore.sm90.device_planner import DevicePlanner
 from tests.cases import Batch
 
 

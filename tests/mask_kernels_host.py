@@ -13,9 +13,10 @@ import torch
 from cutlass import BFloat16, Float16, Float32, Int32
 from cutlass.cute.runtime import from_dlpack
 
-from flashcore.config.paged import PagedConfig
-from flashcore.kernels.parts import intervals, matmul, nonfinite
-from flashcore.kernels.parts.intervals import Bounds, Rows
+from flashcore.sm90.config.paged import PagedConfig
+from flashcore.sm90.kernels.attention.paged import intervals, nonfinite
+from flashcore.sm90.kernels.attention.paged.intervals import Bounds, Rows
+from flashcore.sm90.kernels.attention.parts import matmul
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

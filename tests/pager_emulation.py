@@ -1,7 +1,8 @@
 """The pager's kernels step by step in numpy, on the buffers of a `DevicePager` on the CPU.
 
-The same steps and scratch as flashcore/kernels/pager.py; what is parallel there is done here in an
-order drawn at random. Scratch is poisoned between updates where the kernels may not rely on it.
+The same steps and scratch as flashcore/sm90/kernels/pager.py; what is parallel there is done here
+in an order drawn at random. Scratch is poisoned between updates where the kernels may not rely on
+it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from flashcore.config.pager import Ranges
-from flashcore.pager.counters import Fault, PagerCount
-from flashcore.pager.device import DevicePager
+from flashcore.contract.counts import Fault, PagerCount
+from flashcore.contract.scratch import PagerRanges as Ranges
+from flashcore.sm90.device_pager import DevicePager
 from tests.planner_entries_emulation import POISON, last_at_most
 
 

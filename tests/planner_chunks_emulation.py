@@ -1,9 +1,9 @@
-"""As `planner_emulation`, with what the kernels do more for chunks (planner_owners.py)."""
+"""As `planner_emulation`, with what the kernels do more for chunks (owners.py)."""
 
 from __future__ import annotations
 
-from flashcore.config.planner import Entries as E
-from flashcore.planner.counters import Count
+from flashcore.contract.counts import Count
+from flashcore.contract.scratch import Entries as E
 from tests.planner_emulation import Emulation
 
 

@@ -1,6 +1,6 @@
 """The planner's kernels step by step in numpy, on the buffers of a `DevicePlanner` on the CPU.
 
-The same steps, loops and scratch as flashcore/kernels/planner_*.py; what is parallel there is done
+The same steps, loops and scratch as flashcore/sm90/kernels/planner; what is parallel there is done
 here in an order drawn at random, so that a result that depends on the order shows. Scratch is
 poisoned between updates where the kernels may not rely on it.
 """
@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashcore.config.planner import Entries as E
-from flashcore.config.planner import Groups as G
-from flashcore.config.planner import Reason, Rows, State, Tiles
-from flashcore.config.planner import Segments as S
-from flashcore.pager.device import DeviceLayout
-from flashcore.planner.counters import INVALID, Count, Fault, Seen, Stat
-from flashcore.planner.device import DevicePlanner
+from flashcore.contract.counts import INVALID, Count, Fault, Seen, Stat
+from flashcore.contract.reasons import Reason
+from flashcore.contract.scratch import Entries as E
+from flashcore.contract.scratch import Groups as G
+from flashcore.contract.scratch import Rows, State, Tiles
+from flashcore.contract.scratch import Segments as S
+from flashcore.contract.work import DIRECT, FIELDS, Group, Work
 from flashcore.planner.device_plan import Capacities
-from flashcore.planner.work import DIRECT, FIELDS, Group, Work
+from flashcore.sm90.device_pager import DeviceLayout
+from flashcore.sm90.device_planner import DevicePlanner
 from tests.cases import Batch, batches
 from tests.device_plan_cases import inputs, planner_for
 from tests.planner_entries_emulation import POISON, EntriesEmulation, last_at_most

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from flashcore.config.planner import UNUSED, Rows, Slots
-from flashcore.config.planner import Entries as E
-from flashcore.config.planner import Groups as G
-from flashcore.config.planner import Segments as S
-from flashcore.pager.counters import PagerCount
-from flashcore.planner.counters import Count, Fault, Stat
-from flashcore.planner.device import DevicePlanner
+from flashcore.contract.counts import Count, Fault, PagerCount, Stat
+from flashcore.contract.scratch import UNUSED, Rows, Slots
+from flashcore.contract.scratch import Entries as E
+from flashcore.contract.scratch import Groups as G
+from flashcore.contract.scratch import Segments as S
+from flashcore.sm90.device_planner import DevicePlanner
 
 POISON = -123_456_789
 

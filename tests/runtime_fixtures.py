@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from flashcore.runtime.inspect import find_tool
-from flashcore.runtime.kernel import Family
-from flashcore.runtime.target import MissingRuntimeError, Target
+from flashcore.jit.inspect import find_tool
+from flashcore.jit.kernel import Family
+from flashcore.jit.target import MissingRuntimeError, Target
 
 TESTS = Path(__file__).resolve().parent
 COMPILE_LOG = "FLASHCORE_TEST_COMPILE_LOG"  # a file that gets one line for each compilation
@@ -100,12 +100,9 @@ def compile_constant(config: ConstantConfig, options: str = "") -> CompiledConst
     return CompiledConstant(config)
 
 
-CONSTANT = Family(
-    "constant", "tests.runtime_fixtures:compile_constant", ("runtime_fixtures.py",), root=TESTS
-)
+CONSTANT = Family("constant", "tests.runtime_fixtures:compile_constant", root=TESTS.parent)
 TILE = Family(
     "tile",
     "tests.toy_kernels:compile_tile",
-    ("toy_kernels.py", "toy_kernels_device.py"),
-    root=TESTS,
+    root=TESTS.parent,
 )

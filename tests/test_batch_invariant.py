@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 import flashcore
 from flashcore import ops
 from flashcore.bench.paged_problems import make_batch, paged_problems
-from flashcore.config.paged import CombineConfig, choose_combine, choose_device_combine
-from flashcore.device import Path
+from flashcore.contract.work import DIRECT, Group, Work
+from flashcore.dispatch import Path
 from flashcore.planner import chunks
-from flashcore.planner.work import DIRECT, Group, Work
 from flashcore.reference import paged_attention_reference
-from flashcore.runtime import launch_paged
+from flashcore.sm90.config.paged import MergeConfig, choose_device_merge, choose_merge
+from flashcore.sm90.launch import paged as launch_paged
 from tests import oracle
 from tests.cases import Batch, batches, picked
 from tests.compare import assert_close
@@ -226,12 +226,12 @@ def test_kernels_of_a_launch(monkeypatch: pytest.MonkeyPatch, batch_invariant: b
     q = torch.zeros(2, 32, 128, dtype=torch.bfloat16)
     flashcore.paged_attention(q, pages, pages, plan)
     _, merge = configs
-    assert isinstance(merge, CombineConfig)
+    assert isinstance(merge, MergeConfig)
     assert merge.fixed_order == batch_invariant
 
 
 def test_merges_of_all_lengths_have_the_fixed_order():
     for partials in (2, 800):
-        assert choose_combine("bf16", 128, False, partials, 1, True).fixed_order
+        assert choose_merge("bf16", 128, False, partials, 1, True).fixed_order
     for rows in (1, 10**4):
-        assert choose_device_combine("bf16", 128, False, rows, True).fixed_order
+        assert choose_device_merge("bf16", 128, False, rows, True).fixed_order

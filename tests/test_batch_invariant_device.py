@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashcore
-from flashcore.config.planner import PlannerConfig, choose, illegal_reason
+from flashcore.contract.counts import Fault
 from flashcore.planner import chunks
-from flashcore.planner.counters import Fault
-from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities, fill_defaults
+from flashcore.sm90.config.planner import PlannerConfig, choose, illegal_reason
+from flashcore.sm90.device_planner import DevicePlanner
 from tests import planner_emulation
 from tests.cases import Batch, small_scale
 from tests.device_plan_cases import (

@@ -9,13 +9,14 @@ import torch
 
 import flashcore
 from flashcore import ops
-from flashcore.config import paged
-from flashcore.config.paged import CombineConfig, PagedConfig
-from flashcore.device import Path
+from flashcore.dispatch import Path
+from flashcore.jit.cache import KernelCache
+from flashcore.jit.kernel import Kernel
 from flashcore.planner.device_plan import fill_defaults
-from flashcore.runtime import launch_paged
-from flashcore.runtime.cache import KernelCache
-from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
+from flashcore.sm90.config import paged
+from flashcore.sm90.config.paged import MergeConfig, PagedConfig
+from flashcore.sm90.families import MERGE, PAGED
+from flashcore.sm90.launch import paged as launch_paged
 from tests.pretend_gpu import no_gpu, pretend
 from tests.runtime_fixtures import needs_dsl
 
@@ -46,10 +47,10 @@ class Recorder:
     """Takes the place of the compiled kernels."""
 
     def __init__(self) -> None:
-        self.configs: list[PagedConfig | CombineConfig] = []
+        self.configs: list[PagedConfig | MergeConfig] = []
         self.calls: list[tuple[Any, ...]] = []
 
-    def function(self, config: PagedConfig | CombineConfig) -> Any:
+    def function(self, config: PagedConfig | MergeConfig) -> Any:
         self.configs.append(config)
         return lambda *arguments: self.calls.append(arguments)
 
@@ -226,8 +227,8 @@ def test_workspace_is_checked(
 
 
 def test_merge_shares_lists_where_rows_are_few() -> None:
-    few = paged.choose_device_combine("bf16", 128, False, paged.FEW_ROWS)
-    many = paged.choose_device_combine("bf16", 128, True, paged.FEW_ROWS + 1)
+    few = paged.choose_device_merge("bf16", 128, False, paged.FEW_ROWS)
+    many = paged.choose_device_merge("bf16", 128, True, paged.FEW_ROWS + 1)
     assert (few.warps_per_row, few.sinks, few.device_counts) == (8, False, True)
     assert (many.warps_per_row, many.sinks, many.device_counts) == (1, True, True)
 
@@ -246,9 +247,7 @@ def test_compiled_functions_take_what_the_launch_passes(
     mask = torch.ones(10, 5, dtype=torch.bool) if tree else None
     flashcore.paged_attention(**arguments(), tree_mask=mask)
     assert len(recorder.calls) == 2
-    for family, config, call in zip(
-        (PAGED, COMBINE), recorder.configs, recorder.calls, strict=True
-    ):
+    for family, config, call in zip((PAGED, MERGE), recorder.configs, recorder.calls, strict=True):
         compiled = cache.function(Kernel(family, config))
         with pytest.raises(RuntimeError, match="InsufficientDriver"):
             compiled(*pretend(call))

@@ -11,18 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashcore
-from flashcore.config.pager import BITMAPS, PagerConfig, illegal_reason
-from flashcore.device import Path
-from flashcore.pager import device as pager_device
-from flashcore.pager.counters import Fault, PagerCount
-from flashcore.pager.device import DevicePager, unit_stride
-from flashcore.planner import device as planner_device
-from flashcore.runtime import launch_pager, launch_planner
-from flashcore.runtime.cache import KernelCache
-from flashcore.runtime.folder import default_folder
-from flashcore.runtime.gates import check_kernel
-from flashcore.runtime.kernel import PAGER, Kernel
-from flashcore.runtime.target import detect_target
+from flashcore.contract.counts import Fault, PagerCount
+from flashcore.dispatch import Path
+from flashcore.jit.cache import KernelCache
+from flashcore.jit.folder import default_folder
+from flashcore.jit.gates import check_kernel
+from flashcore.jit.kernel import Kernel
+from flashcore.jit.target import detect_target
+from flashcore.sm90 import device_pager as pager_device
+from flashcore.sm90 import device_planner as planner_device
+from flashcore.sm90.config.pager import BITMAPS, PagerConfig, illegal_reason
+from flashcore.sm90.device_pager import DevicePager, unit_stride
+from flashcore.sm90.families import PAGER
+from flashcore.sm90.launch import pager as launch_pager
+from flashcore.sm90.launch import planner as launch_planner
 from tests.cases import Batch, batches
 from tests.device_pager_cases import (
     KINDS,

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashcore.config import planner as lines
-from flashcore.planner.counters import Count, Fault, Seen
-from flashcore.planner.device import DevicePlanner
+from flashcore.contract import scratch as lines
+from flashcore.contract.counts import Count, Fault, Seen
 from flashcore.planner.device_plan import Capacities, fill_defaults, planned_bytes
-from flashcore.planner.scratch import PlannerScratch
+from flashcore.sm90.device_planner import DevicePlanner
+from flashcore.sm90.planner_scratch import PlannerScratch
 from tests.cases import Batch, small_scale
 from tests.device_pager_cases import pager_for, planner_of, token_map
 from tests.device_plan_cases import (

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashcore.config.planner import Reason as KernelReason
+from flashcore.contract.counts import INVALID, Count, Fault
+from flashcore.contract.reasons import Reason
+from flashcore.contract.reasons import Reason as KernelReason
 from flashcore.planner import folding
-from flashcore.planner.counters import INVALID, Count, Fault
 from flashcore.planner.device_plan import Capacities
-from flashcore.planner.folding import Reason
 from tests.cases import Batch, small_scale
 from tests.device_plan_cases import (
     assert_same_plan,

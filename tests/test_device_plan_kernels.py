@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashcore.config.planner import ROW_CAPACITIES, PlannerConfig, choose, illegal_reason
-from flashcore.planner.device import DevicePlanner
+from flashcore.jit.folder import default_folder
+from flashcore.jit.gates import check_kernel
+from flashcore.jit.kernel import Kernel
+from flashcore.jit.target import detect_target
 from flashcore.planner.device_plan import Capacities
-from flashcore.runtime.folder import default_folder
-from flashcore.runtime.gates import check_kernel
-from flashcore.runtime.kernel import PLANNER, Kernel
-from flashcore.runtime.target import detect_target
+from flashcore.sm90.config.planner import ROW_CAPACITIES, PlannerConfig, choose, illegal_reason
+from flashcore.sm90.device_planner import DevicePlanner
+from flashcore.sm90.families import PLANNER
 from tests.runtime_fixtures import needs_disassembler, needs_dsl
 
 

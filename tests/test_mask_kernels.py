@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashcore.config.paged import choose
 from flashcore.reference import visible_keys
+from flashcore.sm90.config.paged import choose
 from flashcore.tree import by_depth
 from tests.mask_cases import Drafts, verify_batch
 from tests.runtime_fixtures import needs_dsl

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.planner.counters import Count
-from flashcore.runtime import launch_paged
-from flashcore.runtime.kernel import PAGED
+from flashcore.contract.counts import Count
+from flashcore.sm90.families import PAGED
+from flashcore.sm90.launch import paged as launch_paged
 from flashcore.tree import by_depth
 from tests.mask_cases import strided
 from tests.pretend_gpu import no_gpu

@@ -11,19 +11,20 @@ import torch
 
 import flashcore
 from flashcore import ops
-from flashcore.config import paged
-from flashcore.config.paged import CombineConfig
-from flashcore.device import Path as DevicePath
+from flashcore.dispatch import Path as DevicePath
+from flashcore.jit.cache import KernelCache
+from flashcore.jit.folder import default_folder
+from flashcore.jit.gates import check_kernel
+from flashcore.jit.kernel import Kernel
+from flashcore.jit.target import detect_target
 from flashcore.planner import split
 from flashcore.planner.device_plan import workspace_elements
 from flashcore.planner.folding import Costs
 from flashcore.reference import paged_attention_reference
-from flashcore.runtime import launch_paged
-from flashcore.runtime.cache import KernelCache
-from flashcore.runtime.folder import default_folder
-from flashcore.runtime.gates import check_kernel
-from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
-from flashcore.runtime.target import detect_target
+from flashcore.sm90.config import paged
+from flashcore.sm90.config.paged import MergeConfig
+from flashcore.sm90.families import MERGE, PAGED
+from flashcore.sm90.launch import paged as launch_paged
 from tests.cases import Batch
 from tests.compare import assert_close
 from tests.pretend_gpu import no_gpu, pretend
@@ -298,7 +299,7 @@ def test_launch_has_both_dims(recorder: Recorder, dims: tuple[int, int]) -> None
     out, lse = flashcore.paged_attention(**given, return_lse=True)
     attention, merge = recorder.configs
     assert (attention.head_dim, attention.v_head_dim) == dims
-    assert isinstance(merge, CombineConfig)
+    assert isinstance(merge, MergeConfig)
     assert merge.head_dim == dims[1]
     assert out.shape == (2, 8, dims[1])
     assert recorder.calls[0][5].shape == (given["plan"].num_partial_tokens, 8, dims[1])
@@ -318,9 +319,7 @@ def test_compiled_functions_take_what_the_launch_passes(
     launch relies on it that rows of other widths are refused."""
     flashcore.paged_attention(**arguments(*dims, page_tokens))
     cache = KernelCache.open()
-    for family, config, call in zip(
-        (PAGED, COMBINE), recorder.configs, recorder.calls, strict=True
-    ):
+    for family, config, call in zip((PAGED, MERGE), recorder.configs, recorder.calls, strict=True):
         compiled = cache.function(Kernel(family, config))
         with pytest.raises(RuntimeError, match="InsufficientDriver"):
             compiled(*pretend(call))
@@ -372,16 +371,16 @@ def test_padded_kernels_pass_the_gates(
 @pytest.mark.parametrize("head_dim", [8, 80, 200])
 @pytest.mark.parametrize("warps", [1, 8])
 def test_padded_merges_pass_the_gates(head_dim: int, warps: int) -> None:
-    config = CombineConfig("bf16", head_dim, warps_per_row=warps, device_counts=True)
-    assert check_kernel(Kernel(COMBINE, config), default_folder(), detect_target()).violations == []
+    config = MergeConfig("bf16", head_dim, warps_per_row=warps, device_counts=True)
+    assert check_kernel(Kernel(MERGE, config), default_folder(), detect_target()).violations == []
 
 
 @needs_dsl
 def test_lanes_of_a_merge_have_every_column_once() -> None:
-    from flashcore.kernels.combine import LANES, Combine
+    from flashcore.sm90.kernels.merge import LANES, Merge
 
     for dim in DIMS:
-        merge = Combine(CombineConfig("bf16", dim))
+        merge = Merge(MergeConfig("bf16", dim))
         assert merge.columns * merge.lanes == dim
         assert merge.lanes <= LANES
         assert merge.columns in (2, 4, 8)  # whole vectors of fp32 and of 16 bits

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 import flashcore
 from flashcore.bench.paged_problems import make_batch, paged_problems
+from flashcore.contract.reasons import Reason
+from flashcore.contract.work import DIRECT, Group, Work
 from flashcore.planner import folding
 from flashcore.planner import split as splitting
-from flashcore.planner.folding import Costs, Reason
-from flashcore.planner.work import DIRECT, Group, Work
+from flashcore.planner.folding import Costs
 from tests import oracle
 from tests.cases import Batch, batches
 from tests.test_layout import rows_of

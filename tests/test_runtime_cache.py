@@ -12,20 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from flashcore.runtime import build, folder
-from flashcore.runtime.build import BuildError
-from flashcore.runtime.cache import KernelCache
-from flashcore.runtime.entry import CorruptEntryError, pack, unpack
-from flashcore.runtime.folder import UnsafeCacheError, default_folder, exclusive_lock, open_folder
-from flashcore.runtime.kernel import DENSE, Family, Kernel, source_digest
-from flashcore.runtime.prebuild import prebuild
-from flashcore.runtime.target import Target, detect_target
+from flashcore.jit import build, folder
+from flashcore.jit.build import BuildError
+from flashcore.jit.cache import KernelCache
+from flashcore.jit.entry import CorruptEntryError, pack, unpack
+from flashcore.jit.folder import UnsafeCacheError, default_folder, exclusive_lock, open_folder
+from flashcore.jit.kernel import Family, Kernel
+from flashcore.jit.prebuild import prebuild
+from flashcore.jit.sources import source_digest, source_files
+from flashcore.jit.target import Target, detect_target
+from flashcore.sm90.families import DENSE, MERGE, PAGED, PAGER, PLANNER
 from tests.runtime_fixtures import (
     COMPILE_LOG,
     CONSTANT,
     TARGET,
     TESTS,
     ConstantConfig,
+    needs_dsl,
     needs_loader,
 )
 
@@ -151,14 +154,17 @@ def test_failed_compilation_leaves_nothing(tmp_path: Path) -> None:
 def test_sources_edited_during_a_compilation_are_not_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "source.py").write_text("before = 1\n")
-    kernel = Kernel(replace(CONSTANT, sources=("source.py",), root=tmp_path), ConstantConfig())
+    source = tmp_path / "tests/source.py"
+    source.parent.mkdir()
+    source.write_text("before = 1\n")
+    family = replace(CONSTANT, compiler="tests.source:compile_constant", root=tmp_path)
+    kernel = Kernel(family, ConstantConfig())
 
     def edit(*_: object) -> bytes:
-        (tmp_path / "source.py").write_text("after = 1\n")
+        source.write_text("after = 1\n")
         return pack(b"code", {"key": "k"})
 
-    monkeypatch.setattr("flashcore.runtime.cache.build_entry", edit)
+    monkeypatch.setattr("flashcore.jit.cache.build_entry", edit)
     cache = KernelCache.open(tmp_path / "cache", TARGET)
     with pytest.raises(BuildError, match="changed during a compilation"):
         cache.ensure(kernel)
@@ -353,38 +359,90 @@ def test_key_is_stable() -> None:
     assert KERNEL.key(TARGET) == Kernel(CONSTANT, ConstantConfig(value=7)).key(TARGET)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda root: (root / "kernels/part.py").write_text("b = 2\n"),
-        lambda root: (root / "kernels/new.py").write_text(""),
-        lambda root: (root / "kernels/part.py").rename(root / "kernels/moved.py"),
-        lambda root: (root / "compile.py").write_text("options = 3\n"),
-    ],
-    ids=["edited", "added", "renamed", "compile module"],
-)
-def test_key_depends_on_sources(tmp_path: Path, change) -> None:
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels/part.py").write_text("a = 1\n")
-    (tmp_path / "compile.py").write_text("options = 2\n")
-    (tmp_path / "unrelated.py").write_text("")
-    family = Family("f", "m:f", ("kernels", "compile.py"), root=tmp_path)
+TREE = {
+    "__init__.py": "from pkg import unrelated\n",
+    "compile/__init__.py": "",
+    "compile/one.py": "def f():\n    from pkg.kernels.part import (\n        a,\n        b)\n",
+    "kernels/__init__.py": "",
+    "kernels/part.py": "from pkg import rows, words as w  # two\nimport os, pkg.tables\na = 1\n",
+    "rows.py": "a = 1\n",
+    "words.py": "from pkg.kernels import part\n",  # a circle
+    "tables.py": "",
+    "unrelated.py": "",
+}
+NEEDED = {"compile/__init__.py", "compile/one.py", "kernels/__init__.py", "kernels/part.py"}
+NEEDED |= {"rows.py", "words.py", "tables.py"}
+
+
+def tree(folder: Path) -> Path:
+    for name, text in TREE.items():
+        (folder / "pkg" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "pkg" / name).write_text(text)
+    return folder
+
+
+def test_sources_are_what_the_compile_module_imports(tmp_path: Path) -> None:
+    found = source_files("pkg.compile.one", tree(tmp_path))
+    assert {file.relative_to(tmp_path / "pkg").as_posix() for file in found} == NEEDED
+
+
+@pytest.mark.parametrize("name", sorted(NEEDED))
+@pytest.mark.parametrize("change", ["edited", "renamed"])
+def test_key_depends_on_every_source(tmp_path: Path, name: str, change: str) -> None:
+    family = Family("f", "pkg.compile.one:f", root=tree(tmp_path))
 
     def key() -> str:
         source_digest.cache_clear()  # a new process
         return Kernel(family, ConstantConfig()).key(TARGET)
 
     before = key()
-    (tmp_path / "unrelated.py").write_text("changed = True\n")
+    for other in ("unrelated.py", "__init__.py", "compile/another.py"):
+        (tmp_path / "pkg" / other).write_text("changed = True\n")
     assert key() == before
-    change(tmp_path)
-    assert key() != before
+    path = tmp_path / "pkg" / name
+    if change == "edited":
+        path.write_text(path.read_text() + "# more\n")
+    else:
+        path.rename(path.with_name("moved.py"))
+    if change == "renamed" and name == "compile/one.py":
+        with pytest.raises(FileNotFoundError, match=r"no module pkg\.compile\.one"):
+            key()
+    else:
+        assert key() != before
 
 
-def test_dense_sources_exist_and_cover_the_device_code() -> None:
-    for source in DENSE.sources:
-        assert (DENSE.root / source).exists(), source
-    assert {"kernels", "config", "runtime/compile.py"} <= set(DENSE.sources)
+def test_relative_imports_are_refused(tmp_path: Path) -> None:
+    (tree(tmp_path) / "pkg/rows.py").write_text("from . import tables\n")
+    with pytest.raises(ValueError, match=r"rows\.py: the relative import from \. is not followed"):
+        source_files("pkg.compile.one", tmp_path)
+
+
+_IMPORTED = """
+import sys
+from flashcore.sm90.shipped import shipped_kernels
+
+kernel = next(k for k in shipped_kernels() if k.family.name == sys.argv[1])
+for name in [name for name in sys.modules if name.startswith("flashcore")]:
+    del sys.modules[name]
+kernel.family.resolve_compiler()(kernel.config, options="--gpu-arch sm_90a")
+print(*(name for name in sys.modules if name.startswith("flashcore.")))
+"""
+
+
+@needs_dsl
+@pytest.mark.parametrize("family", [DENSE, PAGED, MERGE, PLANNER, PAGER], ids=lambda f: f.name)
+def test_sources_are_all_that_compiling_imports(family: Family) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORTED, family.name], capture_output=True, text=True, check=True
+    )
+    found = {
+        ".".join(file.relative_to(family.root).with_suffix("").parts).removesuffix(".__init__")
+        for file in source_files(family.module, family.root)
+    }
+    assert set(done.stdout.split()) <= found
+    # Nor much more: an edit of what launches and caches kernels leaves the compiled ones good.
+    assert {name.split(".")[1] for name in found} <= {"contract", "planner", "sm90"}
+    assert not any(name.startswith("flashcore.sm90.launch") for name in found)
 
 
 # ---------------------------------------------------------------- building

@@ -13,12 +13,13 @@ import torch
 
 import flashcore
 from flashcore.cli import check, check_paged, compile_cmd
-from flashcore.config import dense
+from flashcore.jit.gates import representative
+from flashcore.jit.kernel import Kernel
 from flashcore.reference import attention_reference
-from flashcore.runtime import launch
-from flashcore.runtime.gates import representative
-from flashcore.runtime.kernel import DENSE, PAGED, Kernel
-from flashcore.runtime.shipped import shipped_kernels
+from flashcore.sm90.config import dense
+from flashcore.sm90.families import DENSE, PAGED
+from flashcore.sm90.launch import dense as launch
+from flashcore.sm90.shipped import shipped_kernels
 from tests.runtime_fixtures import CONSTANT, ConstantConfig, needs_dsl
 
 GOOD = dense.choose(dense.DenseProblem("bf16", 64, 1, 128, 128, 1, 1))
@@ -33,7 +34,7 @@ def parse(command: ModuleType, *words: str) -> Any:
 
 def ship(monkeypatch: pytest.MonkeyPatch, *configs: dense.DenseConfig) -> None:
     kernels = [Kernel(DENSE, config) for config in configs]
-    monkeypatch.setattr("flashcore.runtime.shipped.shipped_kernels", lambda: kernels)
+    monkeypatch.setattr("flashcore.sm90.shipped.shipped_kernels", lambda: kernels)
 
 
 # ---------------------------------------------------------------- compile

@@ -9,12 +9,13 @@ import torch
 
 import flashcore
 from flashcore import api, ops
-from flashcore.config.dense import DenseConfig
-from flashcore.device import Path
+from flashcore.dispatch import Path
+from flashcore.jit.cache import KernelCache
+from flashcore.jit.kernel import Kernel
 from flashcore.remembered import Remembered
-from flashcore.runtime import launch
-from flashcore.runtime.cache import KernelCache
-from flashcore.runtime.kernel import DENSE, Kernel
+from flashcore.sm90.config.dense import DenseConfig
+from flashcore.sm90.families import DENSE
+from flashcore.sm90.launch import dense as launch
 from tests.mask_cases import strided
 from tests.pretend_gpu import no_gpu, pretend
 from tests.runtime_fixtures import needs_dsl
@@ -476,26 +477,3 @@ def test_compiled_function_takes_what_the_launch_passes(
         options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 200}
     with pytest.raises(RuntimeError, match="InsufficientDriver"):
         attend(*tensors(*shape, kv_heads=kv_heads), **options)
-
-
-# ---------------------------------------------------------------- where it runs
-
-
-def test_cpu_is_not_available() -> None:
-    assert launch.available("cpu") == (False, "cpu is not a CUDA device")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the message for a machine without a GPU")
-def test_no_gpu_is_not_available() -> None:
-    assert launch.available("cuda") == (False, "torch sees no CUDA device")
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (9, 1), (10, 0)])
-def test_other_gpus_are_not_available(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
-    usable, reason = launch._available.__wrapped__(0)
-    assert not usable
-    assert f"Some GPU has compute capability {capability[0]}.{capability[1]}" in reason

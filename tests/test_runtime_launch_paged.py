@@ -11,10 +11,10 @@ import torch
 
 import flashcore
 from flashcore import ops
-from flashcore.device import Path
-from flashcore.runtime import launch_paged
-from flashcore.runtime.cache import KernelCache
-from flashcore.runtime.kernel import Kernel
+from flashcore.dispatch import Path
+from flashcore.jit.cache import KernelCache
+from flashcore.jit.kernel import Kernel
+from flashcore.sm90.launch import paged as launch_paged
 from tests.pretend_gpu import no_gpu, pretend
 from tests.runtime_fixtures import needs_dsl
 

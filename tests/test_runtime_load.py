@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from flashcore.runtime import load, target
-from flashcore.runtime.cache import KernelCache
-from flashcore.runtime.inspect import find_tool
-from flashcore.runtime.kernel import Kernel
-from flashcore.runtime.target import MissingRuntimeError, detect_target
+from flashcore.jit import load, target
+from flashcore.jit.cache import KernelCache
+from flashcore.jit.inspect import find_tool
+from flashcore.jit.kernel import Kernel
+from flashcore.jit.target import MissingRuntimeError, detect_target
 from tests.runtime_fixtures import CONSTANT, TESTS, TILE, ConstantConfig, needs_dsl, needs_loader
 from tests.toy_kernels import TileConfig
 
@@ -21,8 +21,8 @@ _LOAD = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from flashcore.runtime.cache import KernelCache
-from flashcore.runtime.kernel import Kernel
+from flashcore.jit.cache import KernelCache
+from flashcore.jit.kernel import Kernel
 from tests.runtime_fixtures import TILE
 from tests.toy_kernels import TileConfig
 
@@ -77,9 +77,9 @@ def test_an_import_of_the_dsl_before_does_not_choose_the_target(tmp_path: Path) 
 import sys
 import cutlass.cute
 from pathlib import Path
-from flashcore.runtime.cache import KernelCache
-from flashcore.runtime.inspect import inspect_entry
-from flashcore.runtime.kernel import Kernel
+from flashcore.jit.cache import KernelCache
+from flashcore.jit.inspect import inspect_entry
+from flashcore.jit.kernel import Kernel
 from tests.runtime_fixtures import TILE
 from tests.toy_kernels import TileConfig
 
@@ -146,7 +146,7 @@ def test_driver_too_old_for_every_toolkit(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_missing_disassembler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashcore.runtime.inspect.find_spec", lambda name: None)
+    monkeypatch.setattr("flashcore.jit.inspect.find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(MissingRuntimeError, match="pip install nvidia-cuda-nvdisasm"):
         find_tool("nvdisasm")
@@ -156,8 +156,8 @@ def test_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def absent(family: object) -> None:
         raise ModuleNotFoundError("No module named 'cutlass'", name="cutlass")
 
-    monkeypatch.setattr("flashcore.runtime.kernel.Family.resolve_compiler", absent)
-    from flashcore.runtime.build import build_entry
+    monkeypatch.setattr("flashcore.jit.kernel.Family.resolve_compiler", absent)
+    from flashcore.jit.build import build_entry
     from tests.runtime_fixtures import TARGET
 
     with pytest.raises(MissingRuntimeError, match="needs cutlass, which is not installed"):

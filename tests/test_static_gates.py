@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flashcore.config import dense, paged
-from flashcore.runtime.folder import default_folder
-from flashcore.runtime.gates import (
+from flashcore.jit.folder import default_folder
+from flashcore.jit.gates import (
     GateRow,
     check_kernel,
     check_kernels,
@@ -22,9 +21,11 @@ from flashcore.runtime.gates import (
     format_table,
     violations,
 )
-from flashcore.runtime.inspect import Resources, extract_cubins
-from flashcore.runtime.kernel import COMBINE, DENSE, PAGED, PAGER, PLANNER, Kernel
-from flashcore.runtime.target import detect_target
+from flashcore.jit.inspect import Resources, extract_cubins
+from flashcore.jit.kernel import Kernel
+from flashcore.jit.target import detect_target
+from flashcore.sm90.config import dense, paged
+from flashcore.sm90.families import DENSE, MERGE, PAGED, PAGER, PLANNER
 from tests.runtime_fixtures import CONSTANT, TILE, ConstantConfig, needs_disassembler, needs_dsl
 from tests.toy_kernels import TileConfig
 
@@ -32,7 +33,7 @@ pytestmark = [needs_dsl, needs_disassembler]
 
 
 def test_every_shipped_kernel_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    from flashcore.runtime.shipped import shipped_kernels
+    from flashcore.sm90.shipped import shipped_kernels
 
     kernels = shipped_kernels()
     assert kernels
@@ -183,11 +184,11 @@ def test_a_window_has_one_vote_for_each_masked_copy(
     assert resources.count("BAR.RED") == masked_copies
 
 
-FAMILIES = (DENSE, PAGED, COMBINE, PLANNER, PAGER)
+FAMILIES = (DENSE, PAGED, MERGE, PLANNER, PAGER)
 
 
 def test_shipped_kernels_are_legal_and_distinct() -> None:
-    from flashcore.runtime.shipped import OTHER_PAGED_DIMS, PAGED_DIMS, shipped_kernels
+    from flashcore.sm90.shipped import OTHER_PAGED_DIMS, PAGED_DIMS, shipped_kernels
 
     kernels = shipped_kernels()
     assert len(set(kernels)) == len(kernels)
@@ -199,9 +200,9 @@ def test_shipped_kernels_are_legal_and_distinct() -> None:
     assert plain >= {(t, d, m) for t in dense.DTYPES for d in dense.HEAD_DIMS for m in (0, 1)}
     tiles = {(c.head_dim, c.tile_m) for c in of[PAGED]}
     assert tiles >= {(d, m) for d in PAGED_DIMS for m in (64, 128)}
-    merges = {(c.dtype, c.head_dim) for c in of[COMBINE]}
+    merges = {(c.dtype, c.head_dim) for c in of[MERGE]}
     assert merges >= {(t, d) for t in dense.DTYPES for d in PAGED_DIMS}
-    for configs in (of[PAGED], of[COMBINE]):  # for plans made on the device too
+    for configs in (of[PAGED], of[MERGE]):  # for plans made on the device too
         made = {(c.dtype, c.head_dim) for c in configs if c.device_counts}
         assert made >= {(t, d) for t in dense.DTYPES for d in PAGED_DIMS}
     engines = {(c.head_dim, c.v_head_dim, c.page_tokens) for c in of[PAGED] if c.device_counts}

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from flashcore.runtime.workers import run_all
+from flashcore.jit.workers import run_all
 
 
 def double(number: int) -> int:
@@ -38,7 +38,7 @@ def test_ctrl_c_ends_all_processes_within_two_seconds(tmp_path: Path) -> None:
     places = [str(tmp_path / name) for name in "ab"]
     code = (
         "import sys\nfrom flashcore.cli import main\n"
-        "from flashcore.runtime.workers import run_all\nfrom tests.test_workers import sleep_on\n"
+        "from flashcore.jit.workers import run_all\nfrom tests.test_workers import sleep_on\n"
         "class Home:\n"
         "    add_arguments = staticmethod(lambda parser: None)\n"
         "    run = staticmethod(lambda args: run_all(sleep_on, sys.argv[1:], 2, print, print))\n"
@@ -55,6 +55,7 @@ def test_ctrl_c_ends_all_processes_within_two_seconds(tmp_path: Path) -> None:
         text=True,
         env={**os.environ, "PYTHONPATH": root},
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
     started = time.monotonic()
     while not all(Path(place).exists() and Path(place).read_text() for place in places):
@@ -67,6 +68,12 @@ def test_ctrl_c_ends_all_processes_within_two_seconds(tmp_path: Path) -> None:
     assert (command.returncode, said) == (130, "flashcore compile: interrupted\n")
     for place in places:
         assert not running(int(Path(place).read_text()))
+
+
+def heed_interrupts() -> None:
+    """Whatever these tests run under: a job in the background of a script is started with Ctrl-C
+    ignored, and so are all processes that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def running(pid: int) -> bool:

@@ -12,19 +12,20 @@ import sys
 from pathlib import Path
 
 from flashcore.bench.paged_problems import paged_problems
-from flashcore.config import planner
-from flashcore.config.paged import choose, choose_combine
-from flashcore.runtime.cache import KernelCache
-from flashcore.runtime.kernel import COMBINE, PAGED, Kernel
-from flashcore.runtime.launch_planner import PLANNER
-from flashcore.runtime.prebuild import prebuild
+from flashcore.jit.cache import KernelCache
+from flashcore.jit.kernel import Kernel
+from flashcore.jit.prebuild import prebuild
+from flashcore.sm90.config import planner
+from flashcore.sm90.config.paged import choose, choose_merge
+from flashcore.sm90.families import MERGE, PAGED
+from flashcore.sm90.launch.planner import PLANNER
 
 
 def kernels() -> list[Kernel]:
     """Both tile heights for every workload, both merges, the planner."""
     found = [Kernel(PLANNER, planner.choose(256))]
     for partials in (1, 1000):
-        found.append(Kernel(COMBINE, choose_combine("bf16", 128, False, partials, 1)))
+        found.append(Kernel(MERGE, choose_merge("bf16", 128, False, partials, 1)))
     for p in paged_problems():
         group = p.q_heads // p.kv_heads
         for tile_m in (64, 128):

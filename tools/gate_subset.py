@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flashcore.runtime.cache import KernelCache
-from flashcore.runtime.gates import check_kernels, default_jobs, format_table, representative
-from flashcore.runtime.shipped import shipped_kernels
+from flashcore.jit.cache import KernelCache
+from flashcore.jit.gates import check_kernels, default_jobs, format_table, representative
+from flashcore.sm90.shipped import shipped_kernels
 
 
 def main() -> int:

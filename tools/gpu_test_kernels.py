@@ -27,11 +27,11 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from flashcore.device import Path as DevicePath
-from flashcore.runtime import cache
-from flashcore.runtime.gates import default_jobs
-from flashcore.runtime.kernel import Kernel
-from flashcore.runtime.prebuild import prebuild
+from flashcore.dispatch import Path as DevicePath
+from flashcore.jit import cache
+from flashcore.jit.gates import default_jobs
+from flashcore.jit.kernel import Kernel
+from flashcore.jit.prebuild import prebuild
 
 ROOT = Path(__file__).resolve().parents[1]
 KIT = "benchmarks/sglang_kit.py"
@@ -75,10 +75,13 @@ def _cpu(value: Any) -> Any:
 def note(file: str, tests: list[str]) -> None:
     """Write the kernels that the tests ask for; in a process of its own under `python -O`."""
     import flashcore.reference
-    from flashcore import device, ops
-    from flashcore.pager import device as pager
-    from flashcore.planner import device as planner
-    from flashcore.runtime import launch, launch_paged
+    from flashcore import dispatch, ops
+    from flashcore.sm90 import available
+    from flashcore.sm90 import device_pager as pager
+    from flashcore.sm90 import device_planner as planner
+    from flashcore.sm90.launch import dense as launch
+    from flashcore.sm90.launch import paged as launch_paged
+    from flashcore.sm90.launch import streams
     from tests import compare
 
     if importlib.util.find_spec("sglang") is not None:
@@ -101,9 +104,10 @@ def note(file: str, tests: list[str]) -> None:
         (torch.testing, {"assert_close": pass_over}),
         (compare, {"assert_close": pass_over}),
         (cache, {"_shared": noted}),
-        (launch, {"available": lambda device: (True, ""), "current_device": lambda: None}),
-        *((m, {"lasting_stream": lambda index: 0}) for m in (launch, launch_paged)),
-        *((m, {"device_path": lambda _: DevicePath("hopper", "")}) for m in (device, ops)),
+        (available, {"available": lambda device: (True, "")}),
+        *((m, {"current_device": lambda: None}) for m in (launch, launch_paged)),
+        *((m, {"lasting_stream": lambda index: 0}) for m in (streams, launch_paged)),
+        *((m, {"device_path": lambda _: DevicePath("hopper", "")}) for m in (dispatch, ops)),
         *((m, {"device_path": lambda _: DevicePath("hopper", "")}) for m in (pager, planner)),
         (flashcore.reference, {"attention_reference": no_result}),
         (flashcore.reference, {"paged_attention_reference": no_result}),
@@ -128,18 +132,18 @@ def _load_sglang() -> None:
     from tests.sglang import standins
 
     standins.install()
-    from flashcore.sglang import page_table_kernel
-    from flashcore.sglang.register import register
-    from flashcore.sglang.support import Model
+    from flashcore.integrations.sglang import backend
+    from flashcore.integrations.sglang.register import register
+    from flashcore.serving import page_table_kernel
 
     register()
     import sglang.test.kits.attention_unittest.attention_methods.dense_attention
     import sglang.test.kits.attention_unittest.attention_methods.gdn_attention  # noqa: F401
 
-    def on_gpu(runner: Any, of: Any = Model.of) -> Model:
+    def on_gpu(runner: Any, of: Any = backend.model_of) -> Any:
         return dataclasses.replace(of(runner), device=GPU)
 
-    Model.of = on_gpu  # type: ignore[method-assign]
+    backend.model_of = on_gpu
     page_table_kernel.fill_tables = lambda *arguments: None
 
 

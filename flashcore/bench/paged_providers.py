@@ -89,7 +89,7 @@ def our_call(inputs: PagedInputs, plan: Plan) -> Call:
 
 def _flashcore() -> PagedProvider:
     from flashcore import __version__
-    from flashcore.runtime.launch import available
+    from flashcore.sm90.available import available
 
     usable, reason = available("cuda")
     if not usable:

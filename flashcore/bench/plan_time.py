@@ -31,8 +31,8 @@ def plan_times(machine: Machine, rounds: int) -> list[dict[str, Any]]:
 
 
 def _updates(sequences: int, pages: int, device: str) -> Any:
-    from flashcore.planner.device import DevicePlanner
     from flashcore.planner.device_plan import Capacities
+    from flashcore.sm90.device_planner import DevicePlanner
 
     problem = PagedProblem("", sequences, pages * 128, prefix_tokens=pages // 2 * 128)
     batch = make_batch(problem)

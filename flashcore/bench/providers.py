@@ -63,7 +63,7 @@ def dense_providers() -> tuple[list[Provider], dict[str, str]]:
 
 def _flashcore() -> Provider:
     from flashcore import __version__, attention
-    from flashcore.runtime.launch import available
+    from flashcore.sm90.available import available
 
     usable, reason = available("cuda")
     if not usable:

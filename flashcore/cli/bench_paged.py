@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from flashcore.cli.bench import choose, deliver, head, positive, read_result, refuse
+from flashcore.cli.results import choose, deliver, head, positive, read_result, refuse
 
 if TYPE_CHECKING:
     from flashcore.bench.paged import Machine

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from flashcore.bench.serve.shapes import DEFAULT_SHAPE, SHAPES
 from flashcore.cli import bench_serve_checks
-from flashcore.cli.bench import positive, read_result, refuse
 from flashcore.cli.files import prepare_folder, prepare_output
+from flashcore.cli.results import positive, read_result, refuse
 
 if TYPE_CHECKING:
     from flashcore.bench.serve.engine import EngineOptions

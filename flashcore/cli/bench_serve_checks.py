@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashcore.cli.bench import positive
+from flashcore.cli.results import positive
 
 if TYPE_CHECKING:
     from flashcore.bench.serve.engine import EngineOptions

@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import torch
 
-        from flashcore.runtime.launch import available
+        from flashcore.sm90.available import available
 
         usable, reason = available(args.device)
     except Exception as error:  # torch has several for a device that it does not know or have
@@ -142,7 +142,7 @@ def _run_case(case: Case, seed: int, device: str) -> tuple[str, str]:
     import torch
 
     from flashcore.reference import attention_reference
-    from flashcore.runtime.launch import dense_attention
+    from flashcore.sm90.launch.dense import dense_attention
 
     q, k, v, cu_q, cu_k, longest = _inputs(case, seed, device)
     sinks = torch.randn(case.heads[0], device=q.device) if case.sinks else None
@@ -245,7 +245,7 @@ def _run_graph(device: str) -> tuple[str, str]:
     """Capture a launch in a CUDA graph and replay it on new inputs."""
     import torch
 
-    from flashcore.runtime.launch import dense_attention
+    from flashcore.sm90.launch.dense import dense_attention
 
     q, k, v, _, _, longest = _inputs(Case("graph", ((700, 700),), causal=True), 0, device)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashcore.cli.progress import ProgressBar
-from flashcore.config.dense import DTYPES
-from flashcore.config.paged import PAGE_TOKENS
+from flashcore.sm90.config.dense import DTYPES
+from flashcore.sm90.config.paged import PAGE_TOKENS
 
 if TYPE_CHECKING:
-    from flashcore.runtime.cache import KernelCache
-    from flashcore.runtime.kernel import Kernel
+    from flashcore.jit.cache import KernelCache
+    from flashcore.jit.kernel import Kernel
 
 FEATURES = ("windowed", "softcap", "sinks", "tree")
 
@@ -68,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out: 0 done, 1 a kernel failed, 2 nothing could be done."""
-    from flashcore.runtime.cache import KernelCache
-    from flashcore.runtime.folder import UnsafeCacheError
-    from flashcore.runtime.shipped import shipped_kernels
-    from flashcore.runtime.target import MissingRuntimeError
+    from flashcore.jit.cache import KernelCache
+    from flashcore.jit.folder import UnsafeCacheError
+    from flashcore.jit.target import MissingRuntimeError
+    from flashcore.sm90.shipped import shipped_kernels
 
     try:
         kernels = shipped_kernels() if args.serve is None else _served_kernels(args)
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _served_kernels(args: argparse.Namespace) -> list[Kernel]:
-    from flashcore.sglang.kernels import kernels_for
+    from flashcore.serving.kernels import kernels_for
 
     *shape, v_head_dim = args.serve
     options = dict.fromkeys(args.features, True)
@@ -108,8 +108,8 @@ def _list(cache: KernelCache, kernels: list[Kernel]) -> int:
 
 
 def _compile(cache: KernelCache, kernels: list[Kernel], jobs: int | None) -> int:
-    from flashcore.runtime.gates import default_jobs
-    from flashcore.runtime.prebuild import Built, prebuild
+    from flashcore.jit.gates import default_jobs
+    from flashcore.jit.prebuild import Built, prebuild
 
     started = time.monotonic()
     done = 0
@@ -136,7 +136,7 @@ def _compile(cache: KernelCache, kernels: list[Kernel], jobs: int | None) -> int
 
 
 def _gate(cache: KernelCache, kernels: list[Kernel], jobs: int | None) -> int:
-    from flashcore.runtime.gates import GateRow, check_kernels, default_jobs, format_table
+    from flashcore.jit.gates import GateRow, check_kernels, default_jobs, format_table
 
     done = 0
     with ProgressBar("gate", len(kernels)) as bar:

@@ -30,7 +30,7 @@ def collect() -> dict[str, Any]:
     """versions: package -> version or None; devices: what each is, its path and the reason."""
     import torch
 
-    from flashcore.device import device_path
+    from flashcore.dispatch import device_path
 
     names = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = []

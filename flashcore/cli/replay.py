@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashcore.cli.bench import head
 from flashcore.cli.files import prepare_output, writing
 from flashcore.cli.progress import ProgressBar
+from flashcore.cli.results import head
 
 if TYPE_CHECKING:
     from flashcore.replay.report import ModelShape, Report

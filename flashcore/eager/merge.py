@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from flashcore.planner.work import DIRECT
+from flashcore.contract.work import DIRECT
 
 
 def merge_partials(

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from flashcore.contract.work import DIRECT, Group
 from flashcore.eager import run
 from flashcore.eager.merge import apply_sinks, merge_partials
 from flashcore.eager.run import Rules, Tree, attend_runs, sees_all
 from flashcore.eager.workspace import scratch
-from flashcore.planner.work import DIRECT, Group
 from flashcore.tree import by_depth
 
 KEYS_PER_BATCH = 8192

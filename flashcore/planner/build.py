@@ -8,20 +8,14 @@ from typing import NamedTuple
 import torch
 
 from flashcore import validate
-from flashcore.device import resident_ctas
+from flashcore.contract.reasons import Reason
+from flashcore.contract.work import DIRECT, FIELDS, Group, Work
+from flashcore.dispatch import resident_ctas
 from flashcore.pager.csr import Layout
 from flashcore.planner import chunks, split
-from flashcore.planner.folding import (
-    FOLD_ROWS,
-    Costs,
-    Fold,
-    Folding,
-    Reason,
-    fold_groups,
-)
+from flashcore.planner.folding import FOLD_ROWS, Costs, Fold, Folding, fold_groups
 from flashcore.planner.sharing import Segments, find_segments
 from flashcore.planner.types import Plan
-from flashcore.planner.work import DIRECT, FIELDS, Group, Work
 
 
 def plan(

@@ -8,11 +8,11 @@ from math import prod
 import torch
 
 from flashcore import validate
-from flashcore.config.planner import SCAN_THREADS
+from flashcore.contract.counts import Count, Fault, Stat
+from flashcore.contract.scratch import SCAN_THREADS
+from flashcore.contract.work import FIELDS
 from flashcore.planner import chunks
-from flashcore.planner.counters import Count, Fault, Stat
 from flashcore.planner.types import dims_text, no_launches
-from flashcore.planner.work import FIELDS
 from flashcore.remembered import Remembered
 
 _MOST = validate.INT32_MAX // FIELDS  # rows of a table whose elements are counted in int32
@@ -174,7 +174,7 @@ class DevicePlan:
 
 
 def planned_tensors(c: Capacities, device: torch.device) -> dict[str, torch.Tensor]:
-    """The tensors that an update fills, in the order of `kernels.planner_operands.Plan`."""
+    """The tensors that an update fills, in the order of `sm90.kernels.planner.operands.Plan`."""
 
     return {
         name: torch.zeros(

@@ -18,11 +18,11 @@ prefix, each with it kept and folded.
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Literal, NamedTuple
 
 import torch
 
+from flashcore.contract.reasons import Reason
 from flashcore.planner import split
 from flashcore.planner.sharing import Segments
 
@@ -37,18 +37,6 @@ LEAST_GAIN = split.COST_UNIT * (9 << 19)
 
 FOLD_ROWS = 128
 """Query rows of a block where the plan has not been told its tiles."""
-
-
-class Reason(IntEnum):
-    """Why a group stands as it is; column REASON of Plan.decisions."""
-
-    PRIVATE = 0  # one member: nothing to share
-    KEPT = 1  # shared, and cheaper than reading it again for each child
-    FOLDED = 2  # shared, but its partial results would cost more than reading it again
-    KEPT_LAST = 3  # shared and small, but some member ends with it
-    KEPT_PARTIAL_PAGE = 4  # shared and small, but its last page is not full
-    KEPT_BRANCHING = 5  # shared and small, but a following run is also reached another way
-    KEPT_ALL = 6  # shared; folding was switched off
 
 
 Fold = bool | Literal["always"]

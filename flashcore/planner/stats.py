@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flashcore.planner.folding import Reason
-from flashcore.planner.work import Group
+from flashcore.contract.reasons import Reason
+from flashcore.contract.work import Group
 
 if TYPE_CHECKING:
     from flashcore.planner.types import Plan

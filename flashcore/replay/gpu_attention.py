@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 import flashcore
 from flashcore.bench.graphs import Flusher, Graph, capture, start_sample, time_graphs
 from flashcore.bench.paged import WRONG
 from flashcore.bench.paged_accuracy import relative_distance
-from flashcore.replay.sample import GpuStep
+from flashcore.planner.types import Plan
 
 _ROUNDS = 7
+
+
+class GpuStep(NamedTuple):
+    """One step on a GPU: the arguments of `paged_attention`, and the page table for a peer."""
+
+    q: torch.Tensor
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    plan: Plan
+    page_table: torch.Tensor
+    kv_lens: torch.Tensor
+    q_lens: torch.Tensor
 
 
 class GpuTimer:

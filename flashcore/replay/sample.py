@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -16,21 +16,9 @@ if TYPE_CHECKING:
 
     from flashcore.pager.csr import Layout
     from flashcore.planner.types import Plan
-    from flashcore.replay.gpu_attention import GpuTimer
+    from flashcore.replay.gpu_attention import GpuStep, GpuTimer
 
 Result = TypeVar("Result")
-
-
-class GpuStep(NamedTuple):
-    """One step on a GPU: the arguments of `paged_attention`, and the page table for a peer."""
-
-    q: torch.Tensor
-    k_pages: torch.Tensor
-    v_pages: torch.Tensor
-    plan: Plan
-    page_table: torch.Tensor
-    kv_lens: torch.Tensor
-    q_lens: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +94,8 @@ class StepSampler:
                 )
                 self._add_times(attention_ms, None)
             else:
+                from flashcore.replay.gpu_attention import GpuStep
+
                 step = GpuStep(q, k_pages, v_pages, plan, page_table, lengths, queries)
                 self._time_on_gpu(step)
 

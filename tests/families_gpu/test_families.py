@@ -13,12 +13,10 @@ import pytest
 import torch
 
 from flashcore.cli.main import main
-from flashcore.runtime import launch
+from flashcore.sm90.available import available
 
 pytestmark = [
-    pytest.mark.skipif(
-        not launch.available("cuda")[0], reason=f"no Hopper GPU: {launch.available('cuda')[1]}"
-    ),
+    pytest.mark.skipif(not available("cuda")[0], reason=f"no Hopper GPU: {available('cuda')[1]}"),
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is missing"),
 ]
 MODELS = Path(__file__).parents[1] / "data" / "models"

@@ -10,19 +10,20 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.config.paged import CombineConfig
+from flashcore.contract.counts import Fault
+from flashcore.contract.work import Work
 from flashcore.planner import chunks
-from flashcore.planner.counters import Fault
-from flashcore.planner.work import Work
 from flashcore.reference import paged_attention_reference
-from flashcore.runtime import launch, launch_paged
+from flashcore.sm90.available import available
+from flashcore.sm90.config.paged import MergeConfig
+from flashcore.sm90.launch import paged as launch_paged
 from tests.cases import Batch, hide_unused, picked, prefix_tree
 from tests.compare import assert_close
 from tests.device_plan_cases import assert_same_plan, inputs, planner_for
 from tests.gpu.test_paged_gpu import rules
 
 pytestmark = pytest.mark.skipif(
-    not launch.available("cuda")[0], reason=f"no Hopper GPU: {launch.available('cuda')[1]}"
+    not available("cuda")[0], reason=f"no Hopper GPU: {available('cuda')[1]}"
 )
 
 Results = tuple[torch.Tensor, torch.Tensor]
@@ -212,10 +213,10 @@ def test_any_number_of_warps_merges_to_the_same_bits(
 
             def merge(
                 dtype: str, head_dim: int, sinks: bool, *_: Any, warps: int = warps
-            ) -> CombineConfig:
-                return CombineConfig(dtype, head_dim, sinks, warps, fixed_order=True)
+            ) -> MergeConfig:
+                return MergeConfig(dtype, head_dim, sinks, warps, fixed_order=True)
 
-            with mock.patch.object(launch_paged, "choose_combine", merge):
+            with mock.patch.object(launch_paged, "choose_merge", merge):
                 found.append(attend(batch, rows, tensors, options))
     assert_same_bits(found[1], found[0], rows)
     expected = paged_attention_reference(*tensors, batch.layout, batch.q_lens, **options)

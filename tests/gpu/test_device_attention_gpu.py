@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.config.paged import CombineConfig
-from flashcore.planner.counters import Fault, Stat
+from flashcore.contract.counts import Fault, Stat
 from flashcore.reference import paged_attention_reference
-from flashcore.runtime import launch, launch_paged
+from flashcore.sm90.available import available
+from flashcore.sm90.config.paged import MergeConfig
+from flashcore.sm90.launch import paged as launch_paged
 from tests.cases import Batch, small_scale
 from tests.compare import assert_close
 from tests.device_plan_cases import inputs, planner_for
@@ -22,7 +23,7 @@ from tests.gpu.test_device_plan_gpu import ROWS, padded, random_batch
 from tests.gpu.test_paged_gpu import batch_of, rules
 
 pytestmark = pytest.mark.skipif(
-    not launch.available("cuda")[0], reason=f"no Hopper GPU: {launch.available('cuda')[1]}"
+    not available("cuda")[0], reason=f"no Hopper GPU: {available('cuda')[1]}"
 )
 
 MAX_Q = 640
@@ -42,13 +43,13 @@ def on_gpu(options: dict[str, Any]) -> dict[str, Any]:
 def same_merge(warps: int) -> Any:
     """Both plans' merges with one number of warps a row, which decides the order of their sums."""
 
-    def host(dtype: str, head_dim: int, sinks: bool, *sizes: int) -> CombineConfig:
-        return CombineConfig(dtype, head_dim, sinks, warps)
+    def host(dtype: str, head_dim: int, sinks: bool, *sizes: int) -> MergeConfig:
+        return MergeConfig(dtype, head_dim, sinks, warps)
 
-    def device(dtype: str, head_dim: int, sinks: bool, *sizes: int) -> CombineConfig:
-        return CombineConfig(dtype, head_dim, sinks, warps, device_counts=True)
+    def device(dtype: str, head_dim: int, sinks: bool, *sizes: int) -> MergeConfig:
+        return MergeConfig(dtype, head_dim, sinks, warps, device_counts=True)
 
-    return mock.patch.multiple(launch_paged, choose_combine=host, choose_device_combine=device)
+    return mock.patch.multiple(launch_paged, choose_merge=host, choose_device_merge=device)
 
 
 def attend(

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.pager.counters import Fault
-from flashcore.pager.device import DevicePager
-from flashcore.runtime import launch
+from flashcore.contract.counts import Fault
+from flashcore.sm90.available import available
+from flashcore.sm90.device_pager import DevicePager
 from tests.device_pager_cases import (
     KINDS,
     TokenMap,
@@ -24,7 +24,7 @@ from tests.device_plan_cases import assert_same_plan, assert_same_stats
 from tests.gpu.test_device_plan_gpu import COLUMNS, PAGE_TOKENS, ROWS, padded, random_batch
 
 pytestmark = pytest.mark.skipif(
-    not launch.available("cuda")[0], reason=f"no Hopper GPU: {launch.available('cuda')[1]}"
+    not available("cuda")[0], reason=f"no Hopper GPU: {available('cuda')[1]}"
 )
 
 

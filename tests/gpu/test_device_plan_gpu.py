@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from flashcore.config import planner as lines
+from flashcore.contract import scratch as lines
+from flashcore.contract.counts import Count, Fault
 from flashcore.planner import folding
-from flashcore.planner.counters import Count, Fault
-from flashcore.planner.device import DevicePlanner
 from flashcore.planner.device_plan import Capacities
 from flashcore.planner.folding import Fold
-from flashcore.planner.scratch import PlannerScratch
-from flashcore.runtime import launch
+from flashcore.sm90.available import available
+from flashcore.sm90.device_planner import DevicePlanner
+from flashcore.sm90.planner_scratch import PlannerScratch
 from tests.cases import ABSURD_PAGE, Batch, hide_unused, prefix_tree, small_scale
 from tests.device_plan_cases import (
     assert_same_plan,
@@ -29,7 +29,7 @@ from tests.device_plan_cases import (
 )
 
 pytestmark = pytest.mark.skipif(
-    not launch.available("cuda")[0], reason=f"no Hopper GPU: {launch.available('cuda')[1]}"
+    not available("cuda")[0], reason=f"no Hopper GPU: {available('cuda')[1]}"
 )
 
 ROWS = 64

@@ -11,7 +11,7 @@ import torch
 
 import flashcore
 from flashcore.reference import attention_reference, paged_attention_reference
-from flashcore.runtime import launch
+from flashcore.sm90.available import available
 from tests.cases import Batch, small_scale
 from tests.compare import assert_close
 from tests.device_plan_cases import inputs, planner_for
@@ -27,7 +27,7 @@ from tests.mask_cases import (
 )
 
 pytestmark = pytest.mark.skipif(
-    not launch.available("cuda")[0], reason=f"no Hopper GPU: {launch.available('cuda')[1]}"
+    not available("cuda")[0], reason=f"no Hopper GPU: {available('cuda')[1]}"
 )
 
 BF16 = torch.bfloat16

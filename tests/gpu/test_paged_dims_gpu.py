@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.planner.counters import Count, Fault
+from flashcore.contract.counts import Count, Fault
 from flashcore.reference import paged_attention_reference
-from flashcore.runtime import launch
+from flashcore.sm90.available import available
 from tests.cases import Batch, small_scale
 from tests.compare import assert_close
 from tests.device_plan_cases import inputs, planner_for
@@ -23,7 +23,7 @@ from tests.gpu.test_device_attention_gpu import capacities, on_gpu
 from tests.gpu.test_paged_gpu import batch_of, rules
 
 pytestmark = pytest.mark.skipif(
-    not launch.available("cuda")[0], reason=f"no Hopper GPU: {launch.available('cuda')[1]}"
+    not available("cuda")[0], reason=f"no Hopper GPU: {available('cuda')[1]}"
 )
 
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from flashcore.reference import paged_attention_reference
-from flashcore.runtime import launch
-from flashcore.runtime.launch_paged import paged_attention
+from flashcore.sm90.available import available
+from flashcore.sm90.launch.paged import paged_attention
 from tests.cases import Batch, hide_unused, prefix_tree
 from tests.compare import assert_close
 
 pytestmark = pytest.mark.skipif(
-    not launch.available("cuda")[0], reason=f"no Hopper GPU: {launch.available('cuda')[1]}"
+    not available("cuda")[0], reason=f"no Hopper GPU: {available('cuda')[1]}"
 )
 
 

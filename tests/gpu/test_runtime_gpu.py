@@ -12,10 +12,11 @@ import torch
 
 import flashcore
 import flashcore.reference
-from flashcore.runtime import launch
+from flashcore.sm90.available import available
+from flashcore.sm90.launch import dense as launch
 
 pytestmark = pytest.mark.skipif(
-    not launch.available("cuda")[0], reason=f"no Hopper GPU: {launch.available('cuda')[1]}"
+    not available("cuda")[0], reason=f"no Hopper GPU: {available('cuda')[1]}"
 )
 
 
@@ -270,7 +271,7 @@ def test_second_process_loads_without_the_dsl() -> None:
     attend(q, k, v)  # now in the cache
     code = """
 import sys, torch
-from flashcore.runtime.launch import dense_attention
+from flashcore.sm90.launch.dense import dense_attention
 t = torch.randn(2, 1000, 4, 64, device="cuda", dtype=torch.bfloat16)
 dense_attention(t, t, t, causal=True, scale=0.125, window_left=-1, window_right=-1, softcap=0.0,
     sinks=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, return_lse=False)

@@ -13,21 +13,21 @@ import pytest
 import torch
 
 pytest.importorskip("sglang")
-from flashcore.runtime import launch
+from flashcore.sm90.available import available
 
 pytestmark = pytest.mark.skipif(
-    not launch.available("cuda")[0], reason=f"no Hopper GPU: {launch.available('cuda')[1]}"
+    not available("cuda")[0], reason=f"no Hopper GPU: {available('cuda')[1]}"
 )
-if launch.available("cuda")[0]:
+if available("cuda")[0]:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
     from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-    from flashcore.planner.counters import Seen, Stat
-    from flashcore.runtime.cache import shared_cache
-    from flashcore.sglang import page_table_kernel
-    from flashcore.sglang.capacity import ENVIRONMENT
-    from flashcore.sglang.register import register
-    from flashcore.sglang.support import NotServed
+    from flashcore.contract.counts import Seen, Stat
+    from flashcore.integrations.sglang.register import register
+    from flashcore.jit.cache import shared_cache
+    from flashcore.serving import page_table_kernel
+    from flashcore.serving.capacity import ENVIRONMENT
+    from flashcore.serving.shapes import NotServed
     from tests.compare import assert_close
     from tests.sglang import cases
     from tests.sglang.batches import (
@@ -282,7 +282,9 @@ def test_first_forwards_wait_for_nothing(
 ) -> None:
     """The first forward of each kind loads no kernel and compiles none, and takes what the second
     takes, but for the planner of its kind, which is made."""
-    monkeypatch.setattr("flashcore.sglang.backend.drafts_are_trees", lambda runner: drafts > 0)
+    monkeypatch.setattr(
+        "flashcore.integrations.sglang.backend.drafts_are_trees", lambda runner: drafts > 0
+    )
     options = {**WINDOWS[windows], "draft_tokens": drafts}
     engine = make_engine(
         Setup(64, heads=(8, 2), head_dim=128, dtype=torch.bfloat16, device="cuda", **options)

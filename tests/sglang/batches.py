@@ -22,7 +22,7 @@ from sglang.test.kits.attention_unittest.attention_methods.dense_attention impor
     TinyModelConfig,
 )
 
-from flashcore.sglang.register import NAME
+from flashcore.integrations.sglang.register import NAME
 
 PADDING = 3  # requests that a graph's batch is padded by
 

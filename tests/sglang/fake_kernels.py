@@ -9,23 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from flashcore.device import Path
-from flashcore.runtime.kernel import Kernel
+from flashcore.dispatch import Path
+from flashcore.jit.kernel import Kernel
 
 _SMS = 132
 _STAND_INS: dict[str, dict[str, Any]] = {
     "flashcore.ops": {"device_path": lambda device: Path("hopper", "")},
-    "flashcore.planner.device": {
+    "flashcore.sm90.device_planner": {
         "device_path": lambda device: Path("hopper", ""),
         "_workers": lambda workers, *_: workers or 2 * _SMS,
     },
-    "flashcore.runtime.launch_planner": {"sm_count": lambda device: _SMS},
-    "flashcore.runtime.launch_paged": {
+    "flashcore.sm90.launch.planner": {"sm_count": lambda device: _SMS},
+    "flashcore.sm90.launch.paged": {
         "sm_count": lambda device: _SMS,
         "scheduler_scratch": lambda index: torch.zeros(2, dtype=torch.int32),
         "lasting_stream": lambda index: 0,
     },
-    "flashcore.sglang.planners": {
+    "flashcore.serving.planners": {
         "multiprocessors": lambda device: _SMS,
         "on_kernels": lambda device: True,
     },
@@ -66,10 +66,10 @@ def install(patch: pytest.MonkeyPatch) -> FakeKernels:
         module = importlib.import_module(name)
         for attribute, value in values.items():
             patch.setattr(module, attribute, value)
-    for name in ("launch_planner", "launch_paged"):
-        module = importlib.import_module(f"flashcore.runtime.{name}")
+    for name in ("planner", "paged"):
+        module = importlib.import_module(f"flashcore.sm90.launch.{name}")
         patch.setattr(module, "shared_cache", lambda: fakes)
         patch.setattr(module, "_functions", {})
-    patch.setattr("flashcore.runtime.cache.shared_cache", lambda: fakes)
+    patch.setattr("flashcore.jit.cache.shared_cache", lambda: fakes)
     patch.setattr(torch.cuda, "memory_allocated", lambda device=None: 0)
     return fakes

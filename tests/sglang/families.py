@@ -27,7 +27,7 @@ from sglang.test.kits.attention_unittest.attention_methods.dense_attention impor
     TinyModelConfig,
 )
 
-from flashcore.sglang.register import NAME
+from flashcore.integrations.sglang.register import NAME
 from tests.sglang.batches import Engine, Setup
 
 MODELS = Path(__file__).parents[1] / "data" / "models"

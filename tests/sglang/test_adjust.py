@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from sglang.srt.server_args import ServerArgs
 
-from flashcore.sglang import adjust, hooks, register
-from flashcore.sglang.support import NotServed
+from flashcore.integrations.sglang import adjust, hooks, register
+from flashcore.serving.shapes import NotServed
 from tests.sglang import families
 from tests.sglang.families import arguments, resolved
 

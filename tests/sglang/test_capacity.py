@@ -14,15 +14,17 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from flashcore.config.planner import Slots as PageSlots
-from flashcore.planner.counters import Fault, Seen
-from flashcore.planner.scratch import PlannerScratch
-from flashcore.sglang import capacity
-from flashcore.sglang.capacity import Kind, Limits
-from flashcore.sglang.counters import FaultLog
-from flashcore.sglang.register import register
-from flashcore.sglang.support import Model, NotServed, Shape
-from flashcore.sglang.views import Memory, Need, View
+from flashcore.contract.counts import Fault, Seen
+from flashcore.contract.scratch import Slots as PageSlots
+from flashcore.integrations.sglang.limits import limits_of
+from flashcore.integrations.sglang.register import register
+from flashcore.integrations.sglang.support import OPTIONS
+from flashcore.serving import capacity
+from flashcore.serving.capacity import Kind
+from flashcore.serving.counters import FaultLog
+from flashcore.serving.shapes import Limits, Model, NotServed, Shape
+from flashcore.serving.views import Memory, Need, View
+from flashcore.sm90.planner_scratch import PlannerScratch
 from tests.sglang import cases, fake_kernels
 from tests.sglang.batches import (
     Engine,
@@ -137,7 +139,7 @@ def test_too_much_is_refused_at_start_with_a_way_out(
     monkeypatch.setattr(capacity, "budget", lambda device: SMALL_GPU)
     model, limits, kinds = llama(page_tokens, 4096, 131_072)
     with pytest.raises(NotServed) as raised:
-        capacity.check(model, limits, kinds, 32 << 20)
+        capacity.check(model, limits, kinds, 32 << 20, OPTIONS)
     text = str(raised.value)
     assert "\n" not in text
     assert f"pages of {page_tokens}" in text
@@ -145,33 +147,33 @@ def test_too_much_is_refused_at_start_with_a_way_out(
     assert f"would take {told / 2**20:.0f} MiB (at most 152)" in text
     requests = int(re.search(r"--max-running-requests (\d+)", text).group(1))  # type: ignore[union-attr]
     fewer = replace(limits, batch=requests, graph_batch=min(requests, 512))
-    assert capacity.check(model, fewer, kinds, 32 << 20) <= SMALL_GPU
+    assert capacity.check(model, fewer, kinds, 32 << 20, OPTIONS) <= SMALL_GPU
     found = re.search(r"--context-length (\d+)", text)
     if found:
         shorter = replace(limits, tokens=int(found.group(1)))
-        assert capacity.check(model, shorter, kinds, 32 << 20) <= SMALL_GPU
+        assert capacity.check(model, shorter, kinds, 32 << 20, OPTIONS) <= SMALL_GPU
     monkeypatch.undo()
     if page_tokens == 1:  # more entries than kernels count: no budget helps
         assert capacity.ENVIRONMENT not in text
         return
     need = int(re.search(rf"{capacity.ENVIRONMENT}=(\d+)", text).group(1))  # type: ignore[union-attr]
     monkeypatch.setenv(capacity.ENVIRONMENT, str(need))
-    assert capacity.check(model, limits, kinds, 32 << 20) == told
+    assert capacity.check(model, limits, kinds, 32 << 20, OPTIONS) == told
     monkeypatch.setenv(capacity.ENVIRONMENT, str(need - 1))
     with pytest.raises(NotServed):
-        capacity.check(model, limits, kinds, 32 << 20)
+        capacity.check(model, limits, kinds, 32 << 20, OPTIONS)
     monkeypatch.setenv(capacity.ENVIRONMENT, "4G")
     with pytest.raises(ValueError, match=f"{capacity.ENVIRONMENT} must be a number of MiB, got"):
-        capacity.check(model, limits, kinds, 32 << 20)
+        capacity.check(model, limits, kinds, 32 << 20, OPTIONS)
 
 
 def test_larger_pages_are_offered_where_they_help(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "budget", lambda device: H100 / capacity.BUDGET)
     model, limits, kinds = llama(1, 4096, 131_072)
     with pytest.raises(NotServed, match=r"use --page-size 8 or --max-running-requests \d+ or") as e:
-        capacity.check(model, limits, kinds, 32 << 20)
+        capacity.check(model, limits, kinds, 32 << 20, OPTIONS)
     model = replace(model, page_tokens=8)
-    assert capacity.check(model, limits, kinds, 32 << 20) < H100 / capacity.BUDGET
+    assert capacity.check(model, limits, kinds, 32 << 20, OPTIONS) < H100 / capacity.BUDGET
     assert "--context-length" in str(e.value)
 
 
@@ -185,7 +187,7 @@ def test_larger_pages_are_offered_where_they_help(monkeypatch: pytest.MonkeyPatc
 )
 def test_what_kernels_cannot_count_is_refused(limits: Limits, message: str) -> None:
     with pytest.raises(NotServed, match=message):
-        capacity.check(model_of(1), limits, [Kind(LLAMA, -1, 1000)], 32 << 20)
+        capacity.check(model_of(1), limits, [Kind(LLAMA, -1, 1000)], 32 << 20, OPTIONS)
 
 
 # ---------------------------------------------------------------- what can be asked
@@ -246,16 +248,16 @@ def test_limits_are_the_schedulers(
     )
     for draft_tokens in (0, 5):
         model = model_of(draft_tokens=draft_tokens)
-        limits = Limits.of(runner_of(**changes), model)
+        limits = limits_of(runner_of(**changes), model)
         assert limits.batch == found[0]
         assert limits.queries == found[1] + limits.batch * max(1, draft_tokens)
         assert limits.tokens == 1000
 
 
 def test_graphs_are_counted_as_they_are_captured() -> None:
-    assert Limits.of(runner_of(cuda_graph_config=config([1, 2, 64])), model_of()).graph_batch == 64
-    assert Limits.of(runner_of(cuda_graph_config=config([1, 512])), model_of()).graph_batch == 100
-    assert Limits.of(runner_of(), model_of()).graph_batch == 100
+    assert limits_of(runner_of(cuda_graph_config=config([1, 2, 64])), model_of()).graph_batch == 64
+    assert limits_of(runner_of(cuda_graph_config=config([1, 512])), model_of()).graph_batch == 100
+    assert limits_of(runner_of(), model_of()).graph_batch == 100
 
 
 def test_settings_are_read_where_this_sglang_has_them() -> None:
@@ -277,7 +279,7 @@ def test_batches_padded_beyond_the_pool(
         options = {"heads": (8, 2), "head_dim": 64, "dtype": torch.bfloat16}
 
     def ranks(runner: Any, layers: Any) -> None:
-        from flashcore.sglang import capacity as module
+        from flashcore.serving import capacity as module
 
         monkeypatch.setattr(
             module, "parallel_ranks", lambda runner: SimpleNamespace(attn_tp_size=4)

@@ -11,8 +11,8 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-from flashcore.sglang.register import NAME, register
-from flashcore.sglang.speculation import sequences_of_mask
+from flashcore.integrations.sglang.register import NAME, register
+from flashcore.integrations.sglang.speculation import sequences_of_mask
 from tests.compare import assert_close
 from tests.sglang import cases
 from tests.sglang.batches import (

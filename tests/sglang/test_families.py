@@ -22,8 +22,8 @@ from sglang.srt.model_executor.forward_context import (
     get_token_to_kv_pool,
 )
 
-from flashcore.sglang.register import register
-from flashcore.sglang.support import NotServed
+from flashcore.integrations.sglang.register import register
+from flashcore.serving.shapes import NotServed
 from tests.compare import assert_close
 from tests.sglang import families
 from tests.sglang.batches import Request, expected, make_forward

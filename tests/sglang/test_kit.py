@@ -11,8 +11,8 @@ import pytest
 import torch
 from sglang.test.kits.attention_unittest.attention_methods import gdn_attention
 
-from flashcore.planner.counters import Stat
-from flashcore.sglang.register import NAME, register
+from flashcore.contract.counts import Stat
+from flashcore.integrations.sglang.register import NAME, register
 
 register()
 

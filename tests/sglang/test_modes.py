@@ -9,8 +9,8 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from flashcore.planner.counters import Stat
-from flashcore.sglang.register import register
+from flashcore.contract.counts import Stat
+from flashcore.integrations.sglang.register import register
 from tests.compare import assert_close
 from tests.sglang import cases
 from tests.sglang.batches import (

@@ -8,13 +8,13 @@ from types import ModuleType
 
 import pytest
 
-from flashcore.sglang.planners import (
+from flashcore.serving.planners import (
     PARTIALS_OF_SHARING,
     WORKSPACE_BYTES,
     prefill_fold,
     prefill_tile,
 )
-from flashcore.sglang.support import Shape
+from flashcore.serving.shapes import Shape
 
 
 def load() -> ModuleType:

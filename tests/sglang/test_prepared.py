@@ -12,9 +12,9 @@ from sglang.srt import runtime_context
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from flashcore.runtime.kernel import COMBINE, PAGED, PLANNER
-from flashcore.sglang.register import register
-from flashcore.sglang.speculation import drafts_are_trees
+from flashcore.integrations.sglang.register import register
+from flashcore.integrations.sglang.speculation import drafts_are_trees
+from flashcore.sm90.families import MERGE, PAGED, PLANNER
 from tests.sglang import cases, fake_kernels
 from tests.sglang.batches import Engine, Request, Setup, attend, make_engine, make_forward
 from tests.sglang.fake_kernels import FakeKernels
@@ -57,7 +57,8 @@ def test_no_forward_asks_for_a_kernel_that_is_not_there(
     options: dict[str, Any], feature: str, fakes: FakeKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "flashcore.sglang.backend.drafts_are_trees", lambda runner: "draft_tokens" in options
+        "flashcore.integrations.sglang.backend.drafts_are_trees",
+        lambda runner: "draft_tokens" in options,
     )
     sinks = torch.zeros(8, dtype=torch.bfloat16)
 
@@ -72,7 +73,7 @@ def test_no_forward_asks_for_a_kernel_that_is_not_there(
             runner.model = torch.nn.ModuleList(Parent(layer, sinks) for layer in layers)
 
     engine = engine_of(options, give)
-    assert {k.family for k in fakes.loaded} == {PAGED, COMBINE, PLANNER}
+    assert {k.family for k in fakes.loaded} == {PAGED, MERGE, PLANNER}
     assert set(fakes.compiled) == set(fakes.loaded), "compiled and never launched, or the reverse"
     assert set(fakes.loaded) == set(fakes.calls), "loaded and never launched"
     known = set(fakes.loaded)
@@ -86,7 +87,7 @@ def test_no_forward_asks_for_a_kernel_that_is_not_there(
             attend(engine, forward, **({"sinks": sinks} if feature == "sinks" else {}))
     assert set(fakes.loaded) == known
     launched = {kernel.family for kernel in fakes.calls}
-    assert launched == {PAGED, COMBINE, PLANNER}
+    assert launched == {PAGED, MERGE, PLANNER}
 
 
 def test_which_servers_draft_trees() -> None:
@@ -136,4 +137,4 @@ def test_compiled_forward_on_a_plan_of_the_device(fakes: FakeKernels) -> None:
     compiled = torch.compile(attend, fullgraph=True, dynamic=False, backend="aot_eager")
     outs = compiled(engine, forward)
     assert outs[0].shape == (forward.tokens, 8 * 64)
-    assert {kernel.family for kernel in fakes.calls} == {PAGED, COMBINE}
+    assert {kernel.family for kernel in fakes.calls} == {PAGED, MERGE}

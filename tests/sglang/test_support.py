@@ -16,12 +16,13 @@ import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from flashcore.device import Path as DevicePath
-from flashcore.planner.counters import Fault, Stat
-from flashcore.sglang import counters
-from flashcore.sglang.counters import Counters
-from flashcore.sglang.register import NAME, register
-from flashcore.sglang.support import Model, NotServed, Shape, check_kernels
+from flashcore.contract.counts import Fault, Stat
+from flashcore.dispatch import Path as DevicePath
+from flashcore.integrations.sglang.register import NAME, register
+from flashcore.integrations.sglang.support import check_kernels, model_of
+from flashcore.serving import counters
+from flashcore.serving.counters import Counters
+from flashcore.serving.shapes import Model, NotServed, Shape
 from tests.sglang import cases
 from tests.sglang.batches import Setup, attend, make_engine, make_forward
 
@@ -96,7 +97,7 @@ def test_head_dims_of_the_kernels(
     monkeypatch: pytest.MonkeyPatch, dims: tuple[int, int], reason: str
 ) -> None:
     """Named when the server starts on a GPU; the torch operators of a CPU take any."""
-    monkeypatch.setattr("flashcore.device.device_path", lambda device: DevicePath("hopper", ""))
+    monkeypatch.setattr("flashcore.dispatch.device_path", lambda device: DevicePath("hopper", ""))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     shape = Shape(4, 2, *dims)
     cpu = Model(None, shape, 40, 16, 0, torch.bfloat16, torch.device("cpu"))
@@ -114,7 +115,7 @@ def test_layers_of_two_shapes_of_one_kind() -> None:
     engine.layers[0].sliding_window_size = 40
     engine.layers[0].tp_q_head_num = 8
     with pytest.raises(NotServed, match="different shapes"):
-        Model.of(engine.runner)
+        model_of(engine.runner)
 
 
 def test_counters_tell_what_is_shared(caplog: pytest.LogCaptureFixture) -> None:
@@ -163,6 +164,6 @@ def test_entry_point_registers_without_a_device() -> None:
         "from sglang.srt import server_args as s\n"
         "from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS as b\n"
         "assert s.ATTENTION_BACKEND_CHOICES.count('flashcore') == 1 and 'flashcore' in b\n"
-        "assert 'flashcore.sglang.backend' not in sys.modules\n"
+        "assert 'flashcore.integrations.sglang.backend' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=root)

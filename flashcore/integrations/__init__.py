@@ -1,0 +1,1 @@
+"""Attention backends of other libraries: each translates metadata and no more."""

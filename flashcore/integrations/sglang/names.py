@@ -1,0 +1,3 @@
+"""What SGLang calls this backend."""
+
+NAME = "flashcore"

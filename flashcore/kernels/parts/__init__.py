@@ -1,1 +1,0 @@
-"""The parts a kernel is put together from: loads, pipelines, scheduler, products, softmax, ..."""

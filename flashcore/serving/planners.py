@@ -1,0 +1,231 @@
+"""The plan of a forward: by kernels on Hopper, with torch operators elsewhere; one interface.
+
+    page tables ─► plan ─► every layer's attention
+
+A planner keeps its buffers, so a plan is good until the next one is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+import flashcore
+from flashcore.contract.counts import Seen, Stat
+from flashcore.planner.folding import Fold
+from flashcore.serving import capacity
+from flashcore.serving.capacity import Room
+from flashcore.serving.page_tables import PageTables
+from flashcore.serving.shapes import Model, Shape
+from flashcore.sm90.config.dense import WARPGROUP_ROWS
+from flashcore.sm90.planner_scratch import PlannerScratch
+
+WORKSPACE_BYTES = 128 << 20
+"""Partial results of one attention call: 8128 query tokens of 32 heads of 128, which is a prefix
+tree 27 groups deep under each of 256 sequences."""
+
+PARTIALS_OF_SHARING = 2
+"""Partial results of each new token of a prefill that shares: of the common prefix, of the rest."""
+
+
+class Planner(Protocol):
+    """Plans one kind of layer."""
+
+    tile_m: int
+    room: Room
+
+    def variant(self, tile_m: int, fold: Fold, queries: int) -> Planner:
+        """A planner over the same memory, for up to so many new tokens: a plan of either is good
+        until one of them makes the next."""
+        ...
+
+    def plan(self, tables: PageTables) -> Any:
+        """Plan the batch. Waits for nothing where it may stand in a CUDA graph."""
+        ...
+
+    def attend(
+        self, plan: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rules: Any
+    ) -> torch.Tensor:
+        """`flashcore.paged_attention`; q may have rows beyond the plan's, which come out zero."""
+        ...
+
+    def stats(self) -> torch.Tensor:
+        """int64 [Stat.SIZE] of the last plan, on its device."""
+        ...
+
+    @property
+    def seen(self) -> Sequence[int]:
+        """`contract.counts.Seen` of all plans that are done; the same object always."""
+        ...
+
+
+class TorchPlanner:
+    """`flashcore.plan` on any device. It waits for the device, so no CUDA graph can hold it."""
+
+    seen = (0,) * Seen.SIZE
+
+    def __init__(self, shape: Shape, page_tokens: int, tile_m: int, fold: Fold, room: Room):
+        self.shape, self.page_tokens, self.tile_m, self.fold = shape, page_tokens, tile_m, fold
+        self.room = room
+        self._stats = torch.zeros(Stat.SIZE, dtype=torch.int64)
+
+    def variant(self, tile_m: int, fold: Fold, queries: int) -> TorchPlanner:
+        room = replace(self.room, queries=queries)
+        return TorchPlanner(self.shape, self.page_tokens, tile_m, fold, room)
+
+    def plan(self, tables: PageTables) -> flashcore.Plan:
+        layout = flashcore.layout_from_page_table(
+            tables.pages, tables.seq_lens, page_tokens=self.page_tokens
+        )
+        plan = flashcore.plan(
+            layout,
+            q_lens=tables.q_lens,
+            num_q_heads=self.shape.num_q_heads,
+            num_kv_heads=self.shape.num_kv_heads,
+            head_dim=self.shape.head_dim,
+            v_head_dim=self.shape.v_head_dim,
+            page_tokens=self.page_tokens,
+            tile_m=self.tile_m,
+            fold=self.fold,
+        )
+        found = plan.stats()
+        self._stats[Stat.TOKENS_UNIQUE] = found.tokens_unique
+        self._stats[Stat.TOKENS_ONCE] = found.tokens_once
+        self._stats[Stat.TOKENS_PER_SEQUENCE] = found.tokens_per_sequence
+        self._stats[Stat.NUM_GROUPS] = found.num_groups
+        self._stats[Stat.NUM_FOLDED] = found.num_folded
+        return plan
+
+    def attend(
+        self,
+        plan: flashcore.Plan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        **rules: Any,
+    ) -> torch.Tensor:
+        planned, out = plan.total_q, rules.pop("out", None)
+        for name in ("tree_mask", "tree_positions"):
+            if rules.get(name) is not None:
+                rules[name] = rules[name][:planned]
+        result = flashcore.paged_attention(q[:planned], k, v, plan, **rules)
+        out = q.new_empty(*q.shape[:-1], self.shape.v_head_dim) if out is None else out
+        out[:planned].copy_(result)
+        out[planned:].zero_()
+        return out
+
+    def stats(self) -> torch.Tensor:
+        return self._stats
+
+
+class KernelPlanner:
+    """`flashcore.DevicePlanner`: nothing is awaited, buffers stay where they are."""
+
+    def __init__(self, planner: flashcore.DevicePlanner, room: Room):
+        self._planner, self.room, self.tile_m = planner, room, planner.plan.tile_m
+        self.seen: Sequence[int] = planner.seen
+
+    @staticmethod
+    def of(
+        model: Model,
+        shape: Shape,
+        room: Room,
+        num_pages: int,
+        workspace: torch.Tensor,
+        scratch: PlannerScratch | None,
+    ) -> KernelPlanner:
+        """With tensors for `room`, and scratch of its own if none is given."""
+        planner = flashcore.DevicePlanner(
+            capacity.capacities(room, shape, workspace.numel()),
+            num_pages=num_pages,
+            num_q_heads=shape.num_q_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            v_head_dim=shape.v_head_dim,
+            page_tokens=model.page_tokens,
+            itemsize=model.dtype.itemsize,
+            tile_m=decode_tile(),
+            device=workspace.device,
+            workspace=workspace,
+            scratch=scratch,
+        )
+        return KernelPlanner(planner, room)
+
+    def variant(self, tile_m: int, fold: Fold, queries: int) -> KernelPlanner:
+        planner = self._planner.variant(tile_m=tile_m, fold=fold, max_q=queries)
+        return KernelPlanner(planner, replace(self.room, queries=queries))
+
+    def plan(self, tables: PageTables) -> flashcore.DevicePlan:
+        return self._planner.update(tables.pages, tables.seq_lens, tables.q_lens)
+
+    def attend(
+        self,
+        plan: flashcore.DevicePlan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        **rules: Any,
+    ) -> torch.Tensor:
+        out: torch.Tensor = flashcore.paged_attention(q, k, v, plan, **rules)
+        return out
+
+    def stats(self) -> torch.Tensor:
+        return self._planner.stats()
+
+
+def workspace_for(model: Model, max_q: int) -> int:
+    """fp32 elements for the partial results of every planner: their attention calls never overlap.
+
+    At least twelve partial results for each of `max_q` query tokens, and those of the splits.
+    """
+    elements = WORKSPACE_BYTES // 4
+    for shape in model.shapes:
+        row = shape.num_q_heads * (shape.v_head_dim + 1)
+        # `planner.device_plan.fill_defaults`, for two CTAs of 64 rows an SM or one of 128.
+        splits = 5 * multiprocessors(model.device) * 128
+        elements = max(elements, 12 * max_q * row + splits * (shape.v_head_dim + 1))
+    return elements
+
+
+def on_kernels(device: torch.device) -> bool:
+    """Whether the Hopper kernels plan and attend there; `support` has checked that they can."""
+    return device.type == "cuda"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def decode_tile() -> int:
+    """Query rows of a work item in decode and verify: a sequence by itself has few."""
+    return WARPGROUP_ROWS
+
+
+def prefill_tile(queries: int, batch: int, shape: Shape) -> int:
+    """128 where the sequences' own rows fill it, which halves the reads of K and V; else 64."""
+    rows = queries * (shape.num_q_heads // shape.num_kv_heads)
+    return 2 * WARPGROUP_ROWS if rows >= 96 * batch else WARPGROUP_ROWS
+
+
+def prefill_fold(queries: int, shape: Shape, room: int | None) -> Fold:
+    """What sharing costs decides, group by group, where `room` holds its partial results.
+
+    room: fp32 elements of the workspace, None for as many as are needed. The rule counts row blocks
+    (docs/kernels.md, Folding): sequences whose own rows fill their tiles share nothing, whatever
+    they have in common; those with fewer rows share, which halves their work or better. Where room
+    is short every exact group is given back at once, as the plan would after counting.
+    """
+    if room is None:
+        return True
+    row = shape.num_q_heads * (shape.v_head_dim + 1)
+    return True if PARTIALS_OF_SHARING * queries * row <= room else "always"
+
+
+def prefill_kinds() -> list[tuple[int, Fold]]:
+    """Every tile and folding that `prefill_tile` and `prefill_fold` choose."""
+    folds: tuple[Fold, ...] = (True, "always")
+    return [(tile, fold) for tile in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS) for fold in folds]

@@ -1,0 +1,140 @@
+"""Everything that a forward can need, loaded and launched once before the server serves.
+
+A kernel's first launch loads its module, Triton compiles for each kind of argument, torch loads its
+own kernels one by one: hundreds of milliseconds of a first request. Here each runs on a batch of
+nothing, in planners of their own that are gone afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import flashcore
+from flashcore.jit.kernel import Kernel
+from flashcore.serving import page_tables
+from flashcore.serving.kernels import Kind, Variant
+from flashcore.serving.page_tables import PageTables, Slots
+from flashcore.serving.shapes import Model
+from flashcore.sm90.config import paged
+from flashcore.sm90.families import PAGED, PLANNER
+
+_ROWS = paged.FEW_ROWS + 1  # query tokens whose results one warp each merges; 1: several each
+_ENTRIES = 64  # of a planner for nothing
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """What a kind of layer reads, and where its partial results go.
+
+    k, v: a layer's pools [slots, heads, dim]. req_to_token: as in `page_tables.Slots`. translation:
+    of slots, to this pool's, if any. window: -1 for none. workspace: fp32, of all planners.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    req_to_token: torch.Tensor
+    translation: torch.Tensor | None
+    window: int
+    workspace: torch.Tensor
+
+
+def run_all(model: Model, kind: Kind, cache: Cache, kernels: list[Kernel], tree: bool) -> None:
+    """Launch every kernel that layers of `kind` can ask for; `kernels` as `kernels.wanted`.
+
+    tree: verify forwards have tree masks.
+    """
+    rows = [kernel.config.row_capacity for kernel in kernels if kernel.family is PLANNER]
+    tables = _fill_tables(model, cache, max(1, model.draft_tokens))
+    for capacity in rows:
+        _planner(model, kind, cache, 64, capacity).update(
+            tables.pages, tables.seq_lens, tables.q_lens
+        )
+    tiles = {k.config.tile_m for k in kernels if k.family is PAGED}
+    for tile_m in sorted(tiles):
+        plan = _planner(model, kind, cache, tile_m, min(rows)).update(
+            tables.pages, tables.seq_lens, tables.q_lens
+        )
+        for variant in kind.variants:
+            for with_tree in (False, True) if tree and tile_m == min(tiles) else (False,):
+                for count in (1, _ROWS):
+                    _attend(model, kind, cache, plan, variant, count, with_tree)
+    if tree:
+        _tree_masks(model)
+    if cache.translation is not None:
+        slots = torch.zeros(1, dtype=torch.int64, device=model.device)
+        torch.take(cache.translation, slots, out=cache.translation[slots])  # eager, and in a graph
+
+
+def _planner(
+    model: Model, kind: Kind, cache: Cache, tile_m: int, max_batch: int
+) -> flashcore.DevicePlanner:
+    shape = kind.shape
+    return flashcore.DevicePlanner(
+        flashcore.Capacities(max_batch=max_batch, max_entries=_ENTRIES, max_q=_ENTRIES),
+        num_pages=1,
+        num_q_heads=shape.num_q_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        v_head_dim=shape.v_head_dim,
+        page_tokens=model.page_tokens,
+        itemsize=model.dtype.itemsize,
+        tile_m=tile_m,
+        num_workers=1,
+        device=model.device,
+        workspace=cache.workspace,
+    )
+
+
+def _fill_tables(model: Model, cache: Cache, width: int) -> PageTables:
+    """Tables of one sequence that is not there, by each way of filling them."""
+    one = torch.ones(1, dtype=torch.int64, device=model.device)
+    tables = PageTables.empty(1, width, model.device)
+    for new in (1, one.int()):
+        slots = Slots(cache.req_to_token, one - 1, one, new, 0, 0)
+        page_tables.fill(tables, slots, model.page_tokens, cache.window, cache.translation)
+    return tables
+
+
+def _attend(
+    model: Model,
+    kind: Kind,
+    cache: Cache,
+    plan: Any,
+    variant: Variant,
+    count: int,
+    with_tree: bool,
+) -> None:
+    shape, device = kind.shape, model.device
+    q = torch.zeros(count, shape.num_q_heads, shape.head_dim, dtype=model.dtype, device=device)
+    pages = (-1, model.page_tokens, shape.num_kv_heads)
+    drafts = max(1, model.draft_tokens)
+    sinks = torch.zeros(shape.num_q_heads, dtype=model.dtype, device=device)
+    mask = torch.ones(count, drafts, dtype=torch.bool, device=device)
+    positions = with_tree and cache.window >= 0
+    flashcore.paged_attention(
+        q,
+        cache.k.view(*pages, shape.head_dim),
+        cache.v.view(*pages, shape.v_head_dim),
+        plan,
+        causal=variant.causal,
+        window=(cache.window, 0) if cache.window >= 0 else None,
+        softcap=1.0 if variant.softcap else 0.0,
+        sinks=sinks if variant.sinks else None,
+        tree_mask=mask if with_tree else None,
+        tree_positions=torch.ones(count, dtype=torch.int32, device=device) if positions else None,
+        out=q.new_empty(count, shape.num_q_heads, shape.v_head_dim),
+    )
+
+
+def _tree_masks(model: Model) -> None:
+    """One sequence and one that pads, with a mask over the drafts and one over all keys."""
+    n, device = max(1, model.draft_tokens), model.device
+    lengths = torch.ones(1, dtype=torch.int64, device=device)
+    out = torch.empty(2 * n, n, dtype=torch.bool, device=device)
+    for full in (False, True):
+        mask = torch.ones(n * (n + full), dtype=torch.bool, device=device)
+        page_tables.tree_mask(out, mask, lengths, n, full)
+    torch.sum(out, 1, dtype=torch.int32, out=torch.empty(2 * n, dtype=torch.int32, device=device))

@@ -1,0 +1,1 @@
+"""Compile functions, one for each family: config in, compiled kernel out, no tensors."""

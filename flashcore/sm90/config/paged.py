@@ -1,0 +1,304 @@
+"""Which paged attention kernel runs: one frozen config, one legality predicate, one choice.
+
+`PagedConfig` holds everything that determines the generated code and nothing else, so it is the
+compile key. Imports neither torch nor the DSL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+from flashcore.sm90.config.dense import (
+    DTYPES,
+    HEAD_DIMS,
+    REGISTERS_PER_SM90_SM,
+    SMEM_BYTES_PER_SM90_CTA,
+    WARPGROUP_ROWS,
+    WARPGROUP_THREADS,
+)
+
+DIM_STEP = 8  # columns of a 16-byte copy, which TMA and cp.async take
+LARGEST_DIM = HEAD_DIMS[-1]
+PRODUCT_STEP = 16  # columns of Q and K that one WGMMA takes
+SMEM_BYTES_RESERVED_PER_CTA = 1024
+KV_LOADS = ("tma", "gather")
+LONGEST_GATHERED_PAGE = 8
+"""Page tokens up to which rows are gathered. With a TMA box each, pages of 1 took ten times the
+bound; pages of 16 took 1.029 where gathered rows took 1.032."""
+KV_BYTES_PER_SM = 128 << 10
+"""Stages of K and V of all CTAs of an SM. One CTA alone reads 56 GB/s with its half of them; with
+192 KB, queues in front of the DRAM made it up to 2 % slower."""
+MOST_STAGES = 4
+PAGE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class PagedConfig:
+    """A compiled paged kernel: features, tile, schedule."""
+
+    dtype: str  # "bf16" | "fp16": of q, the pages and out
+    head_dim: int  # columns of q and of the K pages as they are: padding is compiled in
+    v_head_dim: int  # of the V pages, of out and of partial results; at most head_dim
+    page_tokens: int
+    group_size: int  # query heads of one KV head, packed in the rows of a tile
+    num_consumer_warpgroups: int  # 64 packed rows each
+    tile_n: int  # keys of one K/V stage
+    stages: int  # depth of the K and of the V ring
+    kv_load: str = "tma"  # "tma": boxes, one warp | "gather": rows by cp.async, four warps
+    causal: bool = True
+    window: bool = False  # window_left / window_right are read at run time
+    softcap: bool = False
+    sinks: bool = False
+    tree: bool = False  # a tree mask takes the place of causal
+    device_counts: bool = False  # of a plan made on the device: tensors are at capacity
+    rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
+    producer_registers: int = 40
+    consumer_registers: int = 232
+    evict_first: bool = False  # K and V may leave L2 first: decode reads them once
+    ctas_per_sm: int = 1  # resident together, each with its share of registers and shared memory
+
+    @property
+    def tile_m(self) -> int:
+        """Packed query rows of a work item at most."""
+        return WARPGROUP_ROWS * self.num_consumer_warpgroups
+
+    @property
+    def k_columns(self) -> int:
+        """Columns of Q and K tiles in shared memory, those past head_dim zeros."""
+        return tile_columns(self.head_dim)
+
+    @property
+    def v_columns(self) -> int:
+        """Columns of V tiles and of the output accumulator."""
+        return tile_columns(self.v_head_dim)
+
+    @property
+    def k_steps(self) -> int:
+        """Products along head_dim: the padding beyond them is not multiplied."""
+        return -(-self.head_dim // PRODUCT_STEP)
+
+    @property
+    def box_n(self) -> int:
+        """Rows of one TMA box: a page, or a tile where a page is longer."""
+        return min(self.page_tokens, self.tile_n)
+
+    @property
+    def loading_warps(self) -> int:
+        """Warps of the producer warpgroup that copy K and V."""
+        return 4 if self.kv_load == "gather" else 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of one CTA; 1024 covers barriers, the work slot and alignment."""
+        k_row, v_row = 2 * self.k_columns, 2 * self.v_columns
+        kv = self.stages * self.tile_n * (k_row + v_row)
+        return self.tile_m * k_row + kv + 1024
+
+    @property
+    def threads(self) -> int:
+        """Threads of one CTA: a producer warpgroup and the consumers."""
+        return (1 + self.num_consumer_warpgroups) * WARPGROUP_THREADS
+
+
+def tile_columns(dim: int) -> int:
+    """The narrowest tile that holds rows of `dim` columns; `dim` itself where none does.
+
+    The swizzles want whole 32 columns, and the dense kernel's tiles are known to be fast.
+    """
+    return next((columns for columns in HEAD_DIMS if columns >= dim), dim)
+
+
+def unserved_dims(head_dim: int, v_head_dim: int) -> str | None:
+    """Why no paged kernel has these dimensions, or None."""
+    for name, dim in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
+        if dim % DIM_STEP or not DIM_STEP <= dim <= LARGEST_DIM:
+            limits = f"a multiple of {DIM_STEP} from {DIM_STEP} to {LARGEST_DIM}"
+            return f"{name} must be {limits}, got {dim}"
+    if v_head_dim > head_dim:
+        return f"v_head_dim must be at most head_dim ({head_dim}), got {v_head_dim}"
+    return None
+
+
+def illegal_reason(config: PagedConfig) -> str | None:
+    """Why `config` cannot run, or None. The single statement of the constraints."""
+    c = config
+    unserved = unserved_dims(c.head_dim, c.v_head_dim)
+    registers = WARPGROUP_THREADS * (
+        c.producer_registers + c.num_consumer_warpgroups * c.consumer_registers
+    )
+    rules = (
+        (c.dtype in DTYPES, f"dtype {c.dtype!r} is not one of {DTYPES}"),
+        (unserved is None, unserved or ""),
+        (c.page_tokens in PAGE_TOKENS, f"page_tokens {c.page_tokens} is not one of {PAGE_TOKENS}"),
+        (c.num_consumer_warpgroups in (1, 2), "one or two consumer warpgroups"),
+        (c.tile_n % 16 == 0 and 16 <= c.tile_n <= 128, f"tile_n {c.tile_n}: 16 to 128, step 16"),
+        (c.kv_load in KV_LOADS, f"kv_load {c.kv_load!r} is not one of {KV_LOADS}"),
+        (c.tile_n % c.box_n == 0, "tile_n is whole pages, or part of one"),
+        (c.page_tokens % c.box_n == 0, "a page is whole boxes"),
+        (
+            c.tile_n % rows_at_a_time(c.v_columns, c.num_consumer_warpgroups) == 0,
+            f"tile_n {c.tile_n}: the consumers clear rows of V in whole passes",
+        ),
+        (c.stages >= 2, "at least two K/V stages"),
+        (c.group_size >= 1, "at least one query head for each KV head"),
+        (not (c.causal and c.tree), "a tree mask takes the place of causal"),
+        (
+            registers * c.ctas_per_sm <= REGISTERS_PER_SM90_SM,
+            f"{registers} registers exceed 65536 / {c.ctas_per_sm}",
+        ),
+        (
+            c.smem_bytes <= smem_bytes_of_cta(c.ctas_per_sm),
+            f"{c.smem_bytes} bytes of shared memory exceed {smem_bytes_of_cta(c.ctas_per_sm)}",
+        ),
+    )
+    return next((reason for ok, reason in rules if not ok), None)
+
+
+def choose(
+    dtype: str,
+    head_dim: int,
+    page_tokens: int,
+    group_size: int,
+    tile_m: int,
+    *,
+    v_head_dim: int | None = None,
+    causal: bool = True,
+    window: bool = False,
+    softcap: bool = False,
+    sinks: bool = False,
+    tree: bool = False,
+    device_counts: bool = False,
+) -> PagedConfig:
+    """The config for a plan's tile_m; ValueError where there is no kernel.
+
+    v_head_dim: head_dim where not given.
+    """
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    if unserved := unserved_dims(head_dim, v_head_dim):
+        raise ValueError(unserved)
+    if tile_m not in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS):
+        raise ValueError(f"tile_m must be 64 or 128, got {tile_m}")
+    warpgroups = tile_m // WARPGROUP_ROWS
+    ctas = ctas_per_sm(head_dim, tile_m, v_head_dim)
+    kv_load = "gather" if page_tokens <= LONGEST_GATHERED_PAGE else "tma"
+    # Wider tiles have fewer waits, as long as two stages of them are no more than is wanted.
+    key_bytes = 2 * (head_dim + v_head_dim)
+    tile_n = 128 if ctas * 2 * 128 * key_bytes <= KV_BYTES_PER_SM else 64
+    config = PagedConfig(
+        dtype=dtype,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        page_tokens=page_tokens,
+        group_size=group_size,
+        num_consumer_warpgroups=warpgroups,
+        tile_n=tile_n,
+        stages=_stages(kv_load, head_dim, v_head_dim, tile_m, tile_n, ctas),
+        kv_load=kv_load,
+        producer_registers=40 if ctas == 1 else 56,
+        consumer_registers=232 if ctas == 1 else 200,
+        evict_first=tile_m == WARPGROUP_ROWS,
+        ctas_per_sm=ctas,
+        causal=causal and not tree,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        tree=tree,
+        device_counts=device_counts,
+    )
+    reason = illegal_reason(config)
+    if reason is not None:
+        raise ValueError(f"no paged kernel: {reason}")
+    return config
+
+
+def ctas_per_sm(head_dim: int, tile_m: int, v_head_dim: int | None = None) -> int:
+    """CTAs of the chosen kernel that an SM runs at once.
+
+    Two where two stages of 64 keys each fit: while one changes items, the other reads. Measured for
+    head_dim 128 over ten decode batches: 0 to 6 % faster than one CTA of the same rows in all but
+    two; gathered pages of 1 token, 64 x 8192 with 90 % shared: 20 %.
+    """
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    fitting = _fitting_stages(head_dim, v_head_dim, tile_m, 64, ctas=2)
+    return 2 if tile_m == WARPGROUP_ROWS and fitting >= 2 else 1
+
+
+def smem_bytes_of_cta(ctas: int) -> int:
+    """Shared memory that each of `ctas` CTAs of an SM may take."""
+    of_sm = SMEM_BYTES_PER_SM90_CTA + SMEM_BYTES_RESERVED_PER_CTA
+    return of_sm // ctas - SMEM_BYTES_RESERVED_PER_CTA
+
+
+def rows_at_a_time(columns: int, warpgroups: int) -> int:
+    """Rows of a tile that so many warpgroups copy or clear at a time.
+
+    A row's 16-byte vectors go to as many threads as divide both, which each take the same number.
+    """
+    threads = WARPGROUP_THREADS * warpgroups
+    return threads // gcd(columns // DIM_STEP, threads)
+
+
+def _stages(
+    kv_load: str, head_dim: int, v_head_dim: int, tile_m: int, tile_n: int, ctas: int
+) -> int:
+    """Boxes: as many as come nearest to KV_BYTES_PER_SM on their way. Padding is not read, so it
+    counts only where stages must fit. Gathered rows: as many as fit. At least two, at most four.
+    """
+    stages = _fitting_stages(head_dim, v_head_dim, tile_m, tile_n, ctas)
+    if kv_load == "tma":
+        on_the_way = 2 * ctas * tile_n * (head_dim + v_head_dim)
+        stages = min(stages, max(2, round(KV_BYTES_PER_SM / on_the_way)))
+    return min(stages, MOST_STAGES)
+
+
+def _fitting_stages(head_dim: int, v_head_dim: int, tile_m: int, tile_n: int, ctas: int) -> int:
+    """Stages of K and V that fit beside Q into a CTA's share of an SM."""
+    k_row, v_row = 2 * tile_columns(head_dim), 2 * tile_columns(v_head_dim)
+    return (smem_bytes_of_cta(ctas) - 1024 - tile_m * k_row) // (tile_n * (k_row + v_row))
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """A compiled merge kernel."""
+
+    dtype: str  # "bf16" | "fp16": of out
+    head_dim: int  # columns of out and of partial results: v_head_dim where the two differ
+    sinks: bool = False
+    warps_per_row: int = 1  # that share a merge list; 8 where lists are long
+    device_counts: bool = False  # as in `PagedConfig`
+    fixed_order: bool = False  # warps_per_row has no say in the order of a sum
+
+
+LONG_LIST = 8
+"""Partial results per query token from which a list is shared by several warps: one warp walks it
+with four loads in flight."""
+
+
+FEW_ROWS = 256
+"""Query tokens times heads up to which lists of unknown length get several warps each. Splits are
+about two for each worker over all KV heads, so with more rows no list is long: several warps took
+4.6 us less at 32 rows (1 x 131072), 2.3 and 4.1 us more at 1024 and 2048 (32 and 64 x 8192)."""
+
+
+def choose_merge(
+    dtype: str,
+    head_dim: int,
+    sinks: bool,
+    partials: int,
+    total_q: int,
+    batch_invariant: bool = False,
+) -> MergeConfig:
+    """The config for `partials` merge list entries of `total_q` query tokens."""
+    warps = 8 if partials >= LONG_LIST * total_q else 1
+    return MergeConfig(dtype, head_dim, sinks, warps, fixed_order=batch_invariant)
+
+
+def choose_device_merge(
+    dtype: str, head_dim: int, sinks: bool, rows: int, batch_invariant: bool = False
+) -> MergeConfig:
+    """The config for merge lists that only the device knows; `rows`: query tokens x heads."""
+    warps = 8 if rows <= FEW_ROWS else 1
+    return MergeConfig(
+        dtype, head_dim, sinks, warps, device_counts=True, fixed_order=batch_invariant
+    )

@@ -1,0 +1,20 @@
+"""The families of kernels for Hopper: how each is compiled, and what its machine code must hold."""
+
+from __future__ import annotations
+
+from flashcore.jit.kernel import Family
+from flashcore.sm90.config.paged import PagedConfig
+
+
+def _paged_opcodes(config: PagedConfig) -> tuple[str, ...]:
+    """Q is always gathered by LDGSTS; what signals a stage shows how K and V come."""
+    if config.kv_load == "gather":
+        return ("HGMMA", "LDGSTS.E.BYPASS.128", "ARRIVES.LDGSTSBAR")
+    return ("HGMMA", "UTMALDG")
+
+
+DENSE = Family("dense", "flashcore.sm90.compile.dense:compile_dense")
+PAGED = Family("paged", "flashcore.sm90.compile.paged:compile_paged", opcodes_of=_paged_opcodes)
+MERGE = Family("combine", "flashcore.sm90.compile.merge:compile_merge", ("LDG",))
+PLANNER = Family("planner", "flashcore.sm90.compile.planner:compile_planner", ("REDG", "SHFL"))
+PAGER = Family("pager", "flashcore.sm90.compile.pager:compile_pager", ("SHFL",))

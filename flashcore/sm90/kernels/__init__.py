@@ -1,0 +1,1 @@
+"""The kernels. They import the CuTe DSL and never torch."""

@@ -1,0 +1,1 @@
+"""Attention: `dense`, `paged`, and the parts that both are put together from."""

@@ -1,0 +1,1 @@
+"""Dense attention, batched or packed: the kernel, and the parts that it alone has."""

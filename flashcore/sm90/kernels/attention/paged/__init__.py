@@ -1,0 +1,1 @@
+"""Paged attention over a work list: the kernel, and the parts that it alone has."""

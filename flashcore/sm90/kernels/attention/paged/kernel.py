@@ -1,0 +1,541 @@
+"""Paged attention for Hopper over a plan's work list: each run of shared pages is read once.
+
+A producer warp (four where rows are gathered), one or two consumer warpgroups, persistent. A work
+item is a KV run of a group, up to tile_m packed query rows of its members, and one KV head
+(flashcore/contract/work.py); sharing only decides how many rows ride on a run. Every mask but the
+tree's is an interval of keys per row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from flashcore.contract.work import Work
+from flashcore.sm90.config.dense import SMEM_BYTES_PER_SM90_CTA
+from flashcore.sm90.config.paged import PagedConfig, illegal_reason
+from flashcore.sm90.kernels.attention.paged import barriers, gather, nonfinite, pages, work_loop
+from flashcore.sm90.kernels.attention.paged.intervals import (
+    Bounds,
+    Rows,
+    mask_scores,
+    measure_item,
+    place_in_tree,
+    row_interval,
+)
+from flashcore.sm90.kernels.attention.paged.work_loop import SLOT_WORDS, Item, Slot
+from flashcore.sm90.kernels.attention.parts import device_counts as device_plan
+from flashcore.sm90.kernels.attention.parts import matmul, pipelines
+from flashcore.sm90.kernels.attention.parts.consumer import (
+    Fragments,
+    Scale,
+    fragments,
+    here,
+    last_product,
+)
+from flashcore.sm90.kernels.attention.parts.epilogue import store_row
+from flashcore.sm90.kernels.attention.parts.softmax import (
+    LOG2_E,
+    finalize,
+    online_softmax,
+    quad_sum,
+    rescale,
+    soft_cap,
+)
+
+try:
+    from cutlass.memory import SmemAllocator
+except ImportError:  # before 4.8
+    from cutlass.utils import SmemAllocator
+
+
+class Operands(NamedTuple):
+    """Global tensors of a launch."""
+
+    mQ: cute.Tensor  # (total_q, heads, dim)
+    mO: cute.Tensor  # (total_q, heads, v dim)
+    mLSE: cute.Tensor  # fp32 (total_q, heads)
+    mPartialO: cute.Tensor  # fp32 (partial tokens, heads, v dim)
+    mPartialLSE: cute.Tensor  # fp32 (partial tokens, heads)
+    mCols: cute.Tensor  # int32 (entries,)
+    mWork: cute.Tensor  # int32 (items, FIELDS)
+    mTokens: cute.Tensor  # int32 (gathered,): query token
+    mPositions: cute.Tensor  # int32 (gathered,)
+    mQIndex: cute.Tensor | None  # int32 (total_q,): place in its sequence, for the tree mask
+    mTree: cute.Tensor | None  # uint8 (total_q, width)
+    mTreePositions: cute.Tensor | None  # int32 (total_q,), where a window counts from them
+    mSinks: cute.Tensor | None  # fp32 (heads,)
+    mCounter: cute.Tensor  # int32 (2,), zero before and after every launch
+    mCounts: cute.Tensor | None  # int32 (Count.SIZE,) of a plan made on the device
+
+
+class PagedAttention:
+    """Partial or final results of every work item of a plan, for one `PagedConfig`."""
+
+    def __init__(self, config: PagedConfig):
+        reason = illegal_reason(config)
+        if reason is not None:
+            raise ValueError(reason)
+        self.config = config
+        self.dtype = {"bf16": BFloat16, "fp16": Float16}[config.dtype]
+        self.warpgroups = config.num_consumer_warpgroups
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,
+        mKPages: cute.Tensor,  # (pages, page_tokens, kv_heads, dim)
+        mVPages: cute.Tensor,  # (pages, page_tokens, kv_heads, v dim)
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        mPartialO: cute.Tensor,
+        mPartialLSE: cute.Tensor,
+        mCols: cute.Tensor,
+        mWork: cute.Tensor,
+        mTokens: cute.Tensor,
+        mPositions: cute.Tensor,
+        mQIndex: cute.Tensor | None,
+        mTree: cute.Tensor | None,
+        mTreePositions: cute.Tensor | None,
+        mSinks: cute.Tensor | None,
+        mCounter: cute.Tensor,
+        mCounts: cute.Tensor | None,
+        softmax_scale: Float32,
+        softcap: Float32,
+        window_left: Int32,
+        window_right: Int32,
+        num_ctas: Int32,
+        stream,
+    ):
+        c = self.config
+        sQ_l = matmul.smem_layout(self.dtype, c.tile_m, c.k_columns)
+        sK_l = matmul.smem_layout(self.dtype, c.tile_n, c.k_columns, c.stages)
+        sV_l = matmul.smem_layout(self.dtype, c.tile_n, c.v_columns, c.stages)
+        if const_expr(c.kv_load == "tma"):
+            tma_k, gK = pages.page_copy(c, mKPages, sK_l)
+            tma_v, gV = pages.page_copy(c, mVPages, sV_l)
+        else:
+            tma_k, gK, tma_v, gV = None, mKPages, None, mVPages
+        mma_qk = matmul.qk_product(self.dtype, self.warpgroups, c.tile_n)
+        mma_pv = matmul.pv_product(self.dtype, self.warpgroups, c.v_columns)
+
+        @cute.struct
+        class Storage:
+            k_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
+            v_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
+            slot_barriers: cute.struct.MemRange[Int64, 2]
+            slot: cute.struct.MemRange[Int32, SLOT_WORDS]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sQ_l)], 1024]
+            k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sK_l)], 1024]
+            v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sV_l)], 1024]
+
+        assert Storage.size_in_bytes() <= SMEM_BYTES_PER_SM90_CTA
+        self.Storage = Storage
+        operands = Operands(
+            mQ, mO, mLSE, mPartialO, mPartialLSE, mCols, mWork, mTokens, mPositions, mQIndex,
+            mTree, mTreePositions, mSinks, mCounter, mCounts,
+        )  # fmt: skip
+        self.kernel(
+            tma_k, gK, tma_v, gV, operands, softmax_scale, softcap,
+            Bounds(window_left, window_right), sQ_l, sK_l, sV_l, mma_qk, mma_pv,
+        ).launch(
+            grid=[num_ctas, 1, 1],
+            block=[c.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=c.ctas_per_sm,
+            preferred_smem_carveout=100,  # left open, the DSL would ask a device for it
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_k: cute.CopyAtom | None,
+        gK: cute.Tensor,
+        tma_v: cute.CopyAtom | None,
+        gV: cute.Tensor,
+        m: Operands,
+        softmax_scale: Float32,
+        softcap: Float32,
+        window: Bounds,
+        sQ_l: cute.ComposedLayout,
+        sK_l: cute.ComposedLayout,
+        sV_l: cute.ComposedLayout,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+    ):
+        c = self.config
+        tidx, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if const_expr(c.kv_load == "tma"):
+            if warp == 0:
+                cpasync.prefetch_descriptor(tma_k)
+                cpasync.prefetch_descriptor(tma_v)
+            # The first item is on its way while the barriers are made.
+            words = work_loop.work_row(m.mWork, cute.arch.block_idx()[0])
+        storage = SmemAllocator().allocate(self.Storage)
+        sQ = storage.q.get_tensor(sQ_l.outer, swizzle=sQ_l.inner)
+        sK = storage.k.get_tensor(sK_l.outer, swizzle=sK_l.inner)
+        sV = storage.v.get_tensor(sV_l.outer, swizzle=sV_l.inner)
+        slot_barriers = storage.slot_barriers.data_ptr()
+        slot = Slot(
+            storage.slot.get_tensor(cute.make_layout(SLOT_WORDS)), slot_barriers, slot_barriers + 1
+        )
+        warps = 4 * self.warpgroups
+        if const_expr(c.kv_load == "tma"):
+            # Of a whole stage: TMA counts the zeros that it fills in too.
+            k_bytes, v_bytes = (
+                cute.size_in_bytes(self.dtype, cute.select(layout, mode=[0, 1]))
+                for layout in (sK_l, sV_l)
+            )
+            ring_k, ring_v = (
+                pipelines.tma_ring(barriers.data_ptr(), c.stages, stage_bytes, warps)
+                for barriers, stage_bytes in (
+                    (storage.k_barriers, k_bytes),
+                    (storage.v_barriers, v_bytes),
+                )
+            )
+            readers = warps
+        else:
+            ring_k, ring_v = (
+                pipelines.gather_ring(barriers.data_ptr(), c.stages, warps)
+                for barriers in (storage.k_barriers, storage.v_barriers)
+            )
+            readers = warps + c.loading_warps
+            self.clear_padding(sK, sV, tidx)
+        if warp == 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_init(slot.full, 1)
+                cute.arch.mbarrier_init(slot.empty, 32 * readers)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        # The merge takes the place of CTAs that are done, and waits there for all of them.
+        cute.arch.griddepcontrol_launch_dependents()
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(c.producer_registers)
+            if const_expr(c.kv_load == "gather"):
+                k_stages = gather.Stages(sK.iterator.toint(), gather.byte_layout(sK_l))
+                v_stages = gather.Stages(sV.iterator.toint(), gather.byte_layout(sV_l))
+                gather.produce(c, gK, gV, k_stages, v_stages, ring_k, ring_v, slot, m, window, warp)
+            elif warp == 0:
+                self.produce(tma_k, gK, tma_v, gV, sK, sV, ring_k, ring_v, slot, m, window, words)
+        else:
+            cute.arch.setmaxregister_increase(c.consumer_registers)
+            self.consume(
+                m, sQ, sK, sV, ring_k, ring_v, slot, softmax_scale, softcap, window, mma_qk,
+                mma_pv, tidx - 128,
+            )  # fmt: skip
+
+    @cute.jit
+    def clear_padding(self, sK: cute.Tensor, sV: cute.Tensor, tidx: Int32):
+        """Zero the columns that gathered rows leave, before the CTA's first barrier."""
+        c = self.config
+        for sKV, dim in ((sK, c.head_dim), (sV, c.v_head_dim)):
+            if const_expr(cute.size(sKV, mode=[1]) > dim):
+                pages.clear_padding(sKV, dim, tidx, c.threads)
+                cute.arch.fence_proxy("async.shared", space="cta")
+
+    @cute.jit
+    def produce(
+        self,
+        tma_k: cute.CopyAtom,
+        gK: cute.Tensor,
+        tma_v: cute.CopyAtom,
+        gV: cute.Tensor,
+        sK: cute.Tensor,
+        sV: cute.Tensor,
+        ring_k,
+        ring_v,
+        slot: Slot,
+        m: Operands,
+        window: Bounds,
+        words: cute.Tensor,  # row of the work list at the CTA's place in the grid
+    ):
+        """The producer warp: draw items, publish them, keep the rings full."""
+        c = self.config
+        k_state = pipelines.producer_state(c.stages)
+        v_state = pipelines.producer_state(c.stages)
+        index, _, _ = cute.arch.block_idx()
+        num_items = device_plan.count_items(c, m)
+        slot_phase = Int32(1)
+        while index < num_items:
+            entry, num_tokens = words[int(Work.ENTRY)], words[int(Work.NUM_TOKENS)]
+            last_entry = entry + (num_tokens - 1) // c.page_tokens
+            # On its way while the item is measured: most items begin with their run's last tile.
+            guess = (num_tokens - 1) // c.tile_n
+            ids = pages.tile_pages(c, m.mCols, entry, last_entry, guess)
+            item = measure_item(
+                c, words, Work, m.mPositions, m.mTokens, m.mQIndex, m.mTreePositions, window
+            )
+            work_loop.publish_item(slot, slot_phase, item)
+            slot_phase ^= 1
+            if item.end > item.first:
+                k_pages = pages.head_pages(c, tma_k, gK, sK, item.kv_head)
+                v_pages = pages.head_pages(c, tma_v, gV, sV, item.kv_head)
+                # K runs a tile ahead of V: the consumers need K of tile n - 1 before V of n.
+                last = item.end - 1
+                if last != guess:
+                    ids = pages.tile_pages(c, m.mCols, entry, last_entry, last)
+                ahead = pages.tile_pages(c, m.mCols, entry, last_entry, max(last - 1, 0))
+                pages.load_tile(c, k_pages, ids, last, ring_k, k_state)
+                k_state.advance()
+                for i in cutlass.range(last - item.first, unroll=1):
+                    n = last - i
+                    below = ahead
+                    ahead = pages.tile_pages(c, m.mCols, entry, last_entry, max(n - 2, 0))
+                    pages.load_tile(c, k_pages, below, n - 1, ring_k, k_state)
+                    k_state.advance()
+                    pages.load_tile(c, v_pages, ids, n, ring_v, v_state)
+                    v_state.advance()
+                    ids = below
+                pages.load_tile(c, v_pages, ids, item.first, ring_v, v_state)
+                v_state.advance()
+            index = work_loop.next_item(index, m.mCounter)
+            work_loop.read_row(m.mWork, min(index, num_items - 1), words)
+        work_loop.publish_end(slot, slot_phase)
+        work_loop.reset_counter(m.mCounter)
+        ring_k.producer_tail(k_state)
+        ring_v.producer_tail(v_state)
+
+    @cute.jit
+    def consume(
+        self,
+        m: Operands,
+        sQ: cute.Tensor,
+        sK: cute.Tensor,
+        sV: cute.Tensor,
+        ring_k,
+        ring_v,
+        slot: Slot,
+        softmax_scale: Float32,
+        softcap: Float32,
+        window: Bounds,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+        tid: Int32,
+    ):
+        """A consumer warpgroup: 64 packed rows of every item, from scores to stores."""
+        c = self.config
+        wg = cute.arch.make_warp_uniform(tid // 128)
+        frag = fragments(c, self.dtype, mma_qk, mma_pv, sQ, sK, sV, wg)
+        if const_expr(c.softcap):
+            scale = Scale(softcap * LOG2_E, softmax_scale / softcap)
+        else:
+            scale = Scale(softmax_scale * LOG2_E, Float32(0.0))
+        lane = tid % 32
+        thread_row = tid // 32 * 16 + lane // 4
+        column = 2 * (lane % 4)
+        k_state = pipelines.consumer_state(c.stages)
+        v_state = pipelines.consumer_state(c.stages)
+        pipelines.first_turn(wg, self.warpgroups)
+        slot_phase = Int32(0)
+        item = work_loop.await_item(slot, slot_phase)
+        while item.valid >= 0:
+            slot_phase ^= 1
+            rows = self.row_intervals(m, item, window, thread_row)
+            frag.accO.fill(0.0)
+            frag.row_max.fill(-Float32.inf)
+            frag.row_sum.fill(0.0)
+            if item.end > item.first:
+                self.load_queries(m, item, sQ, wg, tid)
+                last = item.end - 1
+                self.first_tile(
+                    frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
+                    column,
+                )  # fmt: skip
+                k_state.advance()
+                masked_end = min(last, max(item.first, item.full_high))
+                plain_end = min(masked_end, max(item.first, item.full_low))
+                for i in cutlass.range(last - masked_end, unroll=1):
+                    self.tile(
+                        frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
+                        column, last - 1 - i, True,
+                    )  # fmt: skip
+                    k_state.advance()
+                    v_state.advance()
+                for _ in cutlass.range(masked_end - plain_end, unroll=1):
+                    self.tile(
+                        frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
+                        column, 0, False,
+                    )  # fmt: skip
+                    k_state.advance()
+                    v_state.advance()
+                if const_expr(c.window):
+                    for i in cutlass.range(plain_end - item.first, unroll=1):
+                        self.tile(
+                            frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid,
+                            item, column, plain_end - 1 - i, True,
+                        )  # fmt: skip
+                        k_state.advance()
+                        v_state.advance()
+                last_product(frag, ring_v, v_state)
+                v_state.advance()
+            self.store(frag, m, item, rows, thread_row, lane, scale)
+            item = work_loop.await_item(slot, slot_phase)
+
+    @cute.jit
+    def row_intervals(self, m: Operands, item: Item, window: Bounds, thread_row: Int32) -> Rows:
+        """Intervals of this thread's two rows."""
+        c = self.config
+        low, high, token, first_new = (cute.make_rmem_tensor(2, Int32) for _ in range(4))
+        for r in cutlass.range_constexpr(2):
+            row = thread_row + 8 * r
+            there = row < item.num_rows
+            gathered = (item.row_begin + (row if there else Int32(0))) // c.group_size
+            position = m.mPositions[gathered] - item.kv_offset
+            token[r] = m.mTokens[gathered]
+            first_new[r] = Int32(0)
+            if const_expr(c.tree):
+                first_new[r], position = place_in_tree(
+                    c, position, token[r], m.mQIndex, m.mTreePositions
+                )
+            low[r], high[r] = row_interval(c, position, first_new[r], item.num_tokens, window)
+        return Rows(low, high, token, first_new)
+
+    @cute.jit
+    def load_queries(self, m: Operands, item: Item, sQ: cute.Tensor, wg: Int32, tid: Int32):
+        """Gather this warpgroup's rows of Q; its last products have been waited for."""
+        barriers.sync_warpgroup(wg)
+        if const_expr(self.config.window and self.config.k_columns == 256):
+            tid = here(tid)  # no register is left to keep addresses in from item to item
+        pages.gather_queries(
+            self.config, m.mQ, m.mTokens, sQ, item.kv_head, item.row_begin, item.num_rows, wg * 64,
+            tid % 128,
+        )  # fmt: skip
+        cute.arch.cp_async_commit_group()
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        barriers.sync_warpgroup(wg)
+
+    @cute.jit
+    def first_tile(
+        self, frag: Fragments, rows: Rows, m: Operands, scale: Scale, sV: cute.Tensor, ring_k,
+        k_state, ring_v, v_state, wg: Int32, tid: Int32, item: Item, column: Int32,
+    ):  # fmt: skip
+        """Scores and softmax of the item's last tile: always masked, nothing to rescale."""
+        pipelines.await_stage(ring_k, k_state)
+        pipelines.take_turn(wg, self.warpgroups)
+        accS = cute.make_rmem_tensor(frag.layout_s, Float32)
+        tSrK = frag.tSrK[None, None, None, k_state.index]
+        matmul.issue(frag.mma_qk, accS, frag.tSrQ, tSrK, True, self.config.k_steps)
+        pipelines.pass_turn(wg, self.warpgroups)
+        warpgroup.wait_group(0)
+        ring_k.consumer_release(k_state)
+        n = item.end - 1
+        self.softmax(frag, rows, m, scale, accS, column + n * self.config.tile_n, True, True)
+        matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
+        self.clear_unseen(frag, rows, m, sV, ring_v, v_state, item, column, n, tid)
+
+    @cute.jit
+    def tile(
+        self, frag: Fragments, rows: Rows, m: Operands, scale: Scale, sV: cute.Tensor, ring_k,
+        k_state, ring_v, v_state, wg: Int32, tid: Int32, item: Item, column: Int32, n: Int32,
+        masked: cutlass.Constexpr[bool],
+    ):  # fmt: skip
+        """QK of tile n in flight with PV of the tile before it; then softmax of tile n."""
+        pipelines.await_stage(ring_k, k_state)
+        pipelines.take_turn(wg, self.warpgroups)
+        # A fresh accumulator for each tile: with a reused one ptxas serialises every product.
+        accS = cute.make_rmem_tensor(frag.layout_s, Float32)
+        tSrK = frag.tSrK[None, None, None, k_state.index]
+        matmul.issue(frag.mma_qk, accS, frag.tSrQ, tSrK, True, self.config.k_steps)
+        pipelines.await_stage(ring_v, v_state)
+        tOrV = frag.tOrV[None, None, None, v_state.index]
+        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
+        pipelines.pass_turn(wg, self.warpgroups)
+        warpgroup.wait_group(1)
+        ring_k.consumer_release(k_state)
+        key = column + n * self.config.tile_n
+        moved = self.softmax(frag, rows, m, scale, accS, key, masked, False)
+        warpgroup.wait_group(0)
+        ring_v.consumer_release(v_state)
+        matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
+        if moved:
+            rescale(matmul.acc_rows_cols(frag.accO), frag.alpha)
+        if const_expr(masked):
+            following = v_state.clone()
+            following.advance()
+            self.clear_unseen(frag, rows, m, sV, ring_v, following, item, column, n, tid)
+
+    @cute.jit
+    def clear_unseen(
+        self, frag: Fragments, rows: Rows, m: Operands, sV: cute.Tensor, ring_v, v_state,
+        item: Item, column: Int32, n: Int32, tid: Int32,
+    ):  # fmt: skip
+        """Zero what no row of the item sees of V tile n, and with a window what is not finite and
+        not every row sees; all consumers take part, with nothing in flight."""
+        c = self.config
+        begin, end = item.low - n * c.tile_n, item.high - n * c.tile_n
+        if const_expr(c.window):
+            all_low, all_high = item.all_low - n * c.tile_n, item.all_high - n * c.tile_n
+            seen = nonfinite.Seen(begin, end, all_low, all_high)
+            if all_low > 0 or all_high < c.tile_n:
+                pipelines.await_stage(ring_v, v_state)
+                stage = sV[None, None, v_state.index]
+                nonfinite.clear(c, frag.accO, rows, m.mTree, stage, seen, n * c.tile_n, column, tid)
+        elif begin > 0 or end < c.tile_n:
+            pipelines.await_stage(ring_v, v_state)
+            pages.clear_rows(c, sV[None, None, v_state.index], begin, end, tid)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            barriers.sync_consumers(self.warpgroups)
+
+    @cute.jit
+    def softmax(
+        self, frag: Fragments, rows: Rows, m: Operands, scale: Scale, accS: cute.Tensor, key: Int32,
+        masked: cutlass.Constexpr[bool], first: cutlass.Constexpr[bool],
+    ):  # fmt: skip
+        """Cap, mask and exponentiate a tile of scores in place."""
+        c = self.config
+        scores = matmul.acc_rows_cols(accS)
+        if const_expr(c.softcap):
+            soft_cap(scores, scale.cap_factor)
+        if const_expr(masked):
+            mask_scores(c, scores, rows, m.mTree, key)
+        return online_softmax(
+            scores, frag.row_max, frag.row_sum, frag.alpha, scale.log2, first, c.rescale_log2
+        )
+
+    @cute.jit
+    def store(
+        self, frag: Fragments, m: Operands, item: Item, rows: Rows, thread_row: Int32, lane: Int32,
+        scale: Scale,
+    ):  # fmt: skip
+        """Normalise this thread's two rows; write them to the output or to the partial results."""
+        c = self.config
+        out = matmul.acc_rows_cols(frag.accO)
+        columns = const_expr((c.v_head_dim + 31) // 32 * 8)  # of a thread: what `store_row` takes
+        for r in cutlass.range_constexpr(2):
+            row = thread_row + 8 * r
+            packed = item.row_begin + row
+            head = item.kv_head * c.group_size + packed % c.group_size
+            there = row < item.num_rows
+            total = quad_sum(frag.row_sum[r])
+            if item.partial < 0:
+                sink = Float32(0.0)
+                if const_expr(c.sinks):
+                    sink = m.mSinks[head]
+                factor, lse = finalize(frag.row_max[r], total, scale.log2, sink, c.sinks)
+                rO = cute.make_rmem_tensor(columns, self.dtype)
+                for col in cutlass.range_constexpr(columns):
+                    rO[col] = (out[r, col] * factor).to(self.dtype)
+                token = rows.token[r]
+                store_row(cute.recast_tensor(rO, Int32), m.mO[token, head, None], lane % 4, there)
+                if there and lane % 4 == 0:
+                    m.mLSE[token, head] = lse
+            else:
+                factor, lse = finalize(frag.row_max[r], total, scale.log2, Float32(0.0), False)
+                first = item.row_begin // c.group_size
+                partial = item.partial + packed // c.group_size - first
+                if there:
+                    mRow = m.mPartialO[partial, head, None]
+                    for col in cutlass.range_constexpr(0, c.v_head_dim // 4, 2):
+                        pair = cute.make_rmem_tensor(2, Float32)
+                        pair[0], pair[1] = out[r, col] * factor, out[r, col + 1] * factor
+                        at = (mRow.iterator + (4 * col + 2 * (lane % 4))).align(8)
+                        cute.autovec_copy(pair, cute.make_tensor(at, cute.make_layout(2)))
+                    if lane % 4 == 0:
+                        m.mPartialLSE[partial, head] = lse

@@ -1,0 +1,1 @@
+"""Parts of both attention kernels: pipelines, products, softmax, consumer schedule, epilogue."""

@@ -1,0 +1,230 @@
+"""The planner's kernels, chained on one stream.
+
+    layout ─► claim ─► link ─► groups ─► lists
+     grid     grid     grid     grid     grid
+    (adopt)  (then compare, count, for batch-invariant plans)
+
+Each is started while the one before it runs, and waits for that one's end.
+
+All sizes but the batch are capacities; what is there is counted on the device, so one captured
+graph serves any page tables, lengths and sharing.
+"""
+
+from __future__ import annotations
+
+import cutlass.cute as cute
+from cutlass import Int32, Int64, const_expr
+
+from flashcore.contract.counts import Count, Stat
+from flashcore.contract.scratch import SCAN_THREADS, Tiles
+from flashcore.sm90.config.planner import ENTRY_THREADS, GROUP_THREADS, PlannerConfig
+from flashcore.sm90.kernels.planner.adopt import adopt_layout
+from flashcore.sm90.kernels.planner.block import Shared, scan_memory, shared_memory
+from flashcore.sm90.kernels.planner.emit import emit_gathered, emit_merge, emit_tokens, emit_work
+from flashcore.sm90.kernels.planner.groups import find_groups, unshare
+from flashcore.sm90.kernels.planner.layout import build_layout
+from flashcore.sm90.kernels.planner.operands import Plan, Problem, Scratch, Source
+from flashcore.sm90.kernels.planner.owners import compare_chunks, count_chunks
+from flashcore.sm90.kernels.planner.sharing import (
+    await_count,
+    claim_pages,
+    mark_breaks,
+    next_stamp,
+    number_segments,
+    publish_count,
+)
+from flashcore.sm90.kernels.planner.table import cut, place_items, place_members, place_results
+
+try:
+    from cutlass.memory import SmemAllocator
+except ImportError:  # before 4.8
+    from cutlass.utils import SmemAllocator
+
+
+class Planner:
+    """The plan of one batch, for one `PlannerConfig`."""
+
+    def __init__(self, config: PlannerConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(
+        self,
+        mTable: cute.Tensor | None,  # (batch, max_pages)
+        mSeqLens: cute.Tensor | None,  # (batch,)
+        mQLens: cute.Tensor,  # (batch,)
+        source: Source | None,  # in place of the first two
+        plan: Plan,
+        scratch: Scratch,
+        problem: Problem,
+        num_sms: Int32,
+        stream,
+    ):
+        entries = plan.mCols.shape[0]
+        scans = cute.ceil_div(entries, SCAN_THREADS)
+        scans = scans if scans < num_sms else num_sms
+        visits = cute.ceil_div(entries, ENTRY_THREADS)
+        visits = visits if visits < 8 * num_sms else 8 * num_sms
+        first = {"block": [SCAN_THREADS, 1, 1], "stream": stream}
+        visit = {"block": [ENTRY_THREADS, 1, 1], "stream": stream, "use_pdl": True}
+        if const_expr(self.config.from_layout):
+            self.adopt(mQLens, source, plan, scratch).launch(grid=[scans, 1, 1], **first)
+        else:
+            self.layout(mTable, mSeqLens, mQLens, plan, scratch, problem).launch(
+                grid=[scans, 1, 1], **first
+            )
+        self.claim(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
+        if const_expr(self.config.chunks):
+            self.compare(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
+            self.count(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
+        self.link(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
+        tiles = cute.ceil_div(entries, GROUP_THREADS)
+        tiles = tiles if tiles < num_sms else num_sms
+        tile = {"block": [GROUP_THREADS, 1, 1], "stream": stream, "use_pdl": True}
+        # Told that one CTA on an SM will do, ptxas takes the registers that it needs.
+        roomy = {"min_blocks_per_mp": 1}
+        self.groups(mQLens, plan, scratch, problem).launch(grid=[tiles, 1, 1], **tile, **roomy)
+        self.lists(mQLens, plan, scratch, problem).launch(grid=[num_sms, 4, 1], **visit, **roomy)
+
+    @cute.kernel
+    def layout(
+        self,
+        mTable: cute.Tensor,
+        mSeqLens: cute.Tensor,
+        mQLens: cute.Tensor,
+        plan: Plan,
+        scratch: Scratch,
+        problem: Problem,
+    ):
+        smem = SmemAllocator()
+        sums = scan_memory(smem, SCAN_THREADS)
+        ends = smem.allocate_tensor(
+            Int32, cute.make_layout(const_expr(self.config.row_capacity + 1))
+        )
+        cute.arch.griddepcontrol_launch_dependents()
+        build_layout(mTable, mSeqLens, mQLens, plan, scratch, problem, ends, sums)
+
+    @cute.kernel
+    def adopt(self, mQLens: cute.Tensor, source: Source, plan: Plan, scratch: Scratch):
+        sums = scan_memory(SmemAllocator(), SCAN_THREADS)
+        cute.arch.griddepcontrol_launch_dependents()
+        adopt_layout(mQLens, source, plan, scratch, sums)
+
+    @cute.kernel
+    def claim(self, plan: Plan, scratch: Scratch, problem: Problem):
+        self.take_over()
+        claim_pages(plan, scratch, problem, self.config.chunks)
+
+    @cute.kernel
+    def compare(self, plan: Plan, scratch: Scratch, problem: Problem):
+        self.take_over()
+        compare_chunks(plan, scratch, problem)
+
+    @cute.kernel
+    def count(self, plan: Plan, scratch: Scratch, problem: Problem):
+        self.take_over()
+        count_chunks(plan, scratch, problem)
+
+    @cute.kernel
+    def link(self, plan: Plan, scratch: Scratch, problem: Problem):
+        self.take_over()
+        warps = const_expr(ENTRY_THREADS // 32)
+        wide = SmemAllocator().allocate_tensor(Int64, cute.make_layout(warps))
+        mark_breaks(plan, scratch, problem, wide, self.config.chunks)
+
+    @cute.kernel
+    def groups(self, mQLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
+        """All CTAs number the segments. The last to be done finds and cuts the groups, then the
+        last three place everything side by side. Nobody waits for a CTA that may not run yet."""
+        self.take_over()
+        tid, _, _ = cute.arch.thread_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        shared = shared_memory(SmemAllocator())
+        stamp = next_stamp(scratch)
+        number_segments(plan, scratch, shared.sums)
+        role = self.role(scratch, shared)
+        ready = scratch.mTiles.iterator + (Tiles.CUT * SCAN_THREADS + Tiles.READY)
+        if role < 3:
+            if role == 0:
+                self.cut(plan, scratch, problem, shared)
+                cute.arch.sync_threads()
+                if tid == 0:
+                    publish_count(ready, stamp, Int32(0), "release")
+            elif tid == 0:
+                await_count(ready, stamp, "acquire")
+            cute.arch.sync_threads()
+            counts = plan.mCounts
+            num_groups, num_kept = counts[int(Count.GROUPS)], counts[int(Count.MEMBERS)]
+            # The last CTA also has the parts for which there is no other.
+            if role == 0:
+                place_items(plan, scratch, problem, num_groups, shared)
+            if role == 1 or grid < 2:
+                place_members(plan, scratch, num_kept, num_groups, shared)
+            if role == 2 or (role == 0 and grid < 3):
+                batch = mQLens.shape[0]
+                place_results(plan, scratch, problem, batch, num_groups, num_kept, shared)
+
+    @cute.jit
+    def role(self, scratch: Scratch, shared: Shared):
+        """How many CTAs are not done yet, this one aside; what those that are wrote can be seen."""
+        tid, _, _ = cute.arch.thread_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        done = scratch.mTiles.iterator + (Tiles.CUT * SCAN_THREADS + Tiles.DONE)
+        cute.arch.sync_threads()
+        if tid == 0:
+            before = cute.arch.atomic_add(done, Int64(1), sem="acq_rel", scope="gpu").to(Int32)
+            if before == grid - 1:
+                scratch.mTiles[Tiles.CUT, Tiles.DONE] = Int64(0)
+            shared.bins[0] = grid - 1 - before
+        cute.arch.sync_threads()
+        role = shared.bins[0]
+        cute.arch.sync_threads()
+        return role
+
+    @cute.jit
+    def cut(self, plan: Plan, scratch: Scratch, problem: Problem, shared: Shared):
+        """Groups and their splits."""
+        tid, _, _ = cute.arch.thread_idx()
+        num_segments, num_found = plan.mCounts[int(Count.SEGMENTS)], plan.mCounts[int(Count.FOUND)]
+        # Where segments or lists do not fit: as if nothing were shared, and then without splits,
+        # unless these are promised.
+        chunks = const_expr(self.config.chunks)
+        attempts = const_expr(2 if chunks else 3)
+        attempt, fits, num_groups, num_kept = Int32(1), Int32(0), Int32(0), Int32(0)
+        if num_segments <= plan.mMemberRows.shape[0]:
+            attempt = Int32(0)
+            num_groups, num_kept = find_groups(
+                plan, scratch, problem, num_segments, num_found, shared
+            )
+        while attempt < attempts and fits == 0:
+            if attempt == 1:
+                num_groups = unshare(plan, scratch, problem, shared)
+                num_kept = num_groups
+            split = Int32(1) if attempt < 2 else Int32(0)
+            fits = cut(plan, scratch, problem, num_groups, num_kept, split, shared, chunks)
+            attempt = attempt + 1
+        if tid == 0:
+            plan.mStats[int(Stat.UNSHARED)] = Int64(1) if attempt > 1 else Int64(0)
+
+    @cute.kernel
+    def lists(self, mQLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
+        cute.arch.griddepcontrol_wait()
+        # A list for each y: the searches of one do not wait for those of another.
+        tid, _, _ = cute.arch.thread_idx()
+        first, which, _ = cute.arch.block_idx()
+        if which == 0 and first == 0 and tid == 0:
+            scratch.mTiles[Tiles.CUT, Tiles.STAMP] = Int64(next_stamp(scratch))
+        if which == 0:
+            emit_work(plan, scratch, problem)
+        elif which == 1:
+            emit_merge(plan, scratch, mQLens.shape[0])
+        elif which == 2:
+            emit_gathered(plan, scratch)
+        else:
+            emit_tokens(plan, scratch, mQLens.shape[0])
+
+    @cute.jit
+    def take_over(self):
+        """Let the next kernel be started, and wait for the one before; its results are there."""
+        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()

@@ -1,0 +1,1 @@
+"""Launches on torch tensors, on torch's current stream: the hot path on Hopper."""

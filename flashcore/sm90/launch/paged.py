@@ -1,0 +1,322 @@
+"""Launch the paged kernels on torch tensors: the hot path of `flashcore.paged_attention` on Hopper.
+
+    plan's tensors ─► attention over the work list ─► partial results ─► merge ─► out, lse
+
+Two launches on torch's current stream (one where no result is partial), no synchronisation, so
+calls can be captured in a CUDA graph. Arguments are taken as already checked (flashcore.validate).
+A `PagedLaunch` may be kept with its plan and called again; `flashcore.api` does so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from threading import get_ident
+from typing import Any, NamedTuple
+
+import torch
+
+from flashcore.contract.counts import Count
+from flashcore.jit.cache import shared_cache
+from flashcore.jit.kernel import Kernel
+from flashcore.jit.load import CompiledFunction, prepared
+from flashcore.sm90.available import sm_count
+from flashcore.sm90.config.paged import (
+    MergeConfig,
+    PagedConfig,
+    choose,
+    choose_device_merge,
+    choose_merge,
+)
+from flashcore.sm90.families import MERGE, PAGED
+from flashcore.sm90.launch.allocate import Allocate, Buffer, allocator, contiguous
+from flashcore.sm90.launch.streams import current_device, lasting_stream, scheduler_scratch
+from flashcore.sm90.launch.tensors import DTYPE_NAMES, packed, sink_logits, tma_ready
+from flashcore.tree import by_depth
+
+_ANY_WIDTH = 2**31 - 1
+# Kept for a stream and a thread, by each remembered launch of a plan. A plan made ahead has few,
+# for its own number of queries; a device plan has one for each number of rows that q has had.
+_MAX_KEPT_PARTIALS = 32 << 20  # bytes
+_MAX_KEPT_LSE = 256 << 10  # bytes; beyond it the allocation is small beside the attention
+
+# LSE (None: the caller's, made for each call), partial results, counter; as `prepared` has them
+_Buffers = tuple[Any, Any, Any, Any]
+
+_functions: dict[PagedConfig | MergeConfig, CompiledFunction] = {}
+_choose = lru_cache(maxsize=1024)(choose)  # a choice costs the host as much as a launch
+
+
+class TreeWindow(NamedTuple):
+    """What `tree.by_depth` needs where a window meets a tree mask."""
+
+    q_index: torch.Tensor
+    total_q: torch.Tensor | int
+    left: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedLaunch:
+    """The launches of one plan with all that shapes, dtype, device and options decide.
+
+    Where `reusable` it takes other tensors too: for those that do not fit the compiled function
+    raises ValueError or TypeError.
+    """
+
+    attend: CompiledFunction | None  # None: no work
+    merge: CompiledFunction | None  # None: every result is direct
+    device: torch.device
+    other_devices: bool  # in this process; without them the device is always the current one
+    allocate: Allocate
+    out: Buffer
+    lse: Buffer
+    return_lse: bool
+    partials: tuple[Buffer, Buffer] | None  # None: they are given, or there are none
+    workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # as far as it is given
+    plan: tuple[Any, ...]  # cols to q_index; this and what follows as `load.prepared` has it
+    merge_lists: tuple[Any, ...]
+    counts: Any
+    tree_window: TreeWindow | None
+    scalars: tuple[float | int, ...]  # the last arguments of the attention kernel
+    reusable: bool
+    kept: dict[tuple[int, int], _Buffers] = field(default_factory=dict)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        sinks: torch.Tensor | None,
+        tree_mask: torch.Tensor | None,
+        tree_positions: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(out, LSE or None)."""
+        if self.other_devices and self.device.index != current_device():
+            with torch.cuda.device(self.device):
+                return self(q, k_pages, v_pages, sinks, tree_mask, tree_positions, out)
+        if not self.reusable:
+            q, k_pages, v_pages = _ready(q, k_pages, v_pages)
+            out = None if out is None else tma_ready("out", out)
+        if out is None:
+            out = self.allocate(*self.out)
+        if self.attend is None and self.merge is None:
+            return out, (self.allocate(*self.lse) if self.return_lse else None)
+        stream = lasting_stream(self.device.index)
+        found = None if stream is None else self.kept.get((stream, get_ident()))
+        lse, partial_out, partial_lse, scratch = found or self._buffers(stream)
+        if self.return_lse:
+            lse = self.allocate(*self.lse)
+        sinks = sink_logits(sinks)
+        mask, positions, width = None, None, _ANY_WIDTH
+        if tree_mask is not None:
+            if self.tree_window is not None:
+                tree_mask, positions = by_depth(tree_mask, tree_positions, *self.tree_window)
+                positions = packed(positions)
+            if tree_mask.stride(1) != 1:
+                tree_mask = tree_mask.clone(memory_format=torch.contiguous_format)
+            mask, width = tree_mask.view(torch.uint8), tree_mask.shape[1]
+        if self.attend is not None:
+            self.attend(
+                q,
+                k_pages,
+                v_pages,
+                out,
+                lse,
+                partial_out,
+                partial_lse,
+                *self.plan,
+                mask,
+                positions,
+                sinks,
+                scratch,
+                self.counts,
+                *self.scalars,
+            )
+        if self.merge is not None:
+            self.merge(
+                out, lse, partial_out, partial_lse, *self.merge_lists, sinks, self.counts, width
+            )
+        return out, (lse if self.return_lse else None)
+
+    def _buffers(self, stream: int | None) -> _Buffers:
+        """What is kept for a stream and a thread, unless it is large.
+
+        What a thread launches on a stream runs one after the other; another thread's launches may
+        fall between an attention kernel and its merge.
+        """
+        lse = None if self.return_lse else self.allocate(*self.lse)
+        partial_out, partial_lse, scratch = self.workspace
+        if self.partials is not None:
+            partial_out, partial_lse = (self.allocate(*buffer) for buffer in self.partials)
+        counter = scheduler_scratch(self.device.index) if scratch is None else prepared(scratch)
+        buffers = prepared(lse), prepared(partial_out), prepared(partial_lse), counter
+        large = self.partials is not None and partial_out.nbytes > _MAX_KEPT_PARTIALS
+        large |= lse is not None and lse.nbytes > _MAX_KEPT_LSE
+        if stream is not None and not large:
+            self.kept[stream, get_ident()] = buffers
+        return buffers
+
+
+def paged_launch(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    cols: torch.Tensor,
+    work: torch.Tensor,
+    q_tokens: torch.Tensor,
+    q_positions: torch.Tensor,
+    q_index: torch.Tensor,
+    merge_offsets: torch.Tensor,
+    merge_partials: torch.Tensor,
+    num_partial_tokens: int,
+    needs_merge: bool,
+    tile_m: int,
+    *,
+    batch_invariant: bool = False,
+    causal: bool,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    has_sinks: bool,
+    has_tree_mask: bool,
+    counts: torch.Tensor | None = None,
+    workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = True,
+) -> PagedLaunch:
+    """The launches of `paged_attention` for such tensors; q, k_pages, v_pages, out are not kept."""
+    if q.dtype not in DTYPE_NAMES:
+        raise NotImplementedError(f"q has dtype {q.dtype}; the Hopper kernel takes bf16 and fp16")
+    total_q, heads, dim = q.shape
+    v_dim = v_pages.shape[3]
+    page_tokens, kv_heads = k_pages.shape[1], k_pages.shape[2]
+    dtype = DTYPE_NAMES[q.dtype]
+    tree_window = None
+    if has_tree_mask:
+        window_right = -1  # has no say
+        if window_left >= 0:
+            total = total_q if counts is None else counts[int(Count.TOTAL_Q)]
+            tree_window = TreeWindow(q_index, total, window_left)
+    config = _choose(
+        dtype,
+        dim,
+        page_tokens,
+        heads // kv_heads,
+        tile_m,
+        v_head_dim=v_dim,
+        causal=causal,
+        window=window_left >= 0 or window_right >= 0,
+        softcap=softcap > 0,
+        sinks=has_sinks,
+        tree=has_tree_mask,
+        device_counts=counts is not None,
+    )
+    # After the choice: a head_dim without kernels mostly has strides that TMA cannot take, too.
+    ready = _ready(q, k_pages, v_pages)
+    partials = None
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    if workspace is not None:
+        given = workspace
+    else:
+        given = (*_no_partials(q.device, heads, v_dim), None)
+        if num_partial_tokens:
+            rows = (num_partial_tokens, heads)
+            partials = contiguous((*rows, v_dim), torch.float32), contiguous(rows, torch.float32)
+    num_items = work.shape[0] if total_q else 0
+    merge = None
+    if needs_merge and total_q:
+        entries = merge_partials.numel()
+        if entries == 0:  # query tokens without keys: their zeros are written by the merge
+            merge_partials = merge_offsets
+        if counts is None:
+            merge = choose_merge(dtype, v_dim, has_sinks, entries, total_q, batch_invariant)
+        else:
+            all_rows = total_q * heads
+            merge = choose_device_merge(dtype, v_dim, has_sinks, all_rows, batch_invariant)
+    ctas = min(num_items, config.ctas_per_sm * sm_count(q.device))
+    out_ready = out is None or tma_ready("out", out) is out
+    return PagedLaunch(
+        attend=_function(config) if num_items else None,
+        merge=None if merge is None else _function(merge),
+        device=q.device,
+        other_devices=torch.cuda.device_count() > 1,
+        allocate=allocator(q.device),
+        out=contiguous((total_q, heads, v_dim), q.dtype),
+        lse=contiguous((total_q, heads), torch.float32),
+        return_lse=return_lse,
+        partials=partials,
+        workspace=given,
+        plan=tuple(
+            prepared(x)
+            for x in (cols, work, q_tokens, q_positions, q_index if config.tree else None)
+        ),
+        merge_lists=(prepared(merge_offsets), prepared(merge_partials)),
+        counts=prepared(counts),
+        tree_window=tree_window,
+        scalars=(scale, softcap, window_left, window_right, ctas),
+        # Not where strides need repair, nor where no compiled function looks at the arguments.
+        reusable=num_items > 0
+        and out_ready
+        and all(x is y for x, y in zip(ready, (q, k_pages, v_pages), strict=True)),
+    )
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    *plan: Any,
+    sinks: torch.Tensor | None,
+    tree_mask: torch.Tensor | None,
+    tree_positions: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes as in `flashcore.paged_attention` and `Plan`: (out [total_q, num_q_heads, v_head_dim],
+    lse [total_q, num_q_heads]).
+
+    plan, options: those of `paged_launch`, from `cols` on. counts: of a plan made on the device,
+    whose tensors are at capacity. workspace: fp32 [num_partial_tokens, num_q_heads, v_head_dim],
+    the same without the last axis, and a `scheduler_scratch` of its own. out: to write the result
+    to. Both are made where not given.
+
+    Raises NotImplementedError for a dtype, ValueError for a head_dim, page size or stride that the
+    kernels cannot take.
+    """
+    launch = paged_launch(
+        q,
+        k_pages,
+        v_pages,
+        *plan,
+        has_sinks=sinks is not None,
+        has_tree_mask=tree_mask is not None,
+        out=out,
+        **options,
+    )
+    out, lse = launch(q, k_pages, v_pages, sinks, tree_mask, tree_positions, out)
+    assert lse is not None  # return_lse is the default
+    return out, lse
+
+
+def _ready(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tma_ready("q", q), tma_ready("k_pages", k_pages), tma_ready("v_pages", v_pages)
+
+
+@lru_cache(maxsize=64)
+def _no_partials(device: torch.device, heads: int, v_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One partial token that nobody touches: an empty tensor has no address to hand over."""
+    partial_out = torch.empty((1, heads, v_dim), dtype=torch.float32, device=device)
+    return partial_out, torch.empty((1, heads), dtype=torch.float32, device=device)
+
+
+def _function(config: PagedConfig | MergeConfig) -> CompiledFunction:
+    """The compiled function of `config`, compiled now if no process has done so before."""
+    found = _functions.get(config)
+    if found is None:
+        family = PAGED if isinstance(config, PagedConfig) else MERGE
+        found = _functions[config] = shared_cache().function(Kernel(family, config))
+    return found

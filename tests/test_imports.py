@@ -1,0 +1,113 @@
+"""The house: which stage may import which, read from the sources, imports inside functions too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "flashcore"
+
+# From the ground up: a module imports those of its own floor and of floors below.
+FLOORS = (
+    ("contract", "validate", "remembered", "tree"),
+    ("jit",),
+    ("dispatch",),  # finds providers by name
+    ("pager",),
+    ("planner",),
+    ("eager",),
+    ("sm90",),
+    ("ops",),
+    ("api", "reference"),
+    ("",),  # the package's own names, loaded on first use
+    ("serving",),
+    ("integrations",),
+    ("bench",),
+    ("replay",),
+    ("cli",),
+    ("__main__",),
+)
+# Within Hopper's wing, and within kernels.
+WING = ("config", "kernels", "compile", "families", "shipped", "available", "launch")
+LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts).removesuffix("__init__").rstrip(".")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules of the package that a file imports, but for types alone."""
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flashcore":
+            package = (node.module or "").removeprefix("flashcore").lstrip(".")
+            for alias in node.names:
+                name = f"{package}.{alias.name}".lstrip(".")
+                yield name if name in MODULES else package
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "flashcore":
+                    yield alias.name.removeprefix("flashcore").lstrip(".")
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    yield from visit(ast.parse(path.read_text()))
+
+
+GRAPH = {name: set(imports(path)) for name, path in MODULES.items() if name}
+
+
+def test_every_room_has_its_floor() -> None:
+    assert {name.split(".")[0] for name in MODULES} == set(LEVEL)
+    assert {used for uses in GRAPH.values() for used in uses} <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH))
+def test_no_arrow_runs_up(name: str) -> None:
+    floor = LEVEL[name.split(".")[0]]
+    assert {used for used in GRAPH[name] if LEVEL[used.split(".")[0]] > floor} == set()
+
+
+def test_no_circle() -> None:
+    try:
+        TopologicalSorter(GRAPH).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("name", sorted(name for name in GRAPH if name.startswith("sm90.")))
+def test_hopper_s_wing_has_floors_of_its_own(name: str) -> None:
+    def level(module: str) -> int:
+        room = module.split(".")[1]
+        return WING.index(room) if room in WING else len(WING)
+
+    used = {used for used in GRAPH[name] if used.startswith("sm90.")}
+    assert {other for other in used if level(other) > level(name)} == set()
+
+
+def test_kernels_and_the_contract_never_import_torch() -> None:
+    for name, path in MODULES.items():
+        if name.startswith(("sm90.kernels", "sm90.config", "contract")):
+            tree = ast.walk(ast.parse(path.read_text()))
+            named = [
+                alias.name if isinstance(node, ast.Import) else node.module or ""
+                for node in tree
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                for alias in node.names
+            ]
+            assert not [n for n in named if n.split(".")[0] == "torch"], name
+            if not name.startswith("sm90.kernels"):
+                assert not [n for n in named if n.split(".")[0] in ("cutlass", "tvm_ffi")], name
