@@ -12,8 +12,7 @@ import flashcore
 from flashcore.bench import paged_providers
 from flashcore.reference import paged_attention_reference
 from flashcore.replay import gpu_attention
-from flashcore.replay.gpu_attention import GpuTimer
-from flashcore.replay.sample import GpuStep
+from flashcore.replay.gpu_attention import GpuStep, GpuTimer
 
 
 class CpuGraph:
