@@ -16,7 +16,7 @@ from flashcore.jit import build, folder
 from flashcore.jit.build import BuildError
 from flashcore.jit.cache import KernelCache
 from flashcore.jit.entry import CorruptEntryError, pack, unpack
-from flashcore.jit.folder import UnsafeCacheError, default_folder, exclusive_lock, open_folder
+from flashcore.jit.folder import exclusive_lock
 from flashcore.jit.kernel import Family, Kernel
 from flashcore.jit.prebuild import prebuild
 from flashcore.jit.sources import source_digest, source_files
@@ -250,84 +250,6 @@ def test_prebuild_survives_a_crashing_compiler(tmp_path: Path) -> None:
     kernels = [Kernel(CONSTANT, ConstantConfig(crash=True))]
     (built,) = prebuild(kernels, tmp_path, TARGET, 1)
     assert built.error == "a compiling process died"
-
-
-# ---------------------------------------------------------------- the folder
-
-
-def test_new_folder_is_private(tmp_path: Path) -> None:
-    made = open_folder(tmp_path / "a" / "b")
-    assert made.stat().st_mode & 0o777 == 0o700
-
-
-@pytest.mark.parametrize("mode", [0o777, 0o770, 0o722, 0o1777])
-def test_folder_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    shared.chmod(mode)
-    with pytest.raises(UnsafeCacheError, match=f"mode {mode:04o}: other users can write"):
-        open_folder(shared)
-
-
-def test_readable_folder_is_accepted(tmp_path: Path) -> None:
-    folder_path = tmp_path / "readable"
-    folder_path.mkdir()
-    folder_path.chmod(0o755)
-    assert open_folder(folder_path) == folder_path.resolve()
-
-
-def test_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if os.geteuid() == 0:
-        foreign = tmp_path / "foreign"
-        foreign.mkdir(mode=0o700)
-        os.chown(foreign, 12345, 12345)
-    else:
-        foreign = tmp_path
-        monkeypatch.setattr(folder.os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(UnsafeCacheError, match="belongs to user"):
-        open_folder(foreign)
-
-
-def test_folder_that_others_can_replace_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open").chmod(0o777)
-    with pytest.raises(UnsafeCacheError, match="every user can replace it"):
-        open_folder(tmp_path / "open" / "mine")
-    (tmp_path / "open").chmod(0o1777)  # as /tmp is
-    assert open_folder(tmp_path / "open" / "mine").name == "mine"
-
-
-def test_link_to_a_shared_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "shared").mkdir()
-    (tmp_path / "shared").chmod(0o777)
-    (tmp_path / "link").symlink_to(tmp_path / "shared")
-    with pytest.raises(UnsafeCacheError, match="other users can write"):
-        open_folder(tmp_path / "link")
-
-
-def test_file_in_the_way_names_the_variable(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UnsafeCacheError, match="FLASHCORE_CACHE_DIR"):
-        open_folder(tmp_path / "file")
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"FLASHCORE_CACHE_DIR": "/somewhere/else"}, "/somewhere/else"),
-        ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/flashcore"),
-        ({"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/flashcore"),
-        ({}, "/home/me/.cache/flashcore"),
-    ],
-)
-def test_default_folder(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str
-) -> None:
-    for name in ("FLASHCORE_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/me", **environment}.items():
-        monkeypatch.setenv(name, value)
-    assert default_folder() == Path(expected)
 
 
 # ---------------------------------------------------------------- the key

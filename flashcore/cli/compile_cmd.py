@@ -62,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "is speculative decoding with trees",
     )
     parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="compile nothing: remove from the cache what this installation cannot use, such as "
+        "kernels of other versions",
+    )
+    parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="another cache folder than the default"
     )
 
@@ -76,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         kernels = shipped_kernels() if args.serve is None else _served_kernels(args)
         cache = KernelCache.open(args.cache_dir)
+        if args.prune:
+            return _prune(cache)
         if args.list:
             return _list(cache, kernels)
         if args.gate:
@@ -98,6 +106,18 @@ def _served_kernels(args: argparse.Namespace) -> list[Kernel]:
         page_tokens=args.page_size,
         **options,
     )
+
+
+def _prune(cache: KernelCache) -> int:
+    from flashcore.jit.prune import prune
+    from flashcore.sm90.families import FAMILIES
+
+    done = prune(cache.folder, FAMILIES, cache.target)
+    print(
+        f"{done.kernels} kernels removed ({done.bytes / 2**20:.1f} MiB), {done.kept} kept: "
+        f"{cache.folder}"
+    )
+    return 0
 
 
 def _list(cache: KernelCache, kernels: list[Kernel]) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from flashcore.jit.entry import pack
 from flashcore.jit.kernel import Kernel, symbol_of
+from flashcore.jit.sources import source_digest
 from flashcore.jit.target import INSTALL_HINT, MissingRuntimeError, Target
 
 # The plain linkers first: they need no C library headers or start files.
@@ -52,6 +53,8 @@ def build_entry(kernel: Kernel, target: Target, key: str) -> bytes:
         "symbol": symbol,
         "key": key,
         "kernel": kernel.describe(),
+        "family": kernel.family.name,
+        "sources": source_digest(kernel.family.module, kernel.family.root),
         "target": asdict(target),
         "dynamic_smem_bytes": dynamic_smem_bytes(str(compiled.ir_module)),
     }

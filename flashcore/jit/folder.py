@@ -6,6 +6,7 @@ refused rather than used with care.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -18,6 +19,7 @@ from pathlib import Path
 ENVIRONMENT = "FLASHCORE_CACHE_DIR"
 LOCK_TIMEOUT_S = 600.0  # a compilation takes seconds; ten minutes means its holder hangs
 _POLL_S = 0.05
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
 class UnsafeCacheError(PermissionError):
@@ -39,29 +41,48 @@ def open_folder(folder: Path) -> Path:
     """Create `folder` (mode 0700) if missing, and return it resolved if only its owner can write.
 
     Raises UnsafeCacheError when it belongs to another user, when group or others may write to it,
-    or when a parent lets others replace it.
+    or when another user than root could put something else in its place: some folder above it, or
+    above a link on the way to it, is another user's, or is writable by others and not sticky.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for place in (*reversed(folder.parents), folder):  # whatever the umask, for no one else
+            if not place.exists():
+                place.mkdir(mode=0o700, exist_ok=True)
         resolved = folder.resolve(strict=True)
         found = resolved.stat()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        reason = getattr(error, "strerror", None) or error
         raise UnsafeCacheError(
-            f"cache folder {folder} cannot be used ({error.strerror}); "
+            f"cache folder {folder} cannot be used ({reason}); "
             f"set {ENVIRONMENT} to a folder of your own"
         ) from error
     if not stat.S_ISDIR(found.st_mode):
-        raise UnsafeCacheError(f"cache folder {folder} is not a folder")
+        raise UnsafeCacheError(
+            f"cache folder {folder} is not a folder; set {ENVIRONMENT} to a folder of your own"
+        )
     _check_owner(resolved, found)
-    for parent in resolved.parents:
-        mode = parent.stat().st_mode
-        # In a sticky folder such as /tmp others can add files but not rename ours.
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise UnsafeCacheError(
-                f"cache folder {folder} lies in {parent}, where every user can replace it; "
-                f"set {ENVIRONMENT} to another place"
-            )
+    # As the path was given and as it resolves: whoever can replace a link chooses where it leads.
+    for place in dict.fromkeys([*Path(os.path.abspath(folder)).parents, *resolved.parents]):
+        _check_above(folder, place)
     return resolved
+
+
+def _check_above(folder: Path, place: Path) -> None:
+    """The rule of OpenSSH's StrictModes, which a sticky folder such as /tmp passes: there others
+    can add files but not rename ours."""
+    for found in (place.lstat(), place.stat()):  # of a link, and of what it leads to
+        if found.st_uid not in (0, os.geteuid()):
+            raise UnsafeCacheError(
+                f"cache folder {folder} lies in {place}, which belongs to user {found.st_uid}; "
+                f"set {ENVIRONMENT} to a folder of your own"
+            )
+    writable = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if writable and not found.st_mode & stat.S_ISVTX:
+        raise UnsafeCacheError(
+            f"cache folder {folder} lies in {place}, mode {stat.S_IMODE(found.st_mode):04o}, where "
+            f"other users can replace it; run: chmod go-w {place}, or set {ENVIRONMENT} to another "
+            "place"
+        )
 
 
 def _check_owner(folder: Path, found: os.stat_result) -> None:
@@ -81,7 +102,9 @@ def _check_owner(folder: Path, found: os.stat_result) -> None:
 def exclusive_lock(path: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
     """Hold an exclusive lock on `path` between processes; a holder that dies releases it.
 
-    Raises TimeoutError naming the file after `timeout_s` seconds.
+    On a file system without locks there is none: then two processes may do the same work; what
+    they publish is whole all the same. Raises TimeoutError naming the file after `timeout_s`
+    seconds.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -96,6 +119,10 @@ def exclusive_lock(path: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[No
                         f"{path} was locked by another process for {timeout_s:.0f} s"
                     ) from None
                 time.sleep(_POLL_S)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                break
         yield
     finally:
         os.close(descriptor)  # closing releases the lock

@@ -18,3 +18,5 @@ PAGED = Family("paged", "flashcore.sm90.compile.paged:compile_paged", opcodes_of
 MERGE = Family("combine", "flashcore.sm90.compile.merge:compile_merge", ("LDG",))
 PLANNER = Family("planner", "flashcore.sm90.compile.planner:compile_planner", ("REDG", "SHFL"))
 PAGER = Family("pager", "flashcore.sm90.compile.pager:compile_pager", ("SHFL",))
+
+FAMILIES = (DENSE, PAGED, MERGE, PLANNER, PAGER)
