@@ -16,15 +16,15 @@ from flashcore.planner import chunks
 from flashcore.planner.device_plan import Capacities, fill_defaults
 from flashcore.sm90.config.planner import PlannerConfig, choose, illegal_reason
 from flashcore.sm90.device_planner import DevicePlanner
-from tests import planner_emulation
 from tests.cases import Batch, small_scale
 from tests.device_plan_cases import (
     assert_same_plan,
     assert_same_stats,
     plan_that_fits,
 )
-from tests.planner_chunks_emulation import ChunkEmulation
-from tests.planner_emulation import batches_of_rows
+from tests.emulation import planner as planner_emulation
+from tests.emulation.planner import batches_of_rows
+from tests.emulation.planner_chunks import ChunkEmulation
 from tests.test_batch_invariant import chunk_sizes, small_chunks
 
 emulate = partial(planner_emulation.emulate, kind=ChunkEmulation, batch_invariant=True)

@@ -194,7 +194,7 @@ def test_a_check_writes_its_result_as_it_goes_and_at_the_end(
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_small_steps_write_as_they_go_and_print_their_bars(
+def test_small_steps_write_as_they_go_and_print_their_ratios(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flashcore.bench.serve import turns
@@ -205,7 +205,7 @@ def test_small_steps_write_as_they_go_and_print_their_bars(
         rows = result_of([one.name for one in workloads], ["flashcore", "fa3"])["rows"]
         ratio = {"step_ms": {"median": 0.4, "low": 0.4, "high": 0.4, "pairs": 16}}
         rows = [{**row, "over_fa3": ratio} for row in rows]
-        measured = {"rows": rows, "bars": turns.bars(rows), "skipped": [], "engines": []}
+        measured = {"rows": rows, "skipped": [], "engines": []}
         how["after"]("4x16+8:40: done")
         how["keep"](measured)
         assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
@@ -216,7 +216,7 @@ def test_small_steps_write_as_they_go_and_print_their_bars(
     words = ["--small", "--workloads", "4x16+8:40", "--device", "cpu", "--starts", "3"]
     assert bench_serve.run(parse(*words, "--json", str(tmp_path / "out.json"))) == 0
     printed = capsys.readouterr()
-    assert "PASS  4x16+8:40" in printed.out
+    assert "0.400 (0.400 to 0.400)" in printed.out
     assert "4x16+8:40: done" in printed.err
     result = json.loads((tmp_path / "out.json").read_text())
     assert {"device", "driver", "commit", "date", "rows", "summary", "skipped"} <= set(result)
@@ -247,18 +247,6 @@ def test_results_are_redrawn_and_joined(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "b").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="results of different devices"):
         bench_serve.run(parse(*words))
-
-
-def test_joined_results_by_turns_have_the_bars_of_their_rows(tmp_path: Path) -> None:
-    results = [result_of([text], ["flashcore", "fa3"]) for text in ("4x16+8:40", "5x16+8:40")]
-    for value, result in zip((0.9, 1.2), results, strict=True):
-        ratio = {"step_ms": {"median": value, "low": value, "high": value, "pairs": 9}}
-        result["rows"] = [{**row, "over_fa3": ratio} for row in result["rows"]]
-    joined = bench_serve._joined([*results, results[1]])
-    assert [(bar["workload"], bar["met"]) for bar in joined["bars"]] == [
-        ("4x16+8:40", True),
-        ("5x16+8:40", False),
-    ]
 
 
 @pytest.mark.parametrize(

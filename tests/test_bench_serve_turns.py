@@ -17,7 +17,7 @@ from flashcore.bench.serve.measure import DoesNotFitError
 from flashcore.bench.serve.session import Session
 from flashcore.bench.serve.spread import median_interval, paired_ratio, quartiles
 from flashcore.bench.serve.suite import WorkerError
-from flashcore.bench.serve.turns import Plan, bars, format_bars, run_turns
+from flashcore.bench.serve.turns import Plan, format_ratios, run_turns
 from flashcore.bench.serve.workloads import parse_workload
 from tests.serve_fakes import OPTIONS, starting
 from tests.test_bench_serve import VOCAB, FakeEngine
@@ -241,19 +241,15 @@ def test_rows_have_medians_spread_and_first_requests() -> None:
     assert set(prefill["over_fa3"]) == {"ttft_ms", "first_request_ttft_ms"}
 
 
-def test_bars_are_those_of_the_figures() -> None:
-    table = Table()
-    result, _ = turn(["4x16+8:40"], table, "flashcore", "fa3")
-    assert [(bar["figure"], bar["value"], bar["bar"], bar["met"]) for bar in result["bars"]] == [
-        ("step_ms over fa3's", 0.5, 1.01, True),
-        ("ttft_ms over fa3's", 0.5, 1.00, True),
-        ("first_request_ttft_ms over fa3's", 0.5, 1.05, True),
+def test_ratios_are_a_line_each() -> None:
+    result, _ = turn(["4x16+8:40"], Table(), "flashcore", "fa3")
+    lines = format_ratios(result["rows"]).splitlines()
+    assert [line.split()[1] for line in lines[:3]] == [
+        "step_ms",
+        "ttft_ms",
+        "first_request_ttft_ms",
     ]
-    late = {"workload": "w", "backend": "flashcore", "over_fa3": {"step_ms": None}}
-    late["over_fa3"] = {"step_ms": {"median": 1.02, "low": 1.0, "high": 1.03}, "host_us": {}}
-    (missed,) = bars([late])
-    assert not missed["met"]
-    assert format_bars([missed]).startswith("MISS  w")
+    assert lines[0].endswith("0.500 (0.500 to 0.500)")
 
 
 def test_another_kind_of_request_is_the_first_in_another_start() -> None:

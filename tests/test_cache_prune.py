@@ -80,4 +80,4 @@ def test_families_that_are_gone_go(tmp_path: Path, family: Family) -> None:
 def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / f"{'0' * 64}.so").write_bytes(b"damaged" * 1024)
     assert main(["compile", "--prune", "--cache-dir", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"1 kernels removed (0.0 MiB), 0 kept: {tmp_path}\n"
+    assert capsys.readouterr().out == f"kernels removed: 1 (0.0 MiB), kept: 0, in {tmp_path}\n"

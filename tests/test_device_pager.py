@@ -36,8 +36,8 @@ from tests.device_pager_cases import (
     token_map,
 )
 from tests.device_plan_cases import assert_same_plan, assert_same_stats
-from tests.pager_emulation import PagerEmulation
-from tests.planner_emulation import Emulation
+from tests.emulation.pager import PagerEmulation
+from tests.emulation.planner import Emulation
 from tests.pretend_gpu import no_gpu, pretend
 from tests.runtime_fixtures import needs_disassembler, needs_dsl
 

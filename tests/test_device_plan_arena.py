@@ -24,8 +24,8 @@ from tests.device_plan_cases import (
     plan_that_fits,
     planner_for,
 )
-from tests.pager_emulation import PagerEmulation
-from tests.planner_emulation import ROOMY, Emulation, batches_of_rows, emulate
+from tests.emulation.pager import PagerEmulation
+from tests.emulation.planner import ROOMY, Emulation, batches_of_rows, emulate
 
 
 def tensors_of(planner: DevicePlanner) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from tests.device_plan_cases import (
     plan_without,
     planner_for,
 )
-from tests.planner_emulation import ROOMY, Emulation, batches_of_rows, emulate
+from tests.emulation.planner import ROOMY, Emulation, batches_of_rows, emulate
 
 
 def test_kernels_name_the_reasons_of_folding():

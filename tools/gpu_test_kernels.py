@@ -34,7 +34,7 @@ from flashcore.jit.kernel import Kernel
 from flashcore.jit.prebuild import prebuild
 
 ROOT = Path(__file__).resolve().parents[1]
-KIT = "benchmarks/sglang_kit.py"
+KIT = "tests/gpu/sglang_kit.py"
 SMS = 132
 GPU = torch.device("cuda")
 PYTEST = ("-q", "--assert=plain", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist")

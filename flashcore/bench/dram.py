@@ -24,6 +24,9 @@ from flashcore.bench.graphs import Flusher
 from flashcore.bench.paged_problems import PagedProblem, make_inputs
 from flashcore.bench.paged_providers import PagedProvider
 
+COUNTED = ("8x131072-70", "8x65536-70-mha", "16x32768-50")
+"""Workloads whose DRAM bytes are counted where none are named."""
+
 METRIC = "dram__bytes_read.sum"
 _MARKER = "spin_kernel"  # of torch.cuda._sleep; no attention runs it
 _TIMEOUT_S = 300

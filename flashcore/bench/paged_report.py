@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flashcore.bench.paged_bars import format_bars
 from flashcore.bench.paged_providers import OURS
 from flashcore.bench.rows import Row, by_workload
 
@@ -69,7 +68,6 @@ def format_table(result: dict[str, Any]) -> str:
     lines.append(_method_line(result))
     lines += _error_lines(found) + _dram_lines(found) + _extra_lines(result)
     lines += [f"not timed: {text}" for text in result["skipped"]]
-    lines += format_bars(result.get("bars", []))
     return "\n".join(lines)
 
 

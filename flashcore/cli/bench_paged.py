@@ -128,7 +128,6 @@ def _measure(
     from flashcore.bench.bandwidth import TORCH_SUM, read_bandwidth
     from flashcore.bench.machine import read_clocks
     from flashcore.bench.paged import add_bounds, cuda_machine, empty_graph_ms, run_paged
-    from flashcore.bench.paged_bars import bars_of
     from flashcore.bench.paged_report import summarise
 
     idle = read_clocks()
@@ -152,7 +151,7 @@ def _measure(
     extra = _extras(args, problems, machine)
     if args.dram is not None:
         _add_dram(args.dram, rows, skipped)
-    result = {
+    return {
         **head(args.commit),
         "clocks": {"before": idle, "during": measured["clocks"]},
         "method": (
@@ -174,7 +173,6 @@ def _measure(
         "summary": summarise(rows),
         **extra,
     }
-    return {**result, "bars": bars_of(result)}
 
 
 def _extras(
@@ -202,8 +200,7 @@ def _extras(
 
 
 def _add_dram(workloads: str, rows: list[dict[str, Any]], skipped: list[str]) -> None:
-    from flashcore.bench.dram import CountError, count_bytes
-    from flashcore.bench.paged_bars import COUNTED
+    from flashcore.bench.dram import COUNTED, CountError, count_bytes
 
     _say("counting DRAM bytes")
     wanted = workloads.split(",") if workloads else COUNTED

@@ -282,7 +282,7 @@ def _by_turns(
 ) -> int:
     from flashcore.bench.serve.deadline import Deadline
     from flashcore.bench.serve.report import summarise
-    from flashcore.bench.serve.turns import Plan, format_bars, run_turns
+    from flashcore.bench.serve.turns import Plan, format_ratios, run_turns
 
     head = _head(args)
     clocks, after = _clocks(args)
@@ -300,7 +300,7 @@ def _by_turns(
         after=after,
         keep=lambda measured: _write(args, whole(measured)),
     )
-    print(format_bars(measured["bars"]))
+    print(format_ratios(measured["rows"]))
     return _deliver(args, whole(measured))
 
 
@@ -343,7 +343,6 @@ def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:
     Raises ValueError if they are of different devices.
     """
     from flashcore.bench.serve.report import summarise
-    from flashcore.bench.serve.turns import bars
 
     if len(results) == 1:
         return results[0]
@@ -358,8 +357,6 @@ def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:
         key: [value for result in results for value in result.get(key, [])]
         for key in ("skipped", "engines")
     }
-    if any("over_fa3" in row for row in rows):
-        joined["bars"] = bars([row for row in rows if "over_fa3" in row])
     runs = [{key: r.get(key) for key in ("date", "commit", "command", "clocks")} for r in results]
     return {**results[0], **joined, "rows": rows, "summary": summarise(rows), "runs": runs}
 

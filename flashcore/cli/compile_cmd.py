@@ -114,7 +114,7 @@ def _prune(cache: KernelCache) -> int:
 
     done = prune(cache.folder, FAMILIES, cache.target)
     print(
-        f"{done.kernels} kernels removed ({done.bytes / 2**20:.1f} MiB), {done.kept} kept: "
+        f"kernels removed: {done.kernels} ({done.bytes / 2**20:.1f} MiB), kept: {done.kept}, in "
         f"{cache.folder}"
     )
     return 0

@@ -18,7 +18,7 @@ register()
 
 
 def load() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "sglang_kit.py"
+    path = Path(__file__).parents[2] / "tests/gpu/sglang_kit.py"
     spec = importlib.util.spec_from_file_location("sglang_kit", path)
     assert spec is not None
     assert spec.loader is not None

@@ -39,8 +39,6 @@ from flashcore.bench.serve.workloads import Workload
 IMPATIENCE_S = 5.0  # with an engine that failed
 FEWEST = 3  # samples, however long they take
 _START_S = 45.0  # what is left must be more than this for a start to make sense
-# Time over fa3's: what it may be at most, and what it should be.
-BARS = {"step_ms": (1.01, 0.97), "ttft_ms": (1.00, 0.80), "first_request_ttft_ms": (1.05, 1.00)}
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def run_turns(
     after: Callable[[str], None] = lambda text: None,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """`rows`, `bars`, `skipped` and `engines` of the benchmark's JSON object.
+    """`rows`, `skipped` and `engines` of the benchmark's JSON object.
 
     `options` has one entry a backend. `keep` is given the result so far after each workload.
     """
@@ -249,35 +247,18 @@ class _Run:
             if (row := self.row(workload, backend)) is not None
         ]
         notes = [f"{what}: {why}" for what, why in self.skipped.items()]
-        return {"rows": rows, "bars": bars(rows), "skipped": notes, "engines": self.engines}
+        return {"rows": rows, "skipped": notes, "engines": self.engines}
 
 
-def bars(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each of our ratios beside what it must reach. Met: the median does."""
-    return [
-        {
-            "workload": row["workload"],
-            "figure": f"{figure} over fa3's",
-            "value": ratio["median"],
-            "low": ratio["low"],
-            "high": ratio["high"],
-            "bar": BARS[figure][0],
-            "goal": BARS[figure][1],
-            "met": ratio["median"] <= BARS[figure][0],
-        }
+def format_ratios(rows: Sequence[Row]) -> str:
+    """A line for each figure of ours that was measured beside FA3's."""
+    return "\n".join(
+        f"{row['workload']:<36}{figure + ' over fa3':<36}"
+        f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
         for row in rows
         if row["backend"] == "flashcore"
         for figure, ratio in row["over_fa3"].items()
-        if figure in BARS
-    ]
-
-
-def format_bars(entries: Sequence[dict[str, Any]]) -> str:
-    """A line a ratio."""
-    return "\n".join(
-        f"{'PASS' if bar['met'] else 'MISS'}  {bar['workload']:<36}{bar['figure']:<36}"
-        f"{bar['value']:.3f} ({bar['low']:.3f} to {bar['high']:.3f}), bar {bar['bar']:.2f}"
-        for bar in entries
+        if ratio
     )
 
 

@@ -1,20 +1,15 @@
-"""Which bars a paged result meets; the figures are made up."""
+"""Which bars a result meets; the figures are made up."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flashcore.bench.paged_bars import (
-    BEST_PEER,
-    COUNTED,
-    FA3,
-    TIME_OVER_BOUND,
-    bars_of,
-    format_bars,
-)
+from flashcore.bench.dram import COUNTED
 from flashcore.bench.paged_problems import paged_problems
+from tools.bars import BEST_PEER, FA3, TIME_OVER_BOUND, format_bars, main, paged_bars, serve_bars
 
 NAMES = {problem.name for problem in paged_problems()}
 
@@ -30,7 +25,7 @@ def row(workload: str, kernel: str, ms: float, **more: Any) -> dict[str, Any]:
 
 
 def bars(*rows: dict[str, Any], **extras: Any) -> dict[tuple[str, str], Any]:
-    found = bars_of({"rows": list(rows), **extras})
+    found = paged_bars({"rows": list(rows), **extras})
     return {(bar["workload"], bar["figure"]): (bar["value"], bar["met"]) for bar in found}
 
 
@@ -98,10 +93,34 @@ def test_a_peer_alone_has_no_bars() -> None:
 
 def test_lines_begin_with_the_verdict() -> None:
     name = "8x131072-70"
-    lines = format_bars(bars_of({"rows": [row(name, "flashcore", 1.05)]}))
+    lines = format_bars(paged_bars({"rows": [row(name, "flashcore", 1.05)]}))
     words = [line.split()[0] for line in lines]
     assert words == ["MISS", "-", "-", "PASS", "PASS"]  # no bytes were counted, no FA3 ran
     assert lines[0].split() == [
         *("MISS", name, "time", "/", "bound"),
         *["1.050,", "bar", "1.04,", "goal", "1.01"],
     ]
+
+
+def test_serve_bars_are_those_of_the_figures() -> None:
+    ratios = {
+        figure: {"median": 1.02, "low": 1.0, "high": 1.03}
+        for figure in ("step_ms", "ttft_ms", "first_request_ttft_ms", "host_us")
+    }
+    rows = [{"workload": "w", "backend": "flashcore", "over_fa3": ratios}]
+    rows.append({"workload": "w", "backend": "fa3"})
+    assert [(bar["figure"], bar["bar"], bar["met"]) for bar in serve_bars({"rows": rows})] == [
+        ("step_ms / FA3's", 1.01, False),
+        ("ttft_ms / FA3's", 1.00, False),
+        ("first_request_ttft_ms / FA3's", 1.05, True),
+    ]
+
+
+def test_results_that_stand_have_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    results = Path(__file__).parents[1] / "benchmarks/results"
+    status = main([str(results / name) for name in ("paged_h100.json", "serve_small_h200.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 40
+    assert status == any(line.startswith("MISS") for line in lines)
+    with pytest.raises(ValueError, match="neither a result"):
+        main([str(results / "dense_h100.json")])

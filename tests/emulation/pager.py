@@ -15,7 +15,7 @@ import torch
 from flashcore.contract.counts import Fault, PagerCount
 from flashcore.contract.scratch import PagerRanges as Ranges
 from flashcore.sm90.device_pager import DevicePager
-from tests.planner_entries_emulation import POISON, last_at_most
+from tests.emulation.planner_entries import POISON, last_at_most
 
 
 class PagerEmulation:

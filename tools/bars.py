@@ -1,16 +1,25 @@
-"""What the paged kernel must reach, and whether a result of `flashcore bench paged` does.
+"""What this project wants to reach, held against results: python tools/bars.py RESULT.json ...
 
-Every bar is the most that a figure may be: a time over another time, bytes over bytes, an error
-over an error. `goal` is what the bar is the cautious form of, where there is one.
+Results of `flashcore bench paged` and of `flashcore bench serve --small`. A line for each bar:
+PASS, MISS, or a dash where the figure was not measured in that run. Every bar is the most that a
+figure may be: a time over another time, bytes over bytes, an error over an error; a goal is what
+the bar is the cautious form of. Exit status 1 where one is missed.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from flashcore.bench.dram import COUNTED
 from flashcore.bench.paged_providers import OURS
 from flashcore.bench.rows import Row, by_workload
+
+SERVE = {"step_ms": (1.01, 0.97), "ttft_ms": (1.00, 0.80), "first_request_ttft_ms": (1.05, 1.00)}
+"""Figure -> (bar, goal) of its ratio to FA3's."""
 
 TIME_OVER_BOUND = {
     "8x131072-70": (1.04, 1.01),
@@ -30,8 +39,6 @@ BEST_PEER = (
 """Workloads that must not take longer than the best peer."""
 FA3 = ("prefill-16x2048",)
 """Workloads that must not take longer than FlashAttention-3: bound by arithmetic."""
-COUNTED = ("8x131072-70", "8x65536-70-mha", "16x32768-50")
-"""Workloads whose DRAM bytes have a bar."""
 DRAM_BYTES = 1.1
 PLAN_US = 40.0
 RANDOM_MEDIAN, RANDOM_WORST = 1.0, 1.05
@@ -39,7 +46,7 @@ ERROR_OVER_FA3 = 1.5
 DISTANCE_OVER_ERROR = 2.0
 
 
-def bars_of(result: dict[str, Any]) -> list[Row]:
+def paged_bars(result: dict[str, Any]) -> list[Row]:
     """`workload, figure, value, bar, met` of each; `value` and `met` are None where not measured.
 
     Of the workloads that ran, and of those extras (plan, random batches, DRAM bytes) that did.
@@ -50,18 +57,6 @@ def bars_of(result: dict[str, Any]) -> list[Row]:
             found += _of_workload(workload, kernels)
     found += list(_of_extras(result))
     return found
-
-
-def format_bars(bars: list[Row]) -> list[str]:
-    """A line each: PASS, MISS, or a dash where the figure was not measured."""
-    lines = []
-    for bar in bars:
-        word = {True: "PASS", False: "MISS", None: "-"}[bar["met"]]
-        value = "not measured" if bar["value"] is None else f"{bar['value']:.3f}"
-        goal = "" if bar["goal"] is None else f", goal {bar['goal']:g}"
-        text = f"{word:<5}{bar['workload']:<20}{bar['figure']:<44}{value:>12}"
-        lines.append(f"{text}, bar {bar['bar']:g}{goal}")
-    return lines
 
 
 def _of_workload(workload: str, kernels: dict[str, Row]) -> list[Row]:
@@ -114,3 +109,50 @@ def _bar(
         **{"workload": workload, "figure": figure, "value": value},
         **{"bar": bar, "goal": goal, "met": met},
     }
+
+
+def serve_bars(result: dict[str, Any]) -> list[Row]:
+    """Each of our ratios to FA3's beside its bar. Met: the median does."""
+    return [
+        _bar(row["workload"], f"{figure} / FA3's", ratio["median"], *SERVE[figure])
+        for row in result["rows"]
+        if row["backend"] == "flashcore"
+        for figure, ratio in row.get("over_fa3", {}).items()
+        if figure in SERVE
+    ]
+
+
+def bars_of(result: dict[str, Any]) -> list[Row]:
+    """`workload, figure, value, bar, goal, met` of each; value and met are None where not
+    measured. ValueError for a result that has none."""
+    rows = result.get("rows") or [{}]
+    if {"kernel", "workload"} <= rows[0].keys():
+        return paged_bars(result)
+    if any("over_fa3" in row for row in rows):
+        return serve_bars(result)
+    raise ValueError("neither a result of `bench paged` nor of `bench serve --small`")
+
+
+def format_bars(bars: list[Row]) -> list[str]:
+    """A line each."""
+    lines = []
+    for bar in bars:
+        word = {True: "PASS", False: "MISS", None: "-"}[bar["met"]]
+        value = "not measured" if bar["value"] is None else f"{bar['value']:.3f}"
+        goal = "" if bar["goal"] is None else f", goal {bar['goal']:g}"
+        text = f"{word:<5}{bar['workload']:<20}{bar['figure']:<44}{value:>12}"
+        lines.append(f"{text}, bar {bar['bar']:g}{goal}")
+    return lines
+
+
+def main(files: list[str]) -> int:
+    if not files:
+        print(__doc__, file=sys.stderr)
+        return 2
+    found = [bar for file in files for bar in bars_of(json.loads(Path(file).read_text()))]
+    print("\n".join(format_bars(found)))
+    return int(any(bar["met"] is False for bar in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

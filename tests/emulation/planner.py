@@ -24,7 +24,7 @@ from flashcore.sm90.device_pager import DeviceLayout
 from flashcore.sm90.device_planner import DevicePlanner
 from tests.cases import Batch, batches
 from tests.device_plan_cases import inputs, planner_for
-from tests.planner_entries_emulation import POISON, EntriesEmulation, last_at_most
+from tests.emulation.planner_entries import POISON, EntriesEmulation, last_at_most
 
 ROOMY = Capacities(max_batch=16, max_entries=400, max_q=64, max_partials=20_000)
 batches_of_rows = batches(max_batch=9, ragged=False)

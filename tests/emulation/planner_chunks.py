@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flashcore.contract.counts import Count
 from flashcore.contract.scratch import Entries as E
-from tests.planner_emulation import Emulation
+from tests.emulation.planner import Emulation
 
 
 class ChunkEmulation(Emulation):

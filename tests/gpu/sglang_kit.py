@@ -1,6 +1,6 @@
 """SGLang's own attention test kit, which is in its wheel, on the backend `flashcore`.
 
-    python benchmarks/sglang_kit.py --jobs 6 --log kit.log
+    python tests/gpu/sglang_kit.py --jobs 6 --log kit.log
 
 Every case the kit has for a backend of its kind: eager, sliding windows, decode in CUDA graphs,
 prefill graphs, target verify as a chain and as a tree; the same for gated delta networks, whose
