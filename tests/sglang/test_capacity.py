@@ -16,6 +16,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from flashcore.contract.counts import Fault, Seen
 from flashcore.contract.scratch import Slots as PageSlots
+from flashcore.integrations.sglang import limits as limits_module
 from flashcore.integrations.sglang.limits import limits_of
 from flashcore.integrations.sglang.register import register
 from flashcore.integrations.sglang.support import OPTIONS
@@ -244,7 +245,7 @@ def test_limits_are_the_schedulers(
     changes: dict[str, Any], found: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        capacity, "_setting", lambda runner, name, *_: getattr(runner.server_args, name, None)
+        limits_module, "_setting", lambda runner, name, *_: getattr(runner.server_args, name, None)
     )
     for draft_tokens in (0, 5):
         model = model_of(draft_tokens=draft_tokens)
@@ -262,7 +263,7 @@ def test_graphs_are_counted_as_they_are_captured() -> None:
 
 def test_settings_are_read_where_this_sglang_has_them() -> None:
     engine = make_engine(Setup(16))  # SGLang's mock cuts no prompts
-    assert capacity._setting(engine.runner, "chunked_prefill_size") == -1
+    assert limits_module._setting(engine.runner, "chunked_prefill_size") == -1
     assert engine.backend.full.limits.queries >= engine.setup.max_context
 
 
@@ -279,7 +280,7 @@ def test_batches_padded_beyond_the_pool(
         options = {"heads": (8, 2), "head_dim": 64, "dtype": torch.bfloat16}
 
     def ranks(runner: Any, layers: Any) -> None:
-        from flashcore.serving import capacity as module
+        from flashcore.integrations.sglang import limits as module
 
         monkeypatch.setattr(
             module, "parallel_ranks", lambda runner: SimpleNamespace(attn_tp_size=4)

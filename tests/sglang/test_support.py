@@ -154,7 +154,7 @@ def test_entry_point_registers_without_a_device() -> None:
     root = Path(__file__).parents[2]
     declared = (root / "pyproject.toml").read_text()
     assert '[project.entry-points."sglang.srt.plugins"]' in declared
-    target = re.search(r'^flashcore = "(flashcore\.sglang\..*)"$', declared, re.M)
+    target = re.search(r'^flashcore = "(flashcore\.integrations\.sglang\..*)"$', declared, re.M)
     assert target
     module, function = target.group(1).split(":")
     code = (
