@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.dev-ready
 endif
 
-.PHONY: demo test test-gpu gpu-test-kernels sanitize-gpu lint types bench-cpu clean
+.PHONY: demo test test-gpu gpu-test-kernels sanitize-gpu lint types bench-cpu dist clean
 
 include make/dsl.mk
 include make/sglang.mk
@@ -60,6 +60,8 @@ bench-cpu: $(DEV_READY)
 	$(PY) benchmarks/cpu.py
 
 $(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "flashcore needs Python \
+	3.10 or newer, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".$(if $(HAS_GPU),[gpu])"
@@ -69,5 +71,13 @@ $(VENV)/.dev-ready: $(VENV)/.ready
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu]"
 	touch $@
 
+# sdist and wheel, in dist/.
+dist: $(DEV_READY)
+	rm -rf dist
+	$(PY) -m pip install --quiet --disable-pip-version-check build
+	$(PY) -m build --quiet
+
 clean:
-	rm -rf $(VENV) $(SGLANG_DIR) build dist *.egg-info
+	rm -rf $(VENV) $(DSL_OLD_VENV) $(SGLANG_DIR) build dist *.egg-info \
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
