@@ -20,11 +20,15 @@ endif
 include make/dsl.mk
 include make/sglang.mk
 
+# One for each core, up to 8: the longest test is a pool of processes itself.
+TEST_PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+
 demo: $(READY)
 	$(PY) -m flashcore demo
 
 test: $(DEV_READY) lint types
-	$(PY) -m pytest tests --ignore=tests/gpu --ignore=tests/families_gpu
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/gpu --ignore=tests/families_gpu \
+		-n $(TEST_PROCESSES) --dist worksteal
 	$(if $(CI),$(MAKE) test-dsl-old test-sglang)
 	$(if $(HAS_GPU),$(MAKE) test-gpu)
 
