@@ -21,6 +21,7 @@ _HOME = {
     "DevicePager": "flashcore.sm90.device_pager",
     "DevicePlan": "flashcore.planner.device_plan",
     "DevicePlanner": "flashcore.sm90.device_planner",
+    "append_kv": "flashcore.append",
     "attention": "flashcore.api",
     "paged_attention": "flashcore.api",
 }
@@ -35,6 +36,7 @@ __all__ = [
     "Plan",
     "PlanStats",
     "__version__",
+    "append_kv",
     "attention",
     "build_layout",
     "layout_from_page_table",
@@ -44,6 +46,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from flashcore.api import attention, paged_attention
+    from flashcore.append import append_kv
     from flashcore.pager.csr import Layout, build_layout, layout_from_page_table
     from flashcore.planner.build import plan
     from flashcore.planner.device_plan import Capacities, DevicePlan

@@ -21,7 +21,7 @@ FLOORS = (
     ("eager",),
     ("sm90",),
     ("ops",),
-    ("api", "reference"),
+    ("api", "append", "reference"),
     ("",),  # the package's own names, loaded on first use
     ("serving",),
     ("integrations",),

@@ -1,0 +1,177 @@
+"""`append_kv`: scatter the K and V of new tokens into the pages of a KV cache.
+
+    slot mapping, or page table + lengths ─► slots ─► k_pages, v_pages, in place
+
+A slot is page * page_tokens + place in the page. Torch operators on any device, nothing awaited:
+for callers without an engine's own store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from flashcore import validate
+
+
+def append_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    *,
+    slot_mapping: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    seq_lens: torch.Tensor | None = None,
+    q_lens: torch.Tensor | Sequence[int] | None = None,
+) -> None:
+    """Write the K and V of new tokens to their places in the pages.
+
+    The places come from a slot mapping, as serving engines have it, or from a page table and
+    lengths, as `layout_from_page_table` and `plan` take them: the new tokens of a sequence are its
+    last q_len. Call it before `paged_attention`, which expects them in the cache.
+
+    Args:
+        k: [new_tokens, num_kv_heads, head_dim]. v: [new_tokens, num_kv_heads, v_head_dim]. Any
+            float dtype; they are rounded to the pages'.
+        k_pages: [num_pages, page_tokens, num_kv_heads, head_dim], v_pages likewise with v_head_dim;
+            any strides. Written in place.
+        slot_mapping: int32 or int64 [new_tokens]; tokens with a negative slot are left out. No two
+            tokens have the same slot.
+        page_table: int32 or int64 [batch, max_pages].
+        seq_lens: int32 or int64 [batch], new tokens included.
+        q_lens: [batch] new tokens of each sequence, all of them together new_tokens; None for one
+            each. A tensor on a GPU is not looked at on the host: lengths that do not add up to
+            new_tokens then leave tokens out or write them beyond what was meant.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what it may be. On the CPU the
+            slots and page ids are checked too; on a GPU one out of range is torch's device-side
+            assertion.
+    """
+    _check_tokens(k, v, k_pages, v_pages)
+    if slot_mapping is not None:
+        if page_table is not None or seq_lens is not None or q_lens is not None:
+            raise ValueError(
+                "slot_mapping takes the place of page_table, seq_lens and q_lens; give one or the "
+                "others"
+            )
+        slots = validate.tensor("slot_mapping", slot_mapping, dtypes=validate.INT_DTYPES, ndim=1)
+        validate.same_device("k", k, slot_mapping=slot_mapping)
+        if slots.numel() != k.shape[0]:
+            raise ValueError(
+                f"slot_mapping must be [new_tokens] = [{k.shape[0]}], got {tuple(slots.shape)}"
+            )
+        slots = slots.long()
+    elif page_table is not None and seq_lens is not None:
+        slots = _slots(k.shape[0], k_pages.shape[1], page_table, seq_lens, q_lens)
+        validate.same_device("k", k, page_table=page_table, seq_lens=seq_lens)
+    else:
+        raise ValueError("append_kv needs slot_mapping, or page_table and seq_lens")
+    if k.shape[0] == 0:
+        return
+    pool = k_pages.shape[0] * k_pages.shape[1]
+    if slots.device.type == "cpu" and int(slots.max()) >= pool:
+        raise ValueError(
+            f"slot {int(slots.max())} is not in the cache: slots are below num_pages * page_tokens "
+            f"= {pool}"
+        )
+    # A token without a slot writes what the first one with a slot writes, to the same place: so no
+    # mask has to be counted on the host. Where none has one, the place keeps what it holds.
+    held = slots >= 0
+    first = held.int().argmax()
+    place = torch.where(held, slots, slots[first].clamp(min=0))
+    page, row = place // k_pages.shape[1], place % k_pages.shape[1]
+    any_held = held.any()
+    for new, pages in ((k, k_pages), (v, v_pages)):
+        values = torch.where(held[:, None, None], new, new[first]).to(pages.dtype)
+        pages[page, row] = torch.where(any_held, values, pages[page, row])
+
+
+def _check_tokens(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
+) -> None:
+    for name, value, ndim in (("k", k, 3), ("v", v, 3), ("k_pages", k_pages, 4)):
+        validate.tensor(name, value, dtypes=validate.FLOAT_DTYPES, ndim=ndim)
+    validate.tensor("v_pages", v_pages, dtypes=validate.FLOAT_DTYPES, ndim=4)
+    validate.readable(k=k, v=v, k_pages=k_pages, v_pages=v_pages)
+    validate.same_dtype("k_pages", k_pages, v_pages=v_pages)
+    validate.same_device("k", k, v=v, k_pages=k_pages, v_pages=v_pages)
+    validate.no_grad(k=k, v=v)
+    if v_pages.shape[:3] != k_pages.shape[:3]:
+        raise ValueError(
+            f"v_pages must have the pages, tokens and heads of k_pages {tuple(k_pages.shape[:3])}, "
+            f"got {tuple(v_pages.shape[:3])}"
+        )
+    if v.shape[0] != k.shape[0]:
+        raise ValueError(f"v must have the tokens of k ({k.shape[0]}), got {v.shape[0]}")
+    for name, new, pages in (("k", k, k_pages), ("v", v, v_pages)):
+        if new.shape[1:] != pages.shape[2:]:
+            raise ValueError(
+                f"{name} must be [new_tokens, *{tuple(pages.shape[2:])}] as {name}_pages has heads "
+                f"and dims, got {tuple(new.shape)}"
+            )
+
+
+def _slots(
+    new_tokens: int,
+    page_tokens: int,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    q_lens: torch.Tensor | Sequence[int] | None,
+) -> torch.Tensor:
+    """[new_tokens] int64: slots of each sequence's last tokens; -1 for tokens of no sequence."""
+    validate.tensor("page_table", page_table, dtypes=validate.INT_DTYPES, ndim=2)
+    validate.tensor("seq_lens", seq_lens, dtypes=validate.INT_DTYPES, ndim=1)
+    batch, device = page_table.shape[0], page_table.device
+    if q_lens is None:
+        q_lens = torch.ones(batch, dtype=torch.int64, device=device)
+    elif not isinstance(q_lens, torch.Tensor):
+        q_lens = torch.tensor(validate.int_list("q_lens", q_lens), device=device)
+    validate.tensor("q_lens", q_lens, dtypes=validate.INT_DTYPES, ndim=1)
+    validate.same_device("page_table", page_table, seq_lens=seq_lens, q_lens=q_lens)
+    if not batch == seq_lens.numel() == q_lens.numel():
+        raise ValueError(
+            f"seq_lens and q_lens must have one length per row of page_table ({batch}), got "
+            f"{seq_lens.numel()} and {q_lens.numel()}"
+        )
+    if device.type == "cpu":
+        _check_lengths(new_tokens, page_tokens, page_table, seq_lens, q_lens)
+    ends = q_lens.long().cumsum(0)
+    token = torch.arange(new_tokens, device=device)
+    row = torch.searchsorted(ends, token, right=True)
+    known = row < batch
+    row = row.clamp(max=max(batch - 1, 0))
+    if batch == 0:
+        return torch.full((new_tokens,), -1, dtype=torch.int64, device=device)
+    position = seq_lens.long()[row] - ends[row] + token
+    column = (position // page_tokens).clamp(0, max(page_table.shape[1] - 1, 0))
+    slot = page_table[row, column].long() * page_tokens + position % page_tokens
+    return torch.where(known & (position >= 0), slot, -1)
+
+
+def _check_lengths(
+    new_tokens: int,
+    page_tokens: int,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    q_lens: torch.Tensor,
+) -> None:
+    total = int(q_lens.sum())
+    if total != new_tokens or (q_lens.numel() and int(q_lens.min()) < 0):
+        raise ValueError(
+            f"q_lens must be at least 0 and add up to the tokens of k ({new_tokens}), got "
+            f"{q_lens.tolist()}"
+        )
+    room = page_table.shape[1] * page_tokens
+    wrong = (seq_lens < q_lens) | (seq_lens > room)
+    if bool(wrong.any()):
+        row = validate.first_index(wrong)
+        raise ValueError(
+            f"seq_lens[{row}] must be at least q_lens[{row}] ({int(q_lens[row])}), since it counts "
+            f"the new tokens, and at most {room} (columns of page_table * page_tokens), got "
+            f"{int(seq_lens[row])}"
+        )
+    used = torch.arange(page_table.shape[1]) < -(-seq_lens[:, None] // page_tokens)
+    validate.page_ids("page_table", page_table[used], None)
