@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "flashcore"
 
 # From the ground up: a module imports those of its own floor and of floors below.
 FLOORS = (
-    ("contract", "validate", "remembered", "tree"),
+    ("contract", "validate", "remembered", "tree", "problem"),
     ("jit",),
     ("dispatch",),  # finds providers by name
     ("pager",),
