@@ -20,7 +20,7 @@ FLOORS = (
     ("planner",),
     ("eager",),
     ("sm90",),
-    ("ops",),
+    ("ops", "checks"),
     ("api", "reference"),
     ("",),  # the package's own names, loaded on first use
     ("serving",),
