@@ -139,6 +139,7 @@ def picked(batch: Batch, rows: list[int]) -> Batch:
         cols=cols,
         token_counts=batch.layout.token_counts[entries],
         staging_ids=cols[:0],
+        page_tokens=batch.page_tokens,
     )
     return chosen
 

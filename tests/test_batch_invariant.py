@@ -191,7 +191,7 @@ def test_shared_workloads_stay_shared(name: str):
 def test_chunks_are_whole_pages_and_tiles():
     for tokens in (chunks.CHUNK_TOKENS, chunks.LONG_CHUNK_TOKENS):
         assert tokens % 128 == 0
-    layout = tree(4, 2, 1)
+    layout = tree(4, 2, 1, page_tokens=48)
     with pytest.raises(
         ValueError, match="page_tokens must divide 1024 for batch_invariant, got 48"
     ):

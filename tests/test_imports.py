@@ -13,14 +13,14 @@ PACKAGE = Path(__file__).parents[1] / "flashcore"
 
 # From the ground up: a module imports those of its own floor and of floors below.
 FLOORS = (
-    ("contract", "validate", "remembered", "tree"),
+    ("contract", "validate", "remembered", "tree", "problem"),
     ("jit",),
     ("dispatch",),  # finds providers by name
     ("pager",),
     ("planner",),
     ("eager",),
     ("sm90",),
-    ("ops",),
+    ("ops", "checks"),
     ("api", "append", "reference"),
     ("",),  # the package's own names, loaded on first use
     ("serving",),

@@ -61,7 +61,7 @@ def test_token_map_against_oracle(case, form, bits):
     expected = oracle.layout_rows([pages[a:b] for a, b in ranges], page_tokens)
     assert rows_of(layout) == expected
     assert layout.staging_ids.tolist() == oracle.staging(expected, resident)
-    assert all(t.dtype == torch.int32 for t in layout)
+    assert all(t.dtype == torch.int32 for t in layout[:-1])
 
 
 @settings(max_examples=200, deadline=None)
@@ -94,7 +94,8 @@ def test_both_forms_agree_on_a_large_batch():
     lens = torch.randint(0, 1025, (16,))
     by_tokens = flashcore.build_layout(tokens, starts, starts + lens, page_tokens=16)
     by_pages = flashcore.layout_from_page_table(table, lens, page_tokens=16)
-    for a, b in zip(by_tokens, by_pages, strict=True):
+    assert by_tokens.page_tokens == by_pages.page_tokens == 16
+    for a, b in zip(by_tokens[:-1], by_pages[:-1], strict=True):
         assert torch.equal(a, b)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashcore
+from flashcore.problem import NO_EXTRAS, Rules
 from tests.test_paged_attention import shared_batch
 
 
@@ -53,26 +54,7 @@ def test_opcheck_paged():
     batch = shared_batch()
     plan = batch.plan()
     q, k, v = batch.tensors()
-    names = "cols groups q_tokens q_positions q_index work merge_offsets merge_partials"
-    tensors = [getattr(plan, name) for name in names.split()]
-    arguments = (
-        q,
-        k,
-        v,
-        *tensors,
-        plan.num_partial_tokens,
-        True,
-        64,
-        False,
-        0.1,
-        True,
-        -1,
-        -1,
-        0.0,
-        None,
-        None,
-        None,
-    )
+    arguments = (q, k, v, *plan.tensors, *plan.numbers, *Rules(0.1, causal=True), *NO_EXTRAS)
     torch.library.opcheck(torch.ops.flashcore.paged_attention.default, arguments)
 
 

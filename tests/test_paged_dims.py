@@ -20,6 +20,7 @@ from flashcore.jit.target import detect_target
 from flashcore.planner import split
 from flashcore.planner.device_plan import workspace_elements
 from flashcore.planner.folding import Costs
+from flashcore.problem import Problem
 from flashcore.reference import paged_attention_reference
 from flashcore.sm90.config import paged
 from flashcore.sm90.config.paged import MergeConfig
@@ -134,12 +135,10 @@ def test_what_has_no_kernel_is_named(
 
 
 def test_costs_are_of_both_dims() -> None:
-    costs = Costs.of(16, 4, 192, 2, v_head_dim=128)
+    costs = Costs.of(Problem(16, 4, 192, 128, page_tokens=16))
     assert costs.kv_token == 5 * 4 * (192 + 128) * 2
     assert costs.partial_token == split.COST_UNIT * 2 * 16 * (4 * 128 + 4)
-    same = Costs.of(16, 4, 128, 2)
-    assert same == Costs.of(16, 4, 128, 2, v_head_dim=128)
-    assert same.partial_token == costs.partial_token
+    assert Costs.of(Problem(16, 4, 128, 128, page_tokens=16)).partial_token == costs.partial_token
 
 
 def test_plan_knows_both_dims() -> None:

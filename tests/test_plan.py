@@ -163,8 +163,8 @@ def test_folding_against_recursion(
             tile_m=tile_m,
             num_workers=2,
         )
-        heads = batch.num_q_heads, batch.num_kv_heads
-        costs = Costs.of(*heads, batch.head_dim, itemsize, v_head_dim=batch.v_head_dim)
+        costs = Costs.of(plan.problem)
+    assert plan.problem.itemsize == itemsize
     found = list(
         zip(
             plan.groups[:, Group.NUM_TOKENS].tolist(),
@@ -450,7 +450,7 @@ def test_every_reason_occurs(reason):
         ({"num_kv_heads": 0}, ValueError, "num_kv_heads must be at least 1, got 0"),
         ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
         ({"head_dim": 64.0}, TypeError, "head_dim must be an int, got float"),
-        ({"page_tokens": 8}, ValueError, "page_tokens must be what .* got 8; .* holds 16 tokens"),
+        ({"page_tokens": 8}, ValueError, "page_tokens must be what .* built with, 16, got 8"),
         ({"q_lens": [1]}, ValueError, r"q_lens must have one length per row \(2\), got 1"),
         ({"q_lens": [1, -2]}, ValueError, r"q_lens\[1\] must be at least 0, got -2"),
         ({"q_lens": torch.ones(2)}, TypeError, "q_lens must have dtype int32, int64, got float32"),

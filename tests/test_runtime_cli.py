@@ -15,6 +15,7 @@ import flashcore
 from flashcore.cli import check, check_paged, compile_cmd
 from flashcore.jit.gates import representative
 from flashcore.jit.kernel import Kernel
+from flashcore.problem import Packing, Rules
 from flashcore.reference import attention_reference
 from flashcore.sm90.config import dense
 from flashcore.sm90.families import DENSE, PAGED
@@ -179,12 +180,23 @@ def stand_in(fault: str) -> Any:
     """The reference in the kernel's place, rounded as the kernel rounds, with a fault."""
     calls = [0]
 
-    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    def attend(
+        q: Any, k: Any, v: Any, rules: Rules, sinks: Any, packing: Packing, return_lse: bool
+    ) -> Any:
         calls[0] += 1
-        assert options.pop("return_lse")
-        del options["max_seqlen_q"]
-        window = (options.pop("window_left"), options.pop("window_right"))
-        out, lse = attention_reference(q, k, v, window=window, **options)
+        assert return_lse
+        out, lse = attention_reference(
+            q,
+            k,
+            v,
+            causal=rules.causal,
+            scale=rules.scale,
+            window=(rules.window_left, rules.window_right),
+            softcap=rules.softcap,
+            sinks=sinks,
+            cu_seqlens_q=packing.cu_seqlens_q,
+            cu_seqlens_k=packing.cu_seqlens_k,
+        )
         out, lse = out.to(q.dtype), lse.float()
         if fault == "values":
             out = out * 1.02

@@ -12,6 +12,7 @@ from flashcore import api, ops
 from flashcore.dispatch import Path
 from flashcore.jit.cache import KernelCache
 from flashcore.jit.kernel import Kernel
+from flashcore.problem import Packing, Rules
 from flashcore.remembered import Remembered
 from flashcore.sm90.config.dense import DenseConfig
 from flashcore.sm90.families import DENSE
@@ -53,19 +54,13 @@ def tensors(*shape: int, kv_heads: int | None = None) -> tuple[torch.Tensor, ...
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
-    defaults: dict[str, Any] = {
-        "causal": False,
-        "scale": 0.125,
-        "window_left": -1,
-        "window_right": -1,
-        "softcap": 0.0,
-        "sinks": None,
-        "cu_seqlens_q": None,
-        "cu_seqlens_k": None,
-        "max_seqlen_q": None,
-        "return_lse": False,
-    }
-    return launch.dense_attention(q, k, v, **{**defaults, **options})
+    """options: fields of `Rules` and `Packing`, sinks, return_lse."""
+    values = {"scale": 0.125, "causal": False, **options}
+    rules, packing = (
+        kind(**{name: values.pop(name) for name in kind._fields if name in values})
+        for kind in (Rules, Packing)
+    )
+    return launch.dense_attention(q, k, v, rules, packing=packing, **values)
 
 
 def test_argument_order(recorder: Recorder) -> None:

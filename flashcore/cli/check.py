@@ -14,6 +14,8 @@ from flashcore.cli import check_paged
 if TYPE_CHECKING:
     import torch
 
+    from flashcore.problem import Packing
+
 Test = Callable[[], tuple[str, str]]  # what is wrong or "", and what was measured
 
 # Frobenius norm of the error over that of the reference, in float64. Rounding P and the output to
@@ -141,10 +143,11 @@ def _run_case(case: Case, seed: int, device: str) -> tuple[str, str]:
     """(what is wrong or "", the measured errors)."""
     import torch
 
+    from flashcore.problem import Rules
     from flashcore.reference import attention_reference
     from flashcore.sm90.launch.dense import dense_attention
 
-    q, k, v, cu_q, cu_k, longest = _inputs(case, seed, device)
+    q, k, v, packing = _inputs(case, seed, device)
     sinks = torch.randn(case.heads[0], device=q.device) if case.sinks else None
     scale = case.head_dim**-0.5
     window = None if case.window == (-1, -1) else case.window
@@ -157,26 +160,12 @@ def _run_case(case: Case, seed: int, device: str) -> tuple[str, str]:
         window=window,
         softcap=case.softcap,
         sinks=sinks,
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
+        cu_seqlens_q=packing.cu_seqlens_q,
+        cu_seqlens_k=packing.cu_seqlens_k,
     )
+    rules = Rules.of(scale, case.causal, case.window, case.softcap)
     first, second = (
-        dense_attention(
-            q,
-            k,
-            v,
-            causal=case.causal,
-            scale=scale,
-            window_left=case.window[0],
-            window_right=case.window[1],
-            softcap=case.softcap,
-            sinks=sinks,
-            cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_k,
-            max_seqlen_q=longest,
-            return_lse=True,
-        )
-        for _ in range(2)
+        dense_attention(q, k, v, rules, sinks, packing, return_lse=True) for _ in range(2)
     )
     out, lse = first
     assert lse is not None
@@ -214,9 +203,11 @@ def _judge(
 
 def _inputs(
     case: Case, seed: int, device: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
-    """q, k, v, cu_seqlens_q, cu_seqlens_k, longest query; NaN in rows past the packed keys."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Packing]:
+    """q, k, v and how they are packed; NaN in rows past the packed keys."""
     import torch
+
+    from flashcore.problem import Packing
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
     generator = torch.Generator(device).manual_seed(seed)
@@ -229,7 +220,7 @@ def _inputs(
     if not case.packed:
         shape_k = (case.batch, keys[0], num_kv_heads, case.head_dim)
         q = normal(case.batch, queries[0], num_heads, case.head_dim)
-        return q, normal(*shape_k), normal(*shape_k), None, None, queries[0]
+        return q, normal(*shape_k), normal(*shape_k), Packing(max_seqlen_q=queries[0])
 
     def bounds(lengths: list[int]) -> torch.Tensor:
         ends = torch.tensor([0, *lengths]).cumsum(0)
@@ -238,33 +229,20 @@ def _inputs(
     k, v = (normal(sum(keys) + 64, num_kv_heads, case.head_dim) for _ in range(2))
     k[sum(keys) :] = v[sum(keys) :] = float("nan")
     q = normal(sum(queries), num_heads, case.head_dim)
-    return q, k, v, bounds(queries), bounds(keys), max(queries)
+    return q, k, v, Packing(bounds(queries), bounds(keys), max(queries))
 
 
 def _run_graph(device: str) -> tuple[str, str]:
     """Capture a launch in a CUDA graph and replay it on new inputs."""
     import torch
 
+    from flashcore.problem import Rules
     from flashcore.sm90.launch.dense import dense_attention
 
-    q, k, v, _, _, longest = _inputs(Case("graph", ((700, 700),), causal=True), 0, device)
+    q, k, v, _ = _inputs(Case("graph", ((700, 700),), causal=True), 0, device)
 
     def attend() -> torch.Tensor:
-        return dense_attention(
-            q,
-            k,
-            v,
-            causal=True,
-            scale=0.1,
-            window_left=-1,
-            window_right=-1,
-            softcap=0.0,
-            sinks=None,
-            cu_seqlens_q=None,
-            cu_seqlens_k=None,
-            max_seqlen_q=longest,
-            return_lse=False,
-        )[0]
+        return dense_attention(q, k, v, Rules(0.1, causal=True))[0]
 
     attend()  # compile and load before the capture
     graph = torch.cuda.CUDAGraph()
@@ -283,7 +261,7 @@ def _run_compiled(device: str) -> tuple[str, str]:
 
     import flashcore
 
-    q, k, v, _, _, _ = _inputs(Case("compiled", ((300, 300),)), 0, device)
+    q, k, v, _ = _inputs(Case("compiled", ((300, 300),)), 0, device)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return flashcore.attention(q * 2, k, v, causal=True) + 1

@@ -7,7 +7,8 @@ import math
 import torch
 
 from flashcore.eager.merge import apply_sinks
-from flashcore.eager.run import Rules, attend_runs
+from flashcore.eager.run import attend_runs
+from flashcore.problem import Packing, Rules
 
 
 def dense_attention(
@@ -16,8 +17,7 @@ def dense_attention(
     v: torch.Tensor,
     rules: Rules,
     sinks: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
+    packing: Packing,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes as in `flashcore.attention`. Returns out like q and lse [..., num_q_heads] fp32."""
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
@@ -26,9 +26,9 @@ def dense_attention(
         for b in range(q.shape[0]):
             _one_sequence(q[b], k[b], v[b], rules, out[b], lse[b])
     else:
-        assert cu_seqlens_q is not None
-        assert cu_seqlens_k is not None
-        ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        assert packing.cu_seqlens_q is not None
+        assert packing.cu_seqlens_k is not None
+        ends_q, ends_k = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
         for b in range(len(ends_q) - 1):
             rows, keys = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
             _one_sequence(q[rows], k[keys], v[keys], rules, out[rows], lse[rows])

@@ -10,8 +10,10 @@ import torch
 from flashcore.contract.work import DIRECT, Group
 from flashcore.eager import run
 from flashcore.eager.merge import apply_sinks, merge_partials
-from flashcore.eager.run import Rules, Tree, attend_runs, sees_all
+from flashcore.eager.run import Tree, attend_runs, sees_all
 from flashcore.eager.workspace import scratch
+from flashcore.planner.types import Planned
+from flashcore.problem import Extras, KVPool, Rules
 from flashcore.tree import by_depth
 
 KEYS_PER_BATCH = 8192
@@ -19,44 +21,32 @@ KEYS_PER_BATCH = 8192
 
 
 def paged_attention(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    cols: torch.Tensor,
-    groups: torch.Tensor,
-    q_tokens: torch.Tensor,
-    q_positions: torch.Tensor,
-    q_index: torch.Tensor,
-    merge_offsets: torch.Tensor,
-    merge_list: torch.Tensor,
-    num_partial_tokens: int,
-    rules: Rules,
-    sinks: torch.Tensor | None,
-    tree_mask: torch.Tensor | None,
-    tree_positions: torch.Tensor | None,
+    q: torch.Tensor, kv: KVPool, planned: Planned, rules: Rules, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes as in `flashcore.paged_attention` and `Plan`; q_index: [total_q] place in its
-    sequence.
+    """Shapes as in `flashcore.paged_attention` and `Plan`.
 
     Reads the group table on the host, for which an accelerator has to be waited for.
     Returns out in q's dtype and lse [total_q, num_q_heads] fp32.
     """
     total_q, num_q_heads, dim = q.shape
-    num_kv_heads, v_dim = k_pages.shape[2], v_pages.shape[3]
+    num_kv_heads, v_dim = kv.k.shape[2], kv.v.shape[3]
+    plan, num_partials = planned.tensors, planned.numbers.num_partial_tokens
+    sinks, tree_mask, tree_positions = extras
     out = torch.zeros(total_q, num_q_heads, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.full((total_q, num_q_heads), -math.inf, dtype=torch.float32, device=q.device)
-    partial_out = out.new_empty(num_partial_tokens, num_q_heads, v_dim)
-    partial_lse = out.new_empty(num_partial_tokens, num_q_heads)
-    gathered, positions = q_tokens.long(), q_positions.long()
+    partial_out = out.new_empty(num_partials, num_q_heads, v_dim)
+    partial_lse = out.new_empty(num_partials, num_q_heads)
+    gathered, positions = plan.q_tokens.long(), plan.q_positions.long()
     depth = None
     if tree_mask is not None and rules.window_left >= 0:
         tree_mask, tree_positions = by_depth(
-            tree_mask, tree_positions, q_index, total_q, rules.window_left
+            tree_mask, tree_positions, plan.q_index, total_q, rules.window_left
         )
-        depth = tree_positions - tree_positions[torch.arange(total_q, device=q.device) - q_index]
+        root = torch.arange(total_q, device=q.device) - plan.q_index
+        depth = tree_positions - tree_positions[root]
     scaled = (q.float() * rules.scale).view(total_q, num_kv_heads, num_q_heads // num_kv_heads, dim)
-    runs = _runs(groups, positions, k_pages.shape[1])
-    reader = _PageReader(k_pages, v_pages, cols.long())
+    runs = _runs(plan.groups, positions, kv.k.shape[1])
+    reader = _PageReader(kv, plan.cols.long())
     for batch in _batches(runs, rules, tree_mask is not None):
         first = batch[0]
         index = torch.tensor([run.q_begin for run in batch], device=q.device)[:, None]
@@ -65,7 +55,7 @@ def paged_attention(
         place = positions[index] - first.offset
         tree = None
         if tree_mask is not None:
-            tree = Tree(tree_mask[tokens[0]], place[0] - q_index[tokens[0]])
+            tree = Tree(tree_mask[tokens[0]], place[0] - plan.q_index[tokens[0]])
             if depth is not None:
                 place = (tree.first_key + depth[tokens[0]])[None]
         load = reader.loader(batch)
@@ -77,7 +67,7 @@ def paged_attention(
             begin = torch.tensor([run.partial for run in batch], device=q.device)[:, None]
             index = begin + torch.arange(first.num_q, device=q.device)
             partial_out[index], partial_lse[index] = result, logs
-    merge_partials(partial_out, partial_lse, merge_offsets, merge_list, out, lse)
+    merge_partials(partial_out, partial_lse, plan.merge_offsets, plan.merge_partials, out, lse)
     if sinks is not None:
         apply_sinks(out, lse, sinks)
     return out.to(q.dtype), lse
@@ -145,10 +135,10 @@ def _batches(runs: list[_Run], rules: Rules, has_tree: bool) -> list[list[_Run]]
 class _PageReader:
     """Gathers pages, each pool into one buffer."""
 
-    def __init__(self, k_pages: torch.Tensor, v_pages: torch.Tensor, cols: torch.Tensor) -> None:
+    def __init__(self, kv: KVPool, cols: torch.Tensor) -> None:
         self.cols = cols
-        self.page_tokens = k_pages.shape[1]
-        self.pools = {"k": k_pages, "v": v_pages}
+        self.page_tokens = kv.k.shape[1]
+        self.pools = kv._asdict()
 
     def loader(self, batch: list[_Run]) -> run.LoadKeys:
         """How to load the keys of runs of one shape."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from flashcore.eager.workspace import scratch
+from flashcore.problem import Rules
 
 KEYS_PER_CHUNK = 4096
 """Keys of a run taken at a time: the gathered copies stay in the cache; shorter chunks pay more in
@@ -20,18 +21,6 @@ SCORES_PER_CHUNK = 1 << 24
 LoadKeys = Callable[[int, int], list[tuple[torch.Tensor, torch.Tensor]]]
 """(begin, end) -> for each run, K [num_kv_heads, end - begin, head_dim] and V [num_kv_heads, end -
 begin, v_head_dim] of these keys, good until the next call."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What of a score depends on the call and not on the run. Window bounds of -1 do not bind; the
-    right one has no say under a tree mask."""
-
-    scale: float
-    causal: bool
-    window_left: int
-    window_right: int
-    softcap: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,7 @@ def attend_runs(
 
 def sees_all(first_position: int, num_keys: int, rules: Rules, tree_mask: bool) -> bool:
     """Every query sees all keys of its run; first_position is the smallest of their positions."""
-    if tree_mask or rules.window_left >= 0 or rules.window_right >= 0:
+    if tree_mask or rules.windowed:
         return False
     return not rules.causal or first_position >= num_keys - 1
 

@@ -24,12 +24,14 @@ class Layout(NamedTuple):
     token_counts: [nnz], valid tokens of that page for that sequence, 1 .. page_tokens; the valid
         tokens are slots 0 .. token_counts - 1 of the page.
     staging_ids: [n], each page that is used and not resident, once per batch, in first-use order.
+    page_tokens: tokens that a page holds.
     """
 
     row_offsets: torch.Tensor
     cols: torch.Tensor
     token_counts: torch.Tensor
     staging_ids: torch.Tensor
+    page_tokens: int
 
 
 def build_layout(
@@ -86,7 +88,7 @@ def build_layout(
         piece = torch.arange(run.numel(), device=run.device) - first_piece[run]
         run_page = run_page[run]
         run_length = (run_length[run] - piece * page_tokens).clamp(max=page_tokens)
-    return _layout(row_entries, run_page, run_length, page_resident_bitmap)
+    return _layout(row_entries, run_page, run_length, page_tokens, page_resident_bitmap)
 
 
 def layout_from_page_table(
@@ -140,13 +142,14 @@ def layout_from_page_table(
     used = pages > 0
     last_entry = torch.cumsum(pages, 0)[used] - 1
     counts[last_entry] = (lengths - (pages - 1) * page_tokens)[used]
-    return _layout(pages, cols, counts, page_resident_bitmap)
+    return _layout(pages, cols, counts, page_tokens, page_resident_bitmap)
 
 
 def _layout(
     row_entries: torch.Tensor,
     cols: torch.Tensor,
     counts: torch.Tensor,
+    page_tokens: int,
     resident: torch.Tensor | None,
 ) -> Layout:
     row_offsets = torch.zeros(row_entries.numel() + 1, dtype=torch.int32, device=cols.device)
@@ -154,7 +157,7 @@ def _layout(
         raise ValueError(f"a layout holds at most 2**31 - 1 entries, got {cols.numel()}")
     torch.cumsum(row_entries, 0, out=row_offsets[1:])
     cols = cols.int()
-    return Layout(row_offsets, cols, counts.int(), _staging_ids(cols, resident))
+    return Layout(row_offsets, cols, counts.int(), _staging_ids(cols, resident), page_tokens)
 
 
 def _check_ranges(starts: torch.Tensor, ends: torch.Tensor, total: int) -> None:

@@ -13,9 +13,10 @@ from flashcore.contract.work import DIRECT, FIELDS, Group, Work
 from flashcore.dispatch import resident_ctas
 from flashcore.pager.csr import Layout
 from flashcore.planner import chunks, split
-from flashcore.planner.folding import FOLD_ROWS, Costs, Fold, Folding, fold_groups
+from flashcore.planner.folding import FOLD_ROWS, Costs, Fold, Folding, Runs, fold_groups
 from flashcore.planner.sharing import Segments, find_segments
 from flashcore.planner.types import Plan
+from flashcore.problem import Problem
 
 
 def plan(
@@ -26,7 +27,7 @@ def plan(
     num_kv_heads: int,
     head_dim: int,
     v_head_dim: int | None = None,
-    page_tokens: int = 128,
+    page_tokens: int | None = None,
     itemsize: int = 2,
     tile_m: int | None = None,
     num_workers: int | None = None,
@@ -43,7 +44,7 @@ def plan(
             out, whatever pages they hold.
         num_q_heads, num_kv_heads, head_dim: the model's, as this rank sees them.
         v_head_dim: columns of V and of the result, at most head_dim; None: head_dim.
-        page_tokens: tokens of a page, as the layout was built with.
+        page_tokens: tokens of a page; the layout knows them, and others are an error.
         itemsize: bytes of a K or V element, for the folding rule.
         tile_m: packed query rows of a work item at most; None: 64, or 128 where the groups fill it.
         num_workers: work items that run at the same time (CTAs); KV runs are split to fill them.
@@ -58,11 +59,53 @@ def plan(
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
     """
-    group_size = validate.head_counts(num_q_heads, num_kv_heads)
-    v_head_dim = validate.head_dims(head_dim, v_head_dim)
-    _check_problem(itemsize, tile_m, num_workers)
-    _check_switches(share, fold, batch_invariant)
-    lengths = _check_layout(layout, q_lens, page_tokens)
+    _check_layout(layout, page_tokens)
+    problem = Problem.checked(
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        page_tokens=layout.page_tokens,
+        itemsize=itemsize,
+    )
+    choices = _Choices(tile_m, num_workers, share, fold, batch_invariant)
+    choices.check()
+    return _plan(layout, _query_lengths(layout, q_lens), problem, choices)
+
+
+class _Choices(NamedTuple):
+    """As in `plan`."""
+
+    tile_m: int | None
+    num_workers: int | None
+    share: bool
+    fold: Fold
+    batch_invariant: bool
+
+    def check(self) -> None:
+        """A TypeError or ValueError naming the argument."""
+        if self.tile_m is not None:
+            validate.positive_int("tile_m", self.tile_m)
+        workers = self.num_workers
+        if workers is not None and (isinstance(workers, bool) or workers != 0):
+            validate.positive_int("num_workers", workers)
+        validate.flag("share", self.share)
+        validate.flag("batch_invariant", self.batch_invariant)
+        if not isinstance(self.fold, bool) and self.fold != "always":
+            raise ValueError(f"fold must be True, False or 'always', got {self.fold!r}")
+
+    def workers(self, device: torch.device, problem: Problem, tile_m: int) -> int:
+        """Work items that run at the same time, 0 for no split."""
+        if self.num_workers is not None:
+            return self.num_workers
+        if device.type != "cuda":
+            return 0
+        return resident_ctas(device, problem.head_dim, tile_m, problem.v_head_dim)
+
+
+def _plan(layout: Layout, lengths: torch.Tensor, problem: Problem, choices: _Choices) -> Plan:
+    """lengths: [batch] int64, query tokens of each sequence."""
+    tile_m, page_tokens = choices.tile_m, problem.page_tokens
     q_offsets = _offsets(lengths)
     counts = layout.token_counts.long()
     tokens_before = _offsets(counts)
@@ -70,44 +113,33 @@ def plan(
     kv_lens = kv_lens - tokens_before[layout.row_offsets[:-1].long()]
     _check_queries(lengths, kv_lens)
     chunk_pages = None
-    if batch_invariant:
+    if choices.batch_invariant:
         chunk_pages = chunks.chunk_pages(lengths, page_tokens)
         tile_m = tile_m or chunks.TILE_M
 
     pages = layout.cols
-    if not share:  # every entry a page of its own
+    if not choices.share:  # every entry a page of its own
         pages = torch.arange(pages.numel(), dtype=pages.dtype, device=pages.device)
     active = lengths > 0
     found = find_segments(pages, counts, layout.row_offsets, active, page_tokens, chunk_pages)
     runs = _runs(found, tokens_before, lengths)
-    parallel = layout.cols.is_cuda if num_workers is None else num_workers > 0
+    parallel = layout.cols.is_cuda if choices.num_workers is None else choices.num_workers > 0
     folding = fold_groups(
         found,
-        runs.entries,
-        runs.tokens,
-        runs.members,
-        runs.queries,
-        _row_blocks(runs.queries * group_size, tile_m or FOLD_ROWS),
+        runs,
+        _row_blocks(runs.queries * problem.group_size, tile_m or FOLD_ROWS),
         runs.tokens == runs.entries * page_tokens,
-        Costs.of(
-            num_q_heads,
-            num_kv_heads,
-            head_dim,
-            itemsize,
-            fold,
-            parallel=parallel,
-            v_head_dim=v_head_dim,
-        ),
-        enabled=bool(fold),
+        Costs.of(problem, choices.fold, parallel=parallel),
+        enabled=bool(choices.fold),
     )
     segments = _fold(found, folding)
     gathered = _gather_queries(segments, lengths, q_offsets, kv_lens)
     kept = _runs(segments, tokens_before, lengths)
-    tile_m = tile_m or _tile_rows(kept.tokens, kept.queries * group_size)
+    tile_m = tile_m or _tile_rows(kept.tokens, kept.queries * problem.group_size)
     if chunk_pages is None:
-        num_workers = _workers(num_workers, layout, head_dim, tile_m, v_head_dim)
-        blocks = _row_blocks(kept.queries * group_size, tile_m)
-        per_split = _split_pages(kept, blocks, num_kv_heads, num_workers, page_tokens)
+        num_workers = choices.workers(layout.cols.device, problem, tile_m)
+        blocks = _row_blocks(kept.queries * problem.group_size, tile_m)
+        per_split = _split_pages(kept, blocks, problem, num_workers)
     else:  # runs begin with a chunk, and all their chunks but the last are full
         per_split = torch.minimum(chunk_pages[segments.row[segments.owner]], kept.entries)
     groups, num_partials = _group_table(segments, kept, gathered, per_split)
@@ -116,18 +148,19 @@ def plan(
     )
     decisions = (runs.tokens, runs.members, folding.children, folding.reason)
     return Plan(
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        v_head_dim=v_head_dim,
+        num_q_heads=problem.num_q_heads,
+        num_kv_heads=problem.num_kv_heads,
+        head_dim=problem.head_dim,
+        v_head_dim=problem.v_head_dim,
         page_tokens=page_tokens,
+        itemsize=problem.itemsize,
         tile_m=tile_m,
         total_q=int(q_offsets[-1]),
         max_q_len=int(lengths.max()) if lengths.numel() else 0,
         num_pages=int(layout.cols.max()) + 1 if layout.cols.numel() else 0,
         num_partial_tokens=num_partials,
         needs_merge=num_partials > 0 or bool((merge_offsets.diff() == 0).any()),
-        batch_invariant=bool(batch_invariant),
+        batch_invariant=choices.batch_invariant,
         cols=layout.cols,
         token_counts=layout.token_counts,
         row_offsets=layout.row_offsets,
@@ -140,20 +173,11 @@ def plan(
         member_starts=segments.kv_start[gathered.order].int(),
         q_tokens=gathered.tokens.int(),
         q_positions=gathered.positions.int(),
-        work=_work_list(groups, group_size, num_kv_heads, tile_m, page_tokens).int(),
+        work=_work_list(groups, problem, tile_m).int(),
         merge_offsets=merge_offsets.int(),
         merge_partials=merge_partials.int(),
         decisions=torch.stack(decisions, 1).int(),
     )
-
-
-class _Runs(NamedTuple):
-    """Per group as found: pages, tokens, members, query tokens of all members."""
-
-    entries: torch.Tensor
-    tokens: torch.Tensor
-    members: torch.Tensor
-    queries: torch.Tensor
 
 
 class _Gathered(NamedTuple):
@@ -171,21 +195,6 @@ class _Gathered(NamedTuple):
     positions: torch.Tensor
 
 
-def _check_problem(itemsize: int, tile_m: int | None, num_workers: int | None) -> None:
-    validate.positive_int("itemsize", itemsize, maximum=8)
-    if tile_m is not None:
-        validate.positive_int("tile_m", tile_m)
-    if num_workers is not None and (isinstance(num_workers, bool) or num_workers != 0):
-        validate.positive_int("num_workers", num_workers)
-
-
-def _check_switches(share: bool, fold: Fold, batch_invariant: bool) -> None:
-    validate.flag("share", share)
-    validate.flag("batch_invariant", batch_invariant)
-    if not isinstance(fold, bool) and fold != "always":
-        raise ValueError(f"fold must be True, False or 'always', got {fold!r}")
-
-
 def _check_queries(q_lens: torch.Tensor, kv_lens: torch.Tensor) -> None:
     """Lengths without the new tokens are the usual slip. A sequence with no keys has zeros."""
     longer = (q_lens > kv_lens) & (kv_lens > 0)
@@ -197,28 +206,23 @@ def _check_queries(q_lens: torch.Tensor, kv_lens: torch.Tensor) -> None:
         )
 
 
-def _workers(
-    num_workers: int | None, layout: Layout, head_dim: int, tile_m: int, v_head_dim: int
-) -> int:
-    if num_workers is None:
-        device = layout.cols.device
-        is_cuda = device.type == "cuda"
-        return resident_ctas(device, head_dim, tile_m, v_head_dim) if is_cuda else 0
-    return num_workers
-
-
-def _check_layout(
-    layout: Layout, q_lens: torch.Tensor | Sequence[int] | None, page_tokens: int
-) -> torch.Tensor:
-    """Query lengths as int64 on the layout's device, after checks of both."""
+def _check_layout(layout: Layout, page_tokens: int | None) -> None:
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be a flashcore.Layout, got {type(layout).__name__}")
-    validate.positive_int("page_tokens", page_tokens)
-    if layout.token_counts.numel() and int(layout.token_counts.max()) > page_tokens:
+    own = validate.positive_int("layout.page_tokens", layout.page_tokens)
+    if page_tokens is not None and validate.positive_int("page_tokens", page_tokens) != own:
         raise ValueError(
-            f"page_tokens must be what the layout was built with, got {page_tokens}; "
-            f"a page of the layout holds {int(layout.token_counts.max())} tokens"
+            f"page_tokens must be what the layout was built with, {own}, got {page_tokens}"
         )
+    if layout.token_counts.numel() and int(layout.token_counts.max()) > own:
+        raise ValueError(
+            f"layout has pages of {own} tokens (layout.page_tokens), and one that holds "
+            f"{int(layout.token_counts.max())}"
+        )
+
+
+def _query_lengths(layout: Layout, q_lens: torch.Tensor | Sequence[int] | None) -> torch.Tensor:
+    """As int64 on the layout's device, checked."""
     batch = layout.row_offsets.numel() - 1
     device = layout.cols.device
     if q_lens is None:
@@ -251,12 +255,12 @@ def _index_within(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return which, torch.arange(which.numel(), device=counts.device) - begin[which]
 
 
-def _runs(segments: Segments, tokens_before: torch.Tensor, q_lens: torch.Tensor) -> _Runs:
+def _runs(segments: Segments, tokens_before: torch.Tensor, q_lens: torch.Tensor) -> Runs:
     num_groups = segments.owner.numel()
     first, count = segments.entry[segments.owner], segments.num_entries[segments.owner]
     queries = torch.zeros(num_groups, dtype=torch.long, device=first.device)
     queries.index_add_(0, segments.group, q_lens[segments.row])
-    return _Runs(
+    return Runs(
         entries=count,
         tokens=tokens_before[first + count] - tokens_before[first],
         members=torch.bincount(segments.group, minlength=num_groups),
@@ -322,22 +326,22 @@ def _tile_rows(tokens: torch.Tensor, rows: torch.Tensor) -> int:
 
 
 def _split_pages(
-    runs: _Runs, blocks: torch.Tensor, num_kv_heads: int, num_workers: int, page_tokens: int
+    runs: Runs, blocks: torch.Tensor, problem: Problem, num_workers: int
 ) -> torch.Tensor:
     """Pages of a split of each group."""
     if runs.tokens.numel() == 0:
         return runs.entries
     cost = split.run_cost(runs.tokens, blocks)
-    total = int((runs.tokens * split.token_cost(blocks)).sum()) * num_kv_heads
+    total = int((runs.tokens * split.token_cost(blocks)).sum()) * problem.num_kv_heads
     share = split.split_share(total, int(cost.max()), int(cost.min()), num_workers)
     if share == 0:
         return runs.entries
-    pages: torch.Tensor = split.split_pages(runs.entries, blocks, share, page_tokens)
+    pages: torch.Tensor = split.split_pages(runs.entries, blocks, share, problem.page_tokens)
     return pages
 
 
 def _group_table(
-    segments: Segments, runs: _Runs, gathered: _Gathered, per_split: torch.Tensor
+    segments: Segments, runs: Runs, gathered: _Gathered, per_split: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
     """The group table, int64, and the number of partial tokens; `per_split` pages a split."""
     count, queries = runs.entries, runs.queries
@@ -390,10 +394,9 @@ def _merge_lists(
     return _offsets(torch.bincount(query, minlength=total_q)), partial[order]
 
 
-def _work_list(
-    groups: torch.Tensor, group_size: int, num_kv_heads: int, tile_m: int, page_tokens: int
-) -> torch.Tensor:
+def _work_list(groups: torch.Tensor, problem: Problem, tile_m: int) -> torch.Tensor:
     """Every (group, split, KV head, row block), longest first, neighbours together."""
+    group_size, num_kv_heads = problem.group_size, problem.num_kv_heads
     rows = groups[:, Group.NUM_Q] * group_size
     blocks = _row_blocks(rows, tile_m)
     which, index = _index_within(groups[:, Group.NUM_SPLITS] * num_kv_heads * blocks)
@@ -402,9 +405,9 @@ def _work_list(
     head = index // blocks % num_kv_heads
     part = index // (blocks * num_kv_heads)
     first_entry = part * group[:, Group.SPLIT_ENTRIES]
-    offset = first_entry * page_tokens
+    offset = first_entry * problem.page_tokens
     tokens = torch.minimum(
-        group[:, Group.NUM_TOKENS] - offset, group[:, Group.SPLIT_ENTRIES] * page_tokens
+        group[:, Group.NUM_TOKENS] - offset, group[:, Group.SPLIT_ENTRIES] * problem.page_tokens
     )
     row = block * tile_m
     partial = group[:, Group.PARTIAL] + part * group[:, Group.NUM_Q] + row // group_size

@@ -12,7 +12,16 @@ from flashcore.contract.counts import Count, Fault, Stat
 from flashcore.contract.scratch import SCAN_THREADS
 from flashcore.contract.work import FIELDS
 from flashcore.planner import chunks
-from flashcore.planner.types import dims_text, no_launches
+from flashcore.planner.types import (
+    Planned,
+    PlanNumbers,
+    Workspace,
+    dims_text,
+    no_launches,
+    plan_problem,
+    plan_tensors,
+)
+from flashcore.problem import Problem
 from flashcore.remembered import Remembered
 
 _MOST = validate.INT32_MAX // FIELDS  # rows of a table whose elements are counted in int32
@@ -153,11 +162,27 @@ class DevicePlan:
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
     counter: torch.Tensor
+    itemsize: int = field(default=2, kw_only=True)
     launches: Remembered = field(default_factory=no_launches, init=False, repr=False)
 
     @property
     def device(self) -> torch.device:
         return self.cols.device
+
+    @property
+    def problem(self) -> Problem:
+        return plan_problem(self)
+
+    @property
+    def planned(self) -> Planned:
+        """What there is to merge, if anything, only the device knows."""
+        most = self.partial_lse.shape[0]
+        return Planned(
+            plan_tensors(self),
+            PlanNumbers(most, True, self.tile_m, self.batch_invariant),
+            self.counts,
+            Workspace(self.partial_out, self.partial_lse, self.counter),
+        )
 
     def faults(self) -> Fault:
         """What was wrong with any sequence of the last update. Waits for the device."""

@@ -25,6 +25,7 @@ import torch
 from flashcore.contract.reasons import Reason
 from flashcore.planner import split
 from flashcore.planner.sharing import Segments
+from flashcore.problem import Problem
 
 L2_COST = split.token_cost(2) - split.token_cost(1)
 """Of reading a byte of KV again, in 1 / split.COST_UNIT of reading it from DRAM."""
@@ -51,27 +52,24 @@ class Costs(NamedTuple):
     least_gain: int  # of all groups together
 
     @staticmethod
-    def of(
-        num_q_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        itemsize: int,
-        fold: Fold = True,
-        *,
-        parallel: bool = True,
-        v_head_dim: int | None = None,
-    ) -> Costs:
+    def of(problem: Problem, fold: Fold = True, *, parallel: bool = True) -> Costs:
         """parallel: whether work items run side by side, so that they read again from a common L2
-        and wait for each other before the merge. Else bytes are bytes. v_head_dim: head_dim where
-        not given."""
+        and wait for each other before the merge. Else bytes are bytes."""
         l2_cost, partial_cost, least_gain = 1, 1, 0
         if parallel:
             l2_cost, partial_cost, least_gain = L2_COST, PARTIAL_COST, LEAST_GAIN
-        v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        kv_bytes = num_kv_heads * (head_dim + v_head_dim) * itemsize
-        kv_token = 0 if fold == "always" else l2_cost * kv_bytes
-        partial_token = partial_cost * 2 * num_q_heads * (4 * v_head_dim + 4)
+        kv_token = 0 if fold == "always" else l2_cost * problem.kv_token_bytes
+        partial_token = partial_cost * 2 * problem.partial_bytes
         return Costs(kv_token, partial_token, least_gain)
+
+
+class Runs(NamedTuple):
+    """Per group: pages, tokens, members, query tokens of all members; int64 tensors."""
+
+    entries: torch.Tensor
+    tokens: torch.Tensor
+    members: torch.Tensor
+    queries: torch.Tensor
 
 
 class Folding(NamedTuple):
@@ -89,18 +87,16 @@ class Folding(NamedTuple):
 
 def fold_groups(
     segments: Segments,
-    entries: torch.Tensor,
-    tokens: torch.Tensor,
-    members: torch.Tensor,
-    query_tokens: torch.Tensor,
+    runs: Runs,
     blocks: torch.Tensor,
     ends_full: torch.Tensor,
     costs: Costs,
     *,
     enabled: bool,
 ) -> Folding:
-    """Decide for each group; per group: pages, tokens, members, query tokens, row blocks of these,
-    last page full."""
+    """Decide for each group. blocks: row blocks of its query tokens. ends_full: whether its last
+    page is full."""
+    entries, tokens, members, query_tokens = runs
     num_groups = segments.owner.numel()
     parent = _parents(segments, num_groups)
     has_parent = parent >= 0
@@ -127,9 +123,7 @@ def fold_groups(
     gains = again * (tokens + extra_tokens) - saved
     if 0 < int(gains[exact & ~folded].sum()) <= costs.least_gain:
         costs = costs._replace(kv_token=0)
-        return fold_groups(
-            segments, entries, tokens, members, query_tokens, blocks, ends_full, costs, enabled=True
-        )
+        return fold_groups(segments, runs, blocks, ends_full, costs, enabled=True)
     reason[folded] = Reason.FOLDED
     return Folding(reason, children, extra_entries, extra_tokens)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from flashcore.contract.reasons import Reason
 from flashcore.contract.work import Group
+from flashcore.problem import Problem
 
 if TYPE_CHECKING:
     from flashcore.planner.types import Plan
@@ -36,6 +37,7 @@ class PlanStats:
         and the most members of one.
     num_work_items, num_partial_tokens: see `work`.
     reasons: for each `Reason` that occurs, its text -> (groups as found, their tokens).
+    problem: what the plan is for.
     """
 
     batch: int
@@ -51,10 +53,7 @@ class PlanStats:
     num_work_items: int
     num_partial_tokens: int
     reasons: dict[str, tuple[int, int]]
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    v_head_dim: int
+    problem: Problem
 
     @property
     def reuse(self) -> float:
@@ -76,10 +75,10 @@ class PlanStats:
 
     def bytes_partial(self) -> int:
         """Bytes of partial results, written once and read once."""
-        return 2 * self.num_partial_tokens * self.num_q_heads * (4 * self.v_head_dim + 4)
+        return 2 * self.num_partial_tokens * self.problem.partial_bytes
 
     def _token_bytes(self, dtype: torch.dtype) -> int:
-        return self.num_kv_heads * (self.head_dim + self.v_head_dim) * dtype.itemsize
+        return replace(self.problem, itemsize=dtype.itemsize).kv_token_bytes
 
 
 def plan_stats(plan: Plan) -> PlanStats:
@@ -111,8 +110,5 @@ def plan_stats(plan: Plan) -> PlanStats:
         num_work_items=plan.work.shape[0],
         num_partial_tokens=plan.num_partial_tokens,
         reasons=reasons,
-        num_q_heads=plan.num_q_heads,
-        num_kv_heads=plan.num_kv_heads,
-        head_dim=plan.head_dim,
-        v_head_dim=plan.v_head_dim,
+        problem=plan.problem,
     )

@@ -1,13 +1,21 @@
-"""The plan: all that the attention of one batch needs to know, made once for every layer."""
+"""The plan: all that the attention of one batch needs to know, made once for every layer.
+
+A `Plan` shows all of it; attention is handed what it reads of it, as `Planned`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from flashcore.planner.stats import PlanStats, plan_stats
+from flashcore.problem import Problem
 from flashcore.remembered import Remembered
+
+if TYPE_CHECKING:
+    from flashcore.planner.device_plan import DevicePlan
 
 
 def dims_text(head_dim: int, v_head_dim: int) -> str:
@@ -19,6 +27,62 @@ def no_launches() -> Remembered:
     """What calls with a plan have made ready, by all that they depend on besides the plan. Few:
     launches keep buffers."""
     return Remembered(64)
+
+
+class PlanTensors(NamedTuple):
+    """What attention reads of a plan, as described in `Plan`."""
+
+    cols: torch.Tensor
+    groups: torch.Tensor
+    q_tokens: torch.Tensor
+    q_positions: torch.Tensor
+    q_index: torch.Tensor
+    work: torch.Tensor
+    merge_offsets: torch.Tensor
+    merge_partials: torch.Tensor
+
+
+class PlanNumbers(NamedTuple):
+    """What the host knows of a plan; of one made on the device, the most there may be."""
+
+    num_partial_tokens: int
+    needs_merge: bool
+    tile_m: int
+    batch_invariant: bool
+
+
+class Workspace(NamedTuple):
+    """partial_out: fp32 [num_partial_tokens, num_q_heads, v_head_dim]. partial_lse: without the
+    last axis. counter: int32 [2], zero, and left at zero."""
+
+    partial_out: torch.Tensor
+    partial_lse: torch.Tensor
+    counter: torch.Tensor
+
+
+class Planned(NamedTuple):
+    """A plan as attention takes it. counts: of a plan made on the device. workspace: the plan's
+    own; made for a call where there is none."""
+
+    tensors: PlanTensors
+    numbers: PlanNumbers
+    counts: torch.Tensor | None = None
+    workspace: Workspace | None = None
+
+
+def plan_tensors(plan: Plan | DevicePlan) -> PlanTensors:
+    return PlanTensors(*(getattr(plan, name) for name in PlanTensors._fields))
+
+
+def plan_problem(plan: Plan | DevicePlan) -> Problem:
+    return Problem(
+        plan.num_q_heads,
+        plan.num_kv_heads,
+        plan.head_dim,
+        plan.v_head_dim,
+        plan.page_tokens,
+        plan.itemsize,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +110,7 @@ class Plan:
         of -inf.
     decisions: [num_groups_found, 4] what folding decided about each group as found: tokens,
         members, runs that follow, `folding.Reason`.
+    itemsize: bytes of a K or V element, as folding took it to be.
     launches: of `flashcore.paged_attention` with this plan; not part of its contents.
     """
 
@@ -77,6 +142,7 @@ class Plan:
     merge_offsets: torch.Tensor
     merge_partials: torch.Tensor
     decisions: torch.Tensor
+    itemsize: int = field(default=2, kw_only=True)
     launches: Remembered = field(default_factory=no_launches, init=False, repr=False)
 
     @property
@@ -86,6 +152,24 @@ class Plan:
     @property
     def batch(self) -> int:
         return self.kv_lens.numel()
+
+    @property
+    def problem(self) -> Problem:
+        return plan_problem(self)
+
+    @property
+    def tensors(self) -> PlanTensors:
+        return plan_tensors(self)
+
+    @property
+    def numbers(self) -> PlanNumbers:
+        return PlanNumbers(
+            self.num_partial_tokens, self.needs_merge, self.tile_m, self.batch_invariant
+        )
+
+    @property
+    def planned(self) -> Planned:
+        return Planned(self.tensors, self.numbers)
 
     def stats(self) -> PlanStats:
         """What the plan reads, shares and folds, and why. Waits for the device."""

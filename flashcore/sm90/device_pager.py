@@ -64,6 +64,7 @@ class DeviceLayout:
             self.cols[:nnz].clone(),
             self.token_counts[:nnz].clone(),
             self.staging_ids[: n[PagerCount.STAGED]].clone(),
+            self.page_tokens,
         )
 
 

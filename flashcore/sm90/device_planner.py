@@ -104,7 +104,7 @@ class DevicePlanner:
             config.choose(capacities.max_batch, chunks=chunked),
             config.choose(capacities.max_batch, from_layout=True),
         )
-        self._itemsize, self._num_workers, self._fold = itemsize, num_workers, fold
+        self._num_workers, self._fold = num_workers, fold
         workers = _workers(num_workers, device, head_dim, tile_m, v_head_dim)
         if workspace is not None and not capacities.max_partials:
             held = workspace.numel() // workspace_elements(1, num_q_heads, v_head_dim)
@@ -124,6 +124,7 @@ class DevicePlanner:
             batch_invariant=chunked,
             max_q=c.max_q,
             num_pages=num_pages,
+            itemsize=itemsize,
             **filled,
             **workspace_tensors(c.max_partials, num_q_heads, v_head_dim, workspace, device),
         )
@@ -138,11 +139,7 @@ class DevicePlanner:
         """What launches pass, of the plan's tensors and the numbers of the problem."""
         p = self.plan
         workers = _workers(self._num_workers, p.device, p.head_dim, p.tile_m, p.v_head_dim)
-        costs = Costs.of(
-            *(p.num_q_heads, p.num_kv_heads, p.head_dim, self._itemsize, self._fold),
-            parallel=workers > 0,
-            v_head_dim=p.v_head_dim,
-        )
+        costs = Costs.of(p.problem, self._fold, parallel=workers > 0)
         unit = p.page_tokens * -(-split.TILE_TOKENS // p.page_tokens)
         short, long = chunks.lengths(p.page_tokens) if p.batch_invariant else (0, 0)
         # Pinned memory of the host has one address on both sides.
@@ -334,6 +331,7 @@ class DevicePlanner:
             merge_offsets=offsets,
             merge_partials=lists,
             decisions=p.decisions[:found].clone(),
+            itemsize=p.itemsize,
         )
 
     def _check(

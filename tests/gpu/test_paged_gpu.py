@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from flashcore.problem import Extras, KVPool, Rules
 from flashcore.reference import paged_attention_reference
 from flashcore.sm90.available import available
 from flashcore.sm90.launch.paged import paged_attention
@@ -69,25 +70,9 @@ def run(batch: Batch, dtype: torch.dtype, options: dict[str, Any], **plan_option
 def launch_on(batch: Batch, q: Any, k: Any, v: Any, options: dict[str, Any], **plan_options: Any):
     plan = batch.plan(**plan_options).to("cuda")
     options = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
-    left, right = options.pop("window", (-1, -1))
-    defaults = {"causal": True, "scale": batch.head_dim**-0.5, "softcap": 0.0}
-    defaults |= {"sinks": None, "tree_mask": None, "window_left": left, "window_right": right}
-    return paged_attention(
-        q,
-        k,
-        v,
-        plan.cols,
-        plan.work,
-        plan.q_tokens,
-        plan.q_positions,
-        plan.q_index,
-        plan.merge_offsets,
-        plan.merge_partials,
-        plan.num_partial_tokens,
-        plan.needs_merge,
-        plan.tile_m,
-        **{**defaults, **options},
-    )
+    extras = Extras(**{n: options.pop(n) for n in Extras._fields if n in options})
+    rules = Rules.of(**{"scale": batch.head_dim**-0.5, "causal": True, **options})
+    return paged_attention(q, KVPool(k, v), plan.planned, rules, extras)
 
 
 def check(batch: Batch, dtype: torch.dtype, rule: str, **plan_options: Any) -> None:

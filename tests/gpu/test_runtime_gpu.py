@@ -12,6 +12,7 @@ import torch
 
 import flashcore
 import flashcore.reference
+from flashcore.problem import Packing, Rules
 from flashcore.sm90.available import available
 from flashcore.sm90.launch import dense as launch
 
@@ -21,19 +22,13 @@ pytestmark = pytest.mark.skipif(
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-    defaults: dict[str, Any] = {
-        "causal": True,
-        "scale": 0.125,
-        "window_left": -1,
-        "window_right": -1,
-        "softcap": 0.0,
-        "sinks": None,
-        "cu_seqlens_q": None,
-        "cu_seqlens_k": None,
-        "max_seqlen_q": None,
-        "return_lse": False,
-    }
-    return launch.dense_attention(q, k, v, **{**defaults, **options})[0]
+    """options: fields of `Rules` and `Packing`, sinks, return_lse."""
+    values = {"scale": 0.125, "causal": True, **options}
+    rules, packing = (
+        kind(**{name: values.pop(name) for name in kind._fields if name in values})
+        for kind in (Rules, Packing)
+    )
+    return launch.dense_attention(q, k, v, rules, packing=packing, **values)[0]
 
 
 def inputs(seqlen: int = 1000, seed: int = 0) -> list[torch.Tensor]:
@@ -271,10 +266,10 @@ def test_second_process_loads_without_the_dsl() -> None:
     attend(q, k, v)  # now in the cache
     code = """
 import sys, torch
+from flashcore.problem import Rules
 from flashcore.sm90.launch.dense import dense_attention
 t = torch.randn(2, 1000, 4, 64, device="cuda", dtype=torch.bfloat16)
-dense_attention(t, t, t, causal=True, scale=0.125, window_left=-1, window_right=-1, softcap=0.0,
-    sinks=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, return_lse=False)
+dense_attention(t, t, t, Rules(0.125, causal=True))
 torch.cuda.synchronize()
 print("cutlass" in sys.modules)
 """

@@ -18,6 +18,7 @@ import torch
 from flashcore.jit.cache import shared_cache
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.load import CompiledFunction
+from flashcore.problem import UNPACKED, Packing, Rules
 from flashcore.remembered import Remembered
 from flashcore.sm90.available import sm_count
 from flashcore.sm90.config.dense import DenseConfig, DenseProblem, choose, grid_size
@@ -93,86 +94,59 @@ def dense_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    sinks: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    return_lse: bool,
+    rules: Rules,
+    sinks: torch.Tensor | None = None,
+    packing: Packing = UNPACKED,
+    return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of q over k and v: (out like q, contiguous; natural-log LSE or None).
 
     q is [batch, seqlen_q, heads, head_dim], k and v [batch, seqlen_k, kv_heads, head_dim], bf16 or
-    fp16; or all packed as [total, heads, head_dim] with int32 `cu_seqlens_q` and `cu_seqlens_k` of
-    [batch + 1] and `max_seqlen_q`, the longest query (None: unknown, which only costs empty tiles).
-    The LSE is fp32, [batch, seqlen_q, heads] or [total, heads]. `scale` multiplies the scores,
-    windows are in tokens, -1 for unlimited, `softcap` 0 for none, `sinks` [heads], any float dtype.
+    fp16; or all packed as [total, heads, head_dim]. The LSE is fp32, [batch, seqlen_q, heads] or
+    [total, heads]. `sinks` is [heads], any float dtype.
 
     Raises NotImplementedError for a dtype and ValueError for a stride that the kernel cannot take;
     MissingRuntimeError, UnsafeCacheError or BuildError when the kernel of a new shape cannot be
     loaded or compiled.
     """
-    launch = dense_launch(
-        q,
-        k,
-        v,
-        causal=causal,
-        scale=scale,
-        window_left=window_left,
-        window_right=window_right,
-        softcap=softcap,
-        has_sinks=sinks is not None,
-        batch=None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
-        max_seqlen_q=max_seqlen_q,
-        return_lse=return_lse,
-    )
-    return launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
+    launch = dense_launch(q, k, v, rules, sinks, packing, return_lse)
+    return launch(q, k, v, sinks, packing.cu_seqlens_q, packing.cu_seqlens_k)
 
 
 def dense_launch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    has_sinks: bool,
-    batch: int | None,
-    max_seqlen_q: int | None,
+    rules: Rules,
+    sinks: torch.Tensor | None,
+    packing: Packing,
     return_lse: bool,
 ) -> DenseLaunch:
-    """The launch of `dense_attention` for such tensors; `batch` is the number of packed sequences,
-    None where they are not packed."""
+    """The launch of `dense_attention` for such tensors, none of which it keeps."""
     ready = tma_ready("q", q), tma_ready("k", k), tma_ready("v", v)
+    ends, causal = packing.cu_seqlens_q, rules.causal
+    left, right = rules.window_left, rules.window_right
     plan, longest_q = None, 0
     if q.numel() and k.numel():  # TMA cannot describe a tensor with no elements
         num_heads, head_dim = q.shape[-2:]
-        if batch is None:
+        if ends is None:
             sequences, longest_q, longest_k = q.shape[0], q.shape[1], k.shape[1]
         else:
-            sequences = batch
-            longest_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
+            sequences = ends.shape[0] - 1
+            longest_q = q.shape[0] if packing.max_seqlen_q is None else packing.max_seqlen_q
             # The host knows no more than a bound; rounded up, so that plans are reused.
             longest_k = 1 << (k.shape[0] - 1).bit_length()
         what: _PlanKey = (
             (q.dtype, head_dim, sequences, longest_q, longest_k, num_heads, k.shape[-2]),
-            (causal, window_left, window_right, softcap != 0.0, has_sinks),
-            (batch is not None, return_lse),
+            (causal, left, right, rules.softcap != 0.0, sinks is not None),
+            (ends is not None, return_lse),
             q.device,
         )
         plan = _plans.get(what) or _plan_of(what)
     # A causal window is a window that ends at the query itself. No bound beyond every key, whose
     # sum with a position might need more than 32 bits.
     reach = q.shape[-3] + k.shape[-3]
-    left, right = min(window_left, reach), 0 if causal else min(window_right, reach)
+    left, right = min(left, reach), 0 if causal else min(right, reach)
     return DenseLaunch(
         function=plan.function if plan else None,
         device=q.device,
@@ -181,7 +155,7 @@ def dense_launch(
         allocate=allocator(q.device),
         out=contiguous(q.shape, q.dtype),
         lse=contiguous(q.shape[:-1], torch.float32) if return_lse else None,
-        scalars=(scale, softcap, left, right, longest_q, plan.num_ctas if plan else 0),
+        scalars=(rules.scale, rules.softcap, left, right, longest_q, plan.num_ctas if plan else 0),
         # Not where strides need repair, nor where no compiled function looks at the arguments.
         reusable=plan is not None and ready[0] is q and ready[1] is k and ready[2] is v,
     )

@@ -20,6 +20,8 @@ from flashcore.contract.counts import Count
 from flashcore.jit.cache import shared_cache
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.load import CompiledFunction, prepared
+from flashcore.planner.types import Planned
+from flashcore.problem import NO_EXTRAS, Extras, KVPool, Rules
 from flashcore.sm90.available import sm_count
 from flashcore.sm90.config.paged import (
     MergeConfig,
@@ -160,81 +162,42 @@ class PagedLaunch:
 
 def paged_launch(
     q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    cols: torch.Tensor,
-    work: torch.Tensor,
-    q_tokens: torch.Tensor,
-    q_positions: torch.Tensor,
-    q_index: torch.Tensor,
-    merge_offsets: torch.Tensor,
-    merge_partials: torch.Tensor,
-    num_partial_tokens: int,
-    needs_merge: bool,
-    tile_m: int,
-    *,
-    batch_invariant: bool = False,
-    causal: bool,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    has_sinks: bool,
-    has_tree_mask: bool,
-    counts: torch.Tensor | None = None,
-    workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    kv: KVPool,
+    planned: Planned,
+    rules: Rules,
+    extras: Extras,
     out: torch.Tensor | None = None,
     return_lse: bool = True,
 ) -> PagedLaunch:
-    """The launches of `paged_attention` for such tensors; q, k_pages, v_pages, out are not kept."""
+    """The launches of `paged_attention` for such tensors; only the plan's are kept."""
     if q.dtype not in DTYPE_NAMES:
         raise NotImplementedError(f"q has dtype {q.dtype}; the Hopper kernel takes bf16 and fp16")
-    total_q, heads, dim = q.shape
-    v_dim = v_pages.shape[3]
-    page_tokens, kv_heads = k_pages.shape[1], k_pages.shape[2]
-    dtype = DTYPE_NAMES[q.dtype]
+    tensors, numbers, counts, workspace = planned
+    total_q, heads, _ = q.shape
     tree_window = None
-    if has_tree_mask:
-        window_right = -1  # has no say
-        if window_left >= 0:
+    if extras.tree_mask is not None:
+        rules = rules._replace(window_right=-1)  # has no say
+        if rules.window_left >= 0:
             total = total_q if counts is None else counts[int(Count.TOTAL_Q)]
-            tree_window = TreeWindow(q_index, total, window_left)
-    config = _choose(
-        dtype,
-        dim,
-        page_tokens,
-        heads // kv_heads,
-        tile_m,
-        v_head_dim=v_dim,
-        causal=causal,
-        window=window_left >= 0 or window_right >= 0,
-        softcap=softcap > 0,
-        sinks=has_sinks,
-        tree=has_tree_mask,
-        device_counts=counts is not None,
-    )
+            tree_window = TreeWindow(tensors.q_index, total, rules.window_left)
+    config = _config(q, kv, planned, rules, extras)
     # After the choice: a head_dim without kernels mostly has strides that TMA cannot take, too.
-    ready = _ready(q, k_pages, v_pages)
-    partials = None
+    ready = _ready(q, *kv)
+    partials, v_dim = None, kv.v.shape[3]
     given: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
     if workspace is not None:
         given = workspace
     else:
         given = (*_no_partials(q.device, heads, v_dim), None)
-        if num_partial_tokens:
-            rows = (num_partial_tokens, heads)
+        if numbers.num_partial_tokens:
+            rows = (numbers.num_partial_tokens, heads)
             partials = contiguous((*rows, v_dim), torch.float32), contiguous(rows, torch.float32)
-    num_items = work.shape[0] if total_q else 0
-    merge = None
-    if needs_merge and total_q:
-        entries = merge_partials.numel()
-        if entries == 0:  # query tokens without keys: their zeros are written by the merge
-            merge_partials = merge_offsets
-        if counts is None:
-            merge = choose_merge(dtype, v_dim, has_sinks, entries, total_q, batch_invariant)
-        else:
-            all_rows = total_q * heads
-            merge = choose_device_merge(dtype, v_dim, has_sinks, all_rows, batch_invariant)
+    num_items = tensors.work.shape[0] if total_q else 0
+    merge = _merge_config(q, planned, v_dim, extras.sinks is not None)
+    merge_partials = tensors.merge_partials
+    if merge is not None and merge_partials.numel() == 0:
+        # Query tokens without keys: the merge writes their zeros and reads no list.
+        merge_partials = tensors.merge_offsets
     ctas = min(num_items, config.ctas_per_sm * sm_count(q.device))
     out_ready = out is None or tma_ready("out", out) is out
     return PagedLaunch(
@@ -250,54 +213,78 @@ def paged_launch(
         workspace=given,
         plan=tuple(
             prepared(x)
-            for x in (cols, work, q_tokens, q_positions, q_index if config.tree else None)
+            for x in (
+                tensors.cols,
+                tensors.work,
+                tensors.q_tokens,
+                tensors.q_positions,
+                tensors.q_index if config.tree else None,
+            )
         ),
-        merge_lists=(prepared(merge_offsets), prepared(merge_partials)),
+        merge_lists=(prepared(tensors.merge_offsets), prepared(merge_partials)),
         counts=prepared(counts),
         tree_window=tree_window,
-        scalars=(scale, softcap, window_left, window_right, ctas),
+        scalars=(rules.scale, rules.softcap, rules.window_left, rules.window_right, ctas),
         # Not where strides need repair, nor where no compiled function looks at the arguments.
         reusable=num_items > 0
         and out_ready
-        and all(x is y for x, y in zip(ready, (q, k_pages, v_pages), strict=True)),
+        and all(x is y for x, y in zip(ready, (q, *kv), strict=True)),
     )
 
 
 def paged_attention(
     q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    *plan: Any,
-    sinks: torch.Tensor | None,
-    tree_mask: torch.Tensor | None,
-    tree_positions: torch.Tensor | None = None,
+    kv: KVPool,
+    planned: Planned,
+    rules: Rules,
+    extras: Extras = NO_EXTRAS,
     out: torch.Tensor | None = None,
-    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes as in `flashcore.paged_attention` and `Plan`: (out [total_q, num_q_heads, v_head_dim],
     lse [total_q, num_q_heads]).
 
-    plan, options: those of `paged_launch`, from `cols` on. counts: of a plan made on the device,
-    whose tensors are at capacity. workspace: fp32 [num_partial_tokens, num_q_heads, v_head_dim],
-    the same without the last axis, and a `scheduler_scratch` of its own. out: to write the result
-    to. Both are made where not given.
+    out: to write the result to, made where not given.
 
     Raises NotImplementedError for a dtype, ValueError for a head_dim, page size or stride that the
     kernels cannot take.
     """
-    launch = paged_launch(
-        q,
-        k_pages,
-        v_pages,
-        *plan,
-        has_sinks=sinks is not None,
-        has_tree_mask=tree_mask is not None,
-        out=out,
-        **options,
-    )
-    out, lse = launch(q, k_pages, v_pages, sinks, tree_mask, tree_positions, out)
+    launch = paged_launch(q, kv, planned, rules, extras, out)
+    out, lse = launch(q, *kv, *extras, out)
     assert lse is not None  # return_lse is the default
     return out, lse
+
+
+def _config(
+    q: torch.Tensor, kv: KVPool, planned: Planned, rules: Rules, extras: Extras
+) -> PagedConfig:
+    return _choose(
+        DTYPE_NAMES[q.dtype],
+        q.shape[2],
+        kv.k.shape[1],
+        q.shape[1] // kv.k.shape[2],
+        planned.numbers.tile_m,
+        v_head_dim=kv.v.shape[3],
+        causal=rules.causal,
+        window=rules.windowed,
+        softcap=rules.softcap > 0,
+        sinks=extras.sinks is not None,
+        tree=extras.tree_mask is not None,
+        device_counts=planned.counts is not None,
+    )
+
+
+def _merge_config(
+    q: torch.Tensor, planned: Planned, v_dim: int, has_sinks: bool
+) -> MergeConfig | None:
+    """None where there is nothing to merge."""
+    total_q, heads, _ = q.shape
+    if not (planned.numbers.needs_merge and total_q):
+        return None
+    dtype, invariant = DTYPE_NAMES[q.dtype], planned.numbers.batch_invariant
+    if planned.counts is not None:
+        return choose_device_merge(dtype, v_dim, has_sinks, total_q * heads, invariant)
+    entries = planned.tensors.merge_partials.numel()
+    return choose_merge(dtype, v_dim, has_sinks, entries, total_q, invariant)
 
 
 def _ready(
