@@ -8,7 +8,7 @@ import torch
 from torch import is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
-from flashcore import checks, ops
+from flashcore import checks, ops, validate
 from flashcore.checks import Window
 from flashcore.eager.dense import dense_attention
 from flashcore.eager.paged import paged_attention as eager_paged_attention
@@ -117,6 +117,7 @@ def attention(
             pass
     packing = checks.dense(q, k, v, sinks, Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q))
     rules = checks.rules(scale, q.shape[-1], causal, window, softcap)
+    validate.flag("return_lse", return_lse)
     if checks.traced(q):
         out, lse = ops.attention_op(q, k, v, *rules, sinks, *packing, return_lse)
         return (out, lse) if return_lse else out
@@ -258,6 +259,7 @@ def paged_attention(
     kv, extras = KVPool(k_pages, v_pages), Extras(sinks, tree_mask, tree_positions)
     checks.paged(q, kv, plan, extras, out)
     rules = checks.rules(scale, q.shape[-1], causal, window, softcap)
+    validate.flag("return_lse", return_lse)
     if checks.traced(q):
         if isinstance(plan, DevicePlan):
             raise NotImplementedError(

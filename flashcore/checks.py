@@ -85,7 +85,9 @@ def rules(
 ) -> Rules:
     """The rules of a call, checked."""
     bounds = _window(window)
-    return Rules.of(_scale(scale, head_dim), bool(causal), bounds, _softcap(softcap))
+    return Rules.of(
+        _scale(scale, head_dim), validate.flag("causal", causal), bounds, _softcap(softcap)
+    )
 
 
 def _dense_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -230,15 +232,17 @@ def _window(window: Window | None) -> Window:
 def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if not (math.isfinite(scale) and scale > 0):
+    number = validate.finite("scale", scale, "above 0")
+    if number <= 0:
         raise ValueError(f"scale must be finite and above 0, got {scale}")
-    return float(scale)
+    return number
 
 
 def _softcap(softcap: float) -> float:
-    if not (math.isfinite(softcap) and softcap >= 0):
+    number = validate.finite("softcap", softcap, "at least 0 (off)")
+    if number < 0:
         raise ValueError(f"softcap must be finite and at least 0 (off), got {softcap}")
-    return float(softcap)
+    return number
 
 
 def _sinks(sinks: torch.Tensor | None, num_q_heads: int) -> None:

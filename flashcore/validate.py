@@ -8,6 +8,8 @@ in the pager and the planner, once per batch, and never in an attention call.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import inf, isfinite
+from numbers import Real
 from operator import index
 from typing import SupportsIndex
 
@@ -18,14 +20,32 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32_MAX = 2**31 - 1
 
 
-def positive_int(name: str, value: object, *, maximum: int | None = None) -> int:
+def positive_int(name: str, value: object, *, maximum: int = INT32_MAX) -> int:
     """`value` as an int of at least 1, or a TypeError/ValueError naming `name`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1 or (maximum is not None and value > maximum):
-        upper = "" if maximum is None else f" and at most {maximum}"
+    if value < 1 or value > maximum:
+        upper = "" if maximum >= INT32_MAX and value < 1 else f" and at most {maximum}"
         raise ValueError(f"{name} must be at least 1{upper}, got {value}")
     return value
+
+
+def finite(name: str, value: object, what: str) -> float:
+    """`value` as a finite float; `what` else it must be, for the message. Of tensors only a number
+    on the CPU is taken, for which nothing has to wait."""
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):  # under a compiler
+        return value  # type: ignore[return-value]
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and value.device.type == "cpu":
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = inf
+    if not isfinite(number):
+        raise ValueError(f"{name} must be finite and {what}, got {number}")
+    return number
 
 
 def flag(name: str, value: object) -> bool:
@@ -84,6 +104,10 @@ def tensor(
     """`value` if it is a tensor of an allowed dtype and rank."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(
+            f"{name} must be a dense tensor with contents, got one that is {value.layout}"
+        )
     if value.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         got = str(value.dtype).removeprefix("torch.")
@@ -100,6 +124,8 @@ def same_device(
 ) -> None:
     """All `others` live where `reference` lives."""
     for name, value in others.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
         if value is not None and value.device != reference.device:
             raise ValueError(
                 f"{name} must be on the device of {reference_name} ({reference.device}), "

@@ -230,9 +230,9 @@ def test_kinds_of_bitmap_are_named() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_batch": 0}, "max_batch must be at least 1 .* got 0"),
-        ({"max_entries": 0}, "max_entries must be at least 1 .* got 0"),
-        ({"num_pages": 0}, "num_pages must be at least 1 .* got 0"),
+        ({"max_batch": 0}, "max_batch must be at least 1.* got 0"),
+        ({"max_entries": 0}, "max_entries must be at least 1.* got 0"),
+        ({"num_pages": 0}, "num_pages must be at least 1.* got 0"),
         ({"page_tokens": 0}, "page_tokens must be at least 1, got 0"),
         (
             {"max_batch": 40_000, "max_entries": 60_000},

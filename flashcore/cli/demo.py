@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from flashcore.bench.shared_prefix import Problem, interleaved_ms, make
 
     for name in ("sequences", "tokens", "q_heads", "kv_heads", "head_dim", "page_tokens", "rounds"):
-        validate.positive_int("--" + name.replace("_", "-"), getattr(args, name))
+        validate.positive_int("--" + name.replace("_", "-"), getattr(args, name), maximum=2**63 - 1)
     validate.head_counts(args.q_heads, args.kv_heads)
     device = args.device
     if device == "auto":

@@ -13,7 +13,7 @@ from flashcore.contract.work import DIRECT, FIELDS, Group, Work
 from flashcore.dispatch import resident_ctas
 from flashcore.pager.csr import Layout
 from flashcore.planner import chunks, split
-from flashcore.planner.folding import FOLD_ROWS, Costs, Fold, Folding, Runs, fold_groups
+from flashcore.planner.folding import FOLD_ROWS, Costs, Fold, Folding, Runs, check_fold, fold_groups
 from flashcore.planner.sharing import Segments, find_segments
 from flashcore.planner.types import Plan
 from flashcore.problem import Problem
@@ -91,8 +91,7 @@ class _Choices(NamedTuple):
             validate.positive_int("num_workers", workers)
         validate.flag("share", self.share)
         validate.flag("batch_invariant", self.batch_invariant)
-        if not isinstance(self.fold, bool) and self.fold != "always":
-            raise ValueError(f"fold must be True, False or 'always', got {self.fold!r}")
+        check_fold(self.fold)
 
     def workers(self, device: torch.device, problem: Problem, tile_m: int) -> int:
         """Work items that run at the same time, 0 for no split."""

@@ -44,6 +44,12 @@ Fold = bool | Literal["always"]
 """True: what is cheaper. False: nothing. "always": every group whose fold is exact."""
 
 
+def check_fold(fold: object) -> None:
+    """Raise ValueError for what is no `Fold`."""
+    if not isinstance(fold, bool) and fold != "always":
+        raise ValueError(f"fold must be True, False or 'always', got {fold!r}")
+
+
 class Costs(NamedTuple):
     """What decides on folding, in 1 / split.COST_UNIT bytes read from DRAM, or in bytes."""
 

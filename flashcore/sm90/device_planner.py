@@ -26,7 +26,7 @@ from flashcore.planner.device_plan import (
     workspace_elements,
     workspace_tensors,
 )
-from flashcore.planner.folding import Costs, Fold
+from flashcore.planner.folding import Costs, Fold, check_fold
 from flashcore.planner.types import Plan
 from flashcore.sm90.config import planner as config
 from flashcore.sm90.config.paged import unserved_dims
@@ -90,6 +90,16 @@ class DevicePlanner:
     ):
         validate.head_counts(num_q_heads, num_kv_heads)
         v_head_dim = validate.head_dims(head_dim, v_head_dim)
+        if not isinstance(capacities, Capacities):
+            raise TypeError(
+                f"capacities must be a flashcore.Capacities, got {type(capacities).__name__}"
+            )
+        if scratch is not None and not isinstance(scratch, PlannerScratch):
+            raise TypeError(f"scratch must be a PlannerScratch, got {type(scratch).__name__}")
+        if workspace is not None:
+            validate.tensor("workspace", workspace, dtypes=(torch.float32,), ndim=1)
+        validate.flag("batch_invariant", batch_invariant)
+        check_fold(fold)
         device = torch.device(device)
         unserved = unserved_dims(head_dim, v_head_dim)
         if unserved and device.type == "cuda":  # elsewhere the emulation plans for any model
