@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Layout": "flashcore.pager.csr",
     "build_layout": "flashcore.pager.csr",
+    "layout_from_csr": "flashcore.pager.csr",
     "layout_from_page_table": "flashcore.pager.csr",
     "Plan": "flashcore.planner.types",
     "PlanStats": "flashcore.planner.stats",
@@ -39,6 +40,7 @@ __all__ = [
     "append_kv",
     "attention",
     "build_layout",
+    "layout_from_csr",
     "layout_from_page_table",
     "paged_attention",
     "plan",
@@ -47,7 +49,7 @@ __all__ = [
 if TYPE_CHECKING:
     from flashcore.api import attention, paged_attention
     from flashcore.append import append_kv
-    from flashcore.pager.csr import Layout, build_layout, layout_from_page_table
+    from flashcore.pager.csr import Layout, build_layout, layout_from_csr, layout_from_page_table
     from flashcore.planner.build import plan
     from flashcore.planner.device_plan import Capacities, DevicePlan
     from flashcore.planner.stats import PlanStats

@@ -25,6 +25,7 @@ def append_kv(
     page_table: torch.Tensor | None = None,
     seq_lens: torch.Tensor | None = None,
     q_lens: torch.Tensor | Sequence[int] | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
 ) -> None:
     """Write the K and V of new tokens to their places in the pages.
 
@@ -44,6 +45,7 @@ def append_kv(
         q_lens: [batch] new tokens of each sequence, all of them together new_tokens; None for one
             each. A tensor on a GPU is not looked at on the host: lengths that do not add up to
             new_tokens then leave tokens out or write them beyond what was meant.
+        cu_seqlens_q: [batch + 1] in place of q_lens: their ends, 0 first.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be. On the CPU the
@@ -52,10 +54,11 @@ def append_kv(
     """
     _check_tokens(k, v, k_pages, v_pages)
     if slot_mapping is not None:
-        if page_table is not None or seq_lens is not None or q_lens is not None:
+        others = (page_table, seq_lens, q_lens, cu_seqlens_q)
+        if any(other is not None for other in others):
             raise ValueError(
-                "slot_mapping takes the place of page_table, seq_lens and q_lens; give one or the "
-                "others"
+                "slot_mapping takes the place of page_table, seq_lens, q_lens and cu_seqlens_q; "
+                "give one or the others"
             )
         slots = validate.tensor("slot_mapping", slot_mapping, dtypes=validate.INT_DTYPES, ndim=1)
         validate.same_device("k", k, slot_mapping=slot_mapping)
@@ -65,6 +68,12 @@ def append_kv(
             )
         slots = slots.long()
     elif page_table is not None and seq_lens is not None:
+        if cu_seqlens_q is not None:
+            if q_lens is not None:
+                raise ValueError("cu_seqlens_q takes the place of q_lens; give one of them")
+            validate.tensor("page_table", page_table, dtypes=validate.INT_DTYPES, ndim=2)
+            rows = page_table.shape[0]
+            q_lens = validate.lengths_of("cu_seqlens_q", cu_seqlens_q, "rows of page_table", rows)
         slots = _slots(k.shape[0], k_pages.shape[1], page_table, seq_lens, q_lens)
         validate.same_device("k", k, page_table=page_table, seq_lens=seq_lens)
     else:

@@ -68,6 +68,24 @@ def int_list(name: str, values: object) -> list[int]:
     return [index(value) for value in found]
 
 
+def lengths_of(name: str, ends: object, rows: str, batch: int) -> torch.Tensor:
+    """[batch] lengths from cumulative ones of [batch + 1], 0 first. `rows` names what there are
+    `batch` of. The values are checked on the CPU, where nothing has to be waited for."""
+    ends = tensor(name, ends, dtypes=INT_DTYPES, ndim=1)
+    readable(**{name: ends})
+    if ends.numel() != batch + 1:
+        raise ValueError(
+            f"{name} must have one element more than {rows} ({batch}), got {ends.numel()}"
+        )
+    lengths = ends.diff()
+    if ends.device.type == "cpu":
+        if int(ends[0]) != 0:
+            raise ValueError(f"{name} must begin with 0, got {int(ends[0])}")
+        if lengths.numel() and int(lengths.min()) < 0:
+            raise ValueError(f"{name} must not decrease, got {ends.tolist()}")
+    return lengths
+
+
 def readable(**values: torch.Tensor | None) -> None:
     """Tensors with contents to look at, in rows and columns: neither meta nor sparse."""
     for name, value in values.items():

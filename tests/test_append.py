@@ -57,17 +57,19 @@ def test_pages_of_any_strides() -> None:
     assert int((memory != 0).any(-1).sum()) == 3 * HEADS
 
 
-@pytest.mark.parametrize("as_tensor", [True, False])
-def test_page_table(as_tensor: bool) -> None:
+@pytest.mark.parametrize("given", ["list", "tensor", "ends"])
+def test_page_table(given: str) -> None:
     table = torch.tensor([[3, 7, 1], [0, 11, 5], [2, 4, 6], [9, 9, 9]], dtype=torch.int32)
     seq_lens, q_lens = torch.tensor([9, 4, 7, 5]), [3, 4, 1, 0]
     slots = [3 * 0 + 7 * 4 + 2, 7 * 4 + 3, 1 * 4, 0, 1, 2, 3, 4 * 4 + 2]
     k, v, k_pages, v_pages = tensors(8)
     expected = by_loop(k, k_pages, slots), by_loop(v, v_pages, slots)
-    lengths: Any = torch.tensor(q_lens, dtype=torch.int32) if as_tensor else q_lens
-    flashcore.append_kv(
-        *(k, v, k_pages, v_pages), page_table=table, seq_lens=seq_lens, q_lens=lengths
-    )
+    lengths: dict[str, Any] = {
+        "list": {"q_lens": q_lens},
+        "tensor": {"q_lens": torch.tensor(q_lens, dtype=torch.int32)},
+        "ends": {"cu_seqlens_q": torch.tensor([0, 3, 7, 8, 8], dtype=torch.int32)},
+    }[given]
+    flashcore.append_kv(*(k, v, k_pages, v_pages), page_table=table, seq_lens=seq_lens, **lengths)
     assert torch.equal(k_pages, expected[0])
     assert torch.equal(v_pages, expected[1])
 

@@ -55,7 +55,18 @@ def valid(name: str) -> dict[str, Any]:
             "tree_positions": torch.tensor([0, 0, 1], dtype=torch.int32),
             "out": torch.zeros(3, 4, 8),
         },
-        "plan": {"layout": layout(), "page_tokens": PAGE, **HEADS},
+        "plan": {
+            "layout": layout(),
+            "page_tokens": PAGE,
+            "cu_seqlens_q": torch.tensor([0, 1, 3]),
+            **HEADS,
+        },
+        "layout_from_csr": {
+            "indptr": torch.tensor([0, 2, 2, 5]),
+            "indices": torch.tensor([3, 0, 3, 1, 2]),
+            "last_page_len": torch.tensor([1, 0, 4]),
+            "page_tokens": PAGE,
+        },
         "layout_from_page_table": {
             "page_table": TABLE,
             "seq_lens": LENGTHS,
@@ -170,7 +181,9 @@ TABLE_OF_ERRORS: dict[str, dict[str, list[Wrong]]] = {
         "q_lens": LENGTHS_LIST,
         **dict.fromkeys(("num_q_heads", "num_kv_heads", "head_dim"), NUMBER + NONE),
         "v_head_dim": NUMBER,
-        "itemsize": NUMBER + NONE,
+        "itemsize": NUMBER,
+        "dtype": constants(2, "bf16", np.float16, torch.zeros(1)),
+        "cu_seqlens_q": [w for w in INTS if w.what not in ("one axis more",)],
         "tile_m": NUMBER,
         "num_workers": [w for w in NUMBER if w.what != "0"],
         "share": FLAG + NONE,
@@ -183,6 +196,11 @@ TABLE_OF_ERRORS: dict[str, dict[str, list[Wrong]]] = {
         "seq_lens": INTS + NONE,
         "page_tokens": NUMBER + NONE,
         "page_resident_bitmap": ANY_TENSOR,
+        "num_pages": NUMBER,
+    },
+    "layout_from_csr": {
+        **dict.fromkeys(("indptr", "indices", "last_page_len"), INTS + NONE),
+        "page_tokens": NUMBER + NONE,
         "num_pages": NUMBER,
     },
     "build_layout": {

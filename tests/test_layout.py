@@ -183,3 +183,43 @@ def test_tables_without_contents_are_named(change, what):
         flashcore.layout_from_page_table(change(table), change(lens), page_tokens=4)
     with pytest.raises(ValueError, match=f"token_to_page must be a dense .* got {what}"):
         flashcore.build_layout(change(lens), change(lens), change(lens))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_lists_of_pages_are_the_page_table(kind: torch.dtype) -> None:
+    table = torch.tensor([[5, 2, 9], [0, 0, 0], [5, 2, 1], [7, 0, 0]])
+    lengths = torch.tensor([9, 0, 12, 3])
+    expected = flashcore.layout_from_page_table(table, lengths, page_tokens=4, num_pages=10)
+    found = flashcore.layout_from_csr(
+        torch.tensor([0, 3, 3, 6, 7], dtype=kind),
+        torch.tensor([5, 2, 9, 5, 2, 1, 7], dtype=kind),
+        torch.tensor([1, 99, 4, 3], dtype=kind),
+        page_tokens=4,
+        num_pages=10,
+    )
+    for name in ("row_offsets", "cols", "token_counts", "staging_ids"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert getattr(found, name).dtype == torch.int32
+    assert found.page_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("indptr", "indices", "last", "message"),
+    [
+        ([0, 2], [1, 2, 3], [4], r"indptr must end with the length of indices \(3\), got 2"),
+        ([1, 2], [1, 2], [4], "indptr must begin with 0, got 1"),
+        ([0, 2, 1], [1], [4, 4], "indptr must not decrease"),
+        ([0, 2], [1, 2], [5], r"last_page_len\[0\] must be 1 to page_tokens \(4\), got 5"),
+        ([0, 0, 2], [1, 2], [0, 0], r"last_page_len\[1\] must be 1 to page_tokens"),
+        ([0, 2, 2], [1, 2], [4], r"one element more than last_page_len \(1\), got 3"),
+        ([0, 2], [1, 10], [4], "indices holds the page id 10"),
+        ([0, 2], [1, -1], [4], "indices holds the page id -1"),
+    ],
+)
+def test_lists_that_contradict_each_other(
+    indptr: list[int], indices: list[int], last: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        flashcore.layout_from_csr(
+            *map(torch.tensor, (indptr, indices, last)), page_tokens=4, num_pages=10
+        )

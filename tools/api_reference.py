@@ -12,7 +12,7 @@ import flashcore
 PAGE = Path(__file__).parents[1] / "docs/reference.md"
 _ORDER = (
     *("attention", "paged_attention", "plan", "append_kv"),
-    *("build_layout", "layout_from_page_table", "Layout", "Plan", "PlanStats"),
+    *("build_layout", "layout_from_page_table", "layout_from_csr", "Layout", "Plan", "PlanStats"),
     *("DevicePlanner", "DevicePager", "Capacities", "DevicePlan", "DeviceLayout"),
 )
 _INTRO = """# API reference

@@ -145,6 +145,63 @@ def layout_from_page_table(
     return _layout(pages, cols, counts, page_tokens, page_resident_bitmap)
 
 
+def layout_from_csr(
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    last_page_len: torch.Tensor,
+    *,
+    page_tokens: int,
+    page_resident_bitmap: torch.Tensor | None = None,
+    num_pages: int | None = None,
+) -> Layout:
+    """Layout of sequences given by lists of pages, as FlashInfer has them.
+
+    Args:
+        indptr: [batch + 1] int32 or int64, ends of the sequences' lists in `indices`, 0 first.
+        indices: [indptr[-1]] int32 or int64, page ids, sequence after sequence.
+        last_page_len: [batch] int32 or int64, tokens of each sequence's last page, 1 to
+            page_tokens; not looked at where a sequence has no pages.
+        page_tokens, page_resident_bitmap, num_pages: as in `build_layout`.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape or device, lists that do not end with `indices`, a last page that
+            is empty or too full, a page id out of range.
+    """
+    for name, value in (
+        ("indptr", indptr), ("indices", indices), ("last_page_len", last_page_len)
+    ):  # fmt: skip
+        validate.tensor(name, value, dtypes=validate.INT_DTYPES, ndim=1)
+    validate.positive_int("page_tokens", page_tokens)
+    validate.same_device(
+        "indices",
+        indices,
+        indptr=indptr,
+        last_page_len=last_page_len,
+        page_resident_bitmap=page_resident_bitmap,
+    )
+    validate.readable(indptr=indptr, indices=indices, last_page_len=last_page_len)
+    batch = last_page_len.numel()
+    pages = validate.lengths_of("indptr", indptr.cpu(), "last_page_len", batch).to(indptr.device)
+    if int(indptr[-1]) != indices.numel():
+        raise ValueError(
+            f"indptr must end with the length of indices ({indices.numel()}), got {int(indptr[-1])}"
+        )
+    num_pages = _pool_size(page_resident_bitmap, num_pages)
+    validate.page_ids("indices", indices, num_pages)
+    used = pages > 0
+    wrong = used & ((last_page_len < 1) | (last_page_len > page_tokens))
+    if bool(wrong.any()):
+        row = validate.first_index(wrong)
+        raise ValueError(
+            f"last_page_len[{row}] must be 1 to page_tokens ({page_tokens}), got "
+            f"{int(last_page_len[row])}"
+        )
+    counts = torch.full_like(indices, page_tokens, dtype=torch.long)
+    counts[torch.cumsum(pages, 0)[used] - 1] = last_page_len[used].long()
+    return _layout(pages.long(), indices, counts, page_tokens, page_resident_bitmap)
+
+
 def _layout(
     row_entries: torch.Tensor,
     cols: torch.Tensor,

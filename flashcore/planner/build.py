@@ -23,12 +23,14 @@ def plan(
     layout: Layout,
     *,
     q_lens: torch.Tensor | Sequence[int] | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
     v_head_dim: int | None = None,
     page_tokens: int | None = None,
-    itemsize: int = 2,
+    itemsize: int | None = None,
+    dtype: torch.dtype | None = None,
     tile_m: int | None = None,
     num_workers: int | None = None,
     share: bool = True,
@@ -38,14 +40,15 @@ def plan(
     """Plan the attention of one batch; the result serves every layer.
 
     Args:
-        layout: from `build_layout` or `layout_from_page_table`.
+        layout: from `build_layout`, `layout_from_page_table` or `layout_from_csr`.
         q_lens: [batch] query tokens of each sequence, its last q_len KV tokens being their own, so
             the layout's lengths count them; None for one each (decode). Sequences with 0 are left
             out, whatever pages they hold.
+        cu_seqlens_q: [batch + 1] in place of q_lens: ends of the sequences' query tokens, 0 first.
         num_q_heads, num_kv_heads, head_dim: the model's, as this rank sees them.
         v_head_dim: columns of V and of the result, at most head_dim; None: head_dim.
         page_tokens: tokens of a page; the layout knows them, and others are an error.
-        itemsize: bytes of a K or V element, for the folding rule.
+        itemsize, dtype: bytes of a K or V element, or its dtype, for the folding rule. None: 2.
         tile_m: packed query rows of a work item at most; None: 64, or 128 where the groups fill it.
         num_workers: work items that run at the same time (CTAs); KV runs are split to fill them.
             0: no split. None: as many as a CUDA device runs, elsewhere 0.
@@ -66,8 +69,14 @@ def plan(
         head_dim=head_dim,
         v_head_dim=v_head_dim,
         page_tokens=layout.page_tokens,
-        itemsize=itemsize,
+        itemsize=_itemsize(itemsize, dtype),
     )
+    if cu_seqlens_q is not None:
+        if q_lens is not None:
+            raise ValueError("cu_seqlens_q takes the place of q_lens; give one of them")
+        batch = layout.row_offsets.numel() - 1
+        validate.same_device("layout", layout.cols, cu_seqlens_q=cu_seqlens_q)
+        q_lens = validate.lengths_of("cu_seqlens_q", cu_seqlens_q, "sequences", batch)
     choices = _Choices(tile_m, num_workers, share, fold, batch_invariant)
     choices.check()
     return _plan(layout, _query_lengths(layout, q_lens), problem, choices)
@@ -192,6 +201,18 @@ class _Gathered(NamedTuple):
     q_begin: torch.Tensor
     tokens: torch.Tensor
     positions: torch.Tensor
+
+
+def _itemsize(itemsize: int | None, dtype: torch.dtype | None) -> int:
+    if dtype is None:
+        return 2 if itemsize is None else itemsize
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    if itemsize not in (None, dtype.itemsize):
+        raise ValueError(
+            f"itemsize must be that of dtype {dtype}, {dtype.itemsize}, got {itemsize}"
+        )
+    return dtype.itemsize
 
 
 def _check_queries(q_lens: torch.Tensor, kv_lens: torch.Tensor) -> None:
