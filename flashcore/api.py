@@ -113,7 +113,7 @@ def attention(
             if launch is not None and not (is_grad_enabled() and _wants_gradient(q, k, v, sinks)):
                 out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
                 return (out, lse) if return_lse else out
-        except Exception:  # the checks below, or the same launch there, say what is wrong
+        except _REFUSED:  # the checks below, or the same launch there, say what is wrong
             pass
     packing = checks.dense(q, k, v, sinks, Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q))
     rules = checks.rules(scale, q.shape[-1], causal, window, softcap)
@@ -253,7 +253,7 @@ def paged_attention(
             ):
                 result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, tree_positions, out)
                 return (result, lse) if return_lse else result
-        except Exception:  # the checks below, or the same launch there, say what is wrong
+        except _REFUSED:  # the checks below, or the same launch there, say what is wrong
             pass
     kv, extras = KVPool(k_pages, v_pages), Extras(sinks, tree_mask, tree_positions)
     checks.paged(q, kv, plan, extras, out)
@@ -288,6 +288,11 @@ def paged_attention(
 # remembered. An index is device enough: the CPU's is -1, and torch supports one kind of accelerator
 # in a process.
 _dense_launches = Remembered(4096)
+
+# What that check raises (TypeError, ValueError), torch where a tensor cannot be handed over
+# (RuntimeError, BufferError), and the making of a key from what is no tensor (AttributeError) or
+# cannot be one (TypeError). Launches that fail raise RuntimeError, here and then again.
+_REFUSED = (AttributeError, BufferError, RuntimeError, TypeError, ValueError)
 
 
 def _wants_gradient(
