@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 import torch
-from torch import is_grad_enabled
+from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from flashcore import checks, ops, validate
 from flashcore.checks import Window
+from flashcore.dispatch import Impl
 from flashcore.eager.dense import dense_attention
 from flashcore.eager.paged import paged_attention as eager_paged_attention
 from flashcore.planner.device_plan import DevicePlan
@@ -33,6 +34,7 @@ def attention(
     cu_seqlens_k: torch.Tensor | None = ...,
     max_seqlen_q: int | None = ...,
     return_lse: Literal[False] = ...,
+    impl: Impl | None = ...,
 ) -> torch.Tensor: ...
 @overload
 def attention(
@@ -49,6 +51,7 @@ def attention(
     cu_seqlens_k: torch.Tensor | None = ...,
     max_seqlen_q: int | None = ...,
     return_lse: Literal[True],
+    impl: Impl | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def attention(
     q: torch.Tensor,
@@ -64,6 +67,7 @@ def attention(
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     return_lse: bool = False,
+    impl: Impl | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Dense attention: softmax(scale * q k^T) v, exactly as `flashcore.reference` states it.
 
@@ -84,6 +88,10 @@ def attention(
             saves empty tiles on a GPU, where a smaller number leaves rows out of the result (the
             CPU can check it without waiting, and does).
         return_lse: also return the natural log of the softmax's sum, sinks included.
+        impl: "auto" takes our kernels on a CUDA device, and torch operators on others, such as the
+            CPU. "eager" takes torch operators on any device, for what kernels do not serve and for
+            comparison: they are slow. None: what the environment variable FLASHCORE_IMPL says at
+            the program's first call, "auto" where it is not set.
 
     Returns:
         out like q, and with return_lse also lse fp32 [batch, seqlen_q, num_q_heads] or
@@ -91,9 +99,11 @@ def attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
+        NotImplementedError: on a CUDA device without kernels, or of what they do not take, unless
+            impl asks for torch operators.
     """
     key = None
-    if not is_dynamo_compiling() and type(q) is torch.Tensor:
+    if not is_dynamo_compiling() and type(q) is Tensor:
         try:
             key = (
                 q.shape,
@@ -106,6 +116,7 @@ def attention(
                 softcap,
                 max_seqlen_q,
                 return_lse,
+                impl,
                 None if sinks is None else (sinks.dtype, sinks.shape),
                 None if cu_seqlens_q is None else cu_seqlens_q.shape,
             )
@@ -113,15 +124,16 @@ def attention(
             if launch is not None and not (is_grad_enabled() and _wants_gradient(q, k, v, sinks)):
                 out, lse = launch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k)
                 return (out, lse) if return_lse else out
-        except Exception:  # the checks below, or the same launch there, say what is wrong
+        except _REFUSED:  # the checks below, or the same launch there, say what is wrong
             pass
+    checks.impl(impl)
     packing = checks.dense(q, k, v, sinks, Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q))
     rules = checks.rules(scale, q.shape[-1], causal, window, softcap)
     validate.flag("return_lse", return_lse)
     if checks.traced(q):
-        out, lse = ops.attention_op(q, k, v, *rules, sinks, *packing, return_lse)
+        out, lse = ops.attention_op(q, k, v, *rules, sinks, *packing, return_lse, impl)
         return (out, lse) if return_lse else out
-    launch = ops.attention_launch(q, k, v, rules, sinks, packing, return_lse)
+    launch = ops.attention_launch(q, k, v, rules, sinks, packing, return_lse, impl)
     if launch is None:
         out, lse = dense_attention(q, k, v, rules, sinks, packing)
     else:
@@ -148,6 +160,7 @@ def paged_attention(
     tree_positions: torch.Tensor | None = ...,
     out: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
+    impl: Impl | None = ...,
 ) -> torch.Tensor: ...
 @overload
 def paged_attention(
@@ -165,6 +178,7 @@ def paged_attention(
     tree_positions: torch.Tensor | None = ...,
     out: torch.Tensor | None = ...,
     return_lse: Literal[True],
+    impl: Impl | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def paged_attention(
     q: torch.Tensor,
@@ -181,6 +195,7 @@ def paged_attention(
     tree_positions: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
+    impl: Impl | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch over a paged KV cache; each run of shared pages is read once.
 
@@ -216,6 +231,7 @@ def paged_attention(
             needed nor read without a window.
         out: [total_q, num_q_heads, v_head_dim] in q's dtype, to write the result to.
         return_lse: also return the natural log of the softmax's sum, sinks included.
+        impl: as in `attention`; a DevicePlan is read by kernels alone.
 
     Returns:
         out [total_q, num_q_heads, v_head_dim] in q's dtype, and with return_lse also lse fp32
@@ -224,14 +240,15 @@ def paged_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
-        NotImplementedError: a DevicePlan under torch.compile or without a Hopper GPU.
+        NotImplementedError: as in `attention`; a DevicePlan under torch.compile or without our
+            kernels.
     """
     if not isinstance(plan, (Plan, DevicePlan)):
         raise TypeError(
             f"plan must be a flashcore.Plan or a flashcore.DevicePlan, got {type(plan).__name__}"
         )
     key = None
-    if not is_dynamo_compiling() and type(q) is torch.Tensor:
+    if not is_dynamo_compiling() and type(q) is Tensor:
         try:
             key = (
                 q.shape,
@@ -243,6 +260,7 @@ def paged_attention(
                 window,
                 softcap,
                 return_lse,
+                impl,
                 out is None,
                 None if sinks is None else (sinks.dtype, sinks.shape),
                 None if tree_mask is None else (tree_mask.dtype, tree_mask.shape),
@@ -254,8 +272,9 @@ def paged_attention(
             ):
                 result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, tree_positions, out)
                 return (result, lse) if return_lse else result
-        except Exception:  # the checks below, or the same launch there, say what is wrong
+        except _REFUSED:  # the checks below, or the same launch there, say what is wrong
             pass
+    checks.impl(impl)
     kv, extras = KVPool(k_pages, v_pages), Extras(sinks, tree_mask, tree_positions)
     checks.paged(q, kv, plan, extras, out)
     rules = checks.rules(scale, q.shape[-1], causal, window, softcap)
@@ -267,11 +286,13 @@ def paged_attention(
                 "trace; keep the call out of the traced region (torch.compiler.disable) or use "
                 "flashcore.plan"
             )
-        result, lse = ops.paged_attention_op(q, *kv, *plan.tensors, *plan.numbers, *rules, *extras)
+        result, lse = ops.paged_attention_op(
+            q, *kv, *plan.tensors, *plan.numbers, *rules, *extras, impl
+        )
         if out is not None:
             result = out.copy_(result)
         return (result, lse) if return_lse else result
-    launch = ops.plan_launch(q, kv, plan, rules, extras, out, return_lse)
+    launch = ops.plan_launch(q, kv, plan, rules, extras, out, return_lse, impl)
     if launch is None:
         result, lse = eager_paged_attention(q, kv, plan.planned, rules, extras)
         if out is not None:
@@ -290,6 +311,11 @@ def paged_attention(
 # remembered. An index is device enough: the CPU's is -1, and torch supports one kind of accelerator
 # in a process.
 _dense_launches = Remembered(4096)
+
+# What that check raises (TypeError, ValueError), torch where a tensor cannot be handed over
+# (RuntimeError, BufferError), and the making of a key from what is no tensor (AttributeError) or
+# cannot be one (TypeError). Launches that fail raise RuntimeError, here and then again.
+_REFUSED = (AttributeError, BufferError, RuntimeError, TypeError, ValueError)
 
 
 def _wants_gradient(

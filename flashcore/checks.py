@@ -11,6 +11,7 @@ import math
 import torch
 
 from flashcore import validate
+from flashcore.dispatch import wanted
 from flashcore.planner.device_plan import DevicePlan
 from flashcore.planner.types import Plan
 from flashcore.problem import Extras, KVPool, Packing, Rules
@@ -21,6 +22,12 @@ Window = tuple[int, int]
 def traced(q: torch.Tensor) -> bool:
     """Wrapped tensors (fake ones), and all under a compiler, go through the dispatcher."""
     return torch.compiler.is_compiling() or type(q) is not torch.Tensor
+
+
+def impl(value: str | None) -> None:
+    """The program's choice is not looked at, which compilers could not trace."""
+    if value is not None:
+        wanted(value)
 
 
 def dense(

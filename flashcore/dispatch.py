@@ -7,20 +7,25 @@ once. It is imported when a device of its kind is first met.
 
 from __future__ import annotations
 
-import warnings
+import os
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 PROVIDERS = {"hopper": "flashcore.sm90.available"}
 """By path: modules that serve CUDA devices, in the order in which they are asked."""
 
+Impl = Literal["auto", "eager"]
+IMPLS = ("auto", "eager")
+VARIABLE = "FLASHCORE_IMPL"
+
 
 class Path(NamedTuple):
-    """name: one of PROVIDERS (our kernels) or "eager" (torch operators on the same plan). reason:
-    why."""
+    """name: one of PROVIDERS (our kernels), "eager" (torch operators on the same plan), or "none"
+    where torch operators would be far slower than the device and are not taken unless asked for.
+    reason: why."""
 
     name: str
     reason: str
@@ -28,29 +33,7 @@ class Path(NamedTuple):
 
 @cache
 def device_path(device: torch.device) -> Path:
-    """Path of attention on a device; the first look at a GPU that gets no kernels warns."""
-    path = _find(device)
-    if device.type == "cuda" and path.name not in PROVIDERS:
-        warnings.warn(
-            f"flashcore runs torch operators on {device}, not its Hopper kernels: {path.reason}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    return path
-
-
-def resident_ctas(
-    device: torch.device, head_dim: int, tile_m: int, v_head_dim: int | None = None
-) -> int:
-    """CTAs of paged attention that a CUDA device runs at once: what a plan's splits are for. Of one
-    that no provider serves, as many as the first would run."""
-    name = _find(device).name
-    provider = _provider(name if name in PROVIDERS else next(iter(PROVIDERS)))
-    return int(provider.resident_ctas(device, head_dim, tile_m, v_head_dim))
-
-
-@cache
-def _find(device: torch.device) -> Path:
+    """Path of attention on a device where the caller does not choose."""
     if device.type != "cuda":
         return Path("eager", f"{device.type} runs torch operators")
     reasons = []
@@ -59,7 +42,47 @@ def _find(device: torch.device) -> Path:
         if usable:
             return Path(name, reason)
         reasons.append(reason)
-    return Path("eager", "; ".join(reasons))
+    return Path("none", "; ".join(reasons))
+
+
+def wanted(impl: str | None) -> str:
+    """One of IMPLS: what a call names, else what the program's environment does."""
+    if impl is None:
+        return _wanted_by_program()
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be {_choices()}, got {impl!r}")
+    return impl
+
+
+@cache
+def _wanted_by_program() -> str:
+    """Read once: launches that calls have made ready must not outlive the choice."""
+    value = os.environ.get(VARIABLE) or "auto"
+    if value not in IMPLS:
+        raise ValueError(f"the environment variable {VARIABLE} must be {_choices()}, got {value!r}")
+    return value
+
+
+def _choices() -> str:
+    return " or ".join(map(repr, IMPLS))
+
+
+def no_kernels(device: torch.device, reason: str) -> NotImplementedError:
+    """The error of a call that nothing serves, with the ways out."""
+    return NotImplementedError(
+        f"flashcore has no kernels for {device}: {reason}. Torch operators run there if asked for, "
+        f"far more slowly: pass impl='eager', or set {VARIABLE}=eager for the whole program"
+    )
+
+
+def resident_ctas(
+    device: torch.device, head_dim: int, tile_m: int, v_head_dim: int | None = None
+) -> int:
+    """CTAs of paged attention that a CUDA device runs at once: what a plan's splits are for. Of one
+    that no provider serves, as many as the first would run."""
+    name = device_path(device).name
+    provider = _provider(name if name in PROVIDERS else next(iter(PROVIDERS)))
+    return int(provider.resident_ctas(device, head_dim, tile_m, v_head_dim))
 
 
 def _provider(name: str) -> Any:

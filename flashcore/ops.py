@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flashcore.dispatch import device_path
+from flashcore.dispatch import PROVIDERS, VARIABLE, Path, device_path, no_kernels, wanted
 from flashcore.eager.dense import dense_attention
 from flashcore.eager.paged import paged_attention as eager_paged_attention
 from flashcore.planner.device_plan import DevicePlan
@@ -33,7 +33,8 @@ ATTENTION = """(
     float scale, bool causal, SymInt window_left, SymInt window_right, float softcap,
     Tensor? sinks,
     Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q,
-    bool return_lse
+    bool return_lse,
+    str? impl
 ) -> (Tensor, Tensor)"""
 
 PAGED_ATTENTION = """(
@@ -42,7 +43,8 @@ PAGED_ATTENTION = """(
     Tensor merge_offsets, Tensor merge_partials,
     SymInt num_partial_tokens, bool needs_merge, SymInt tile_m, bool batch_invariant,
     float scale, bool causal, SymInt window_left, SymInt window_right, float softcap,
-    Tensor? sinks, Tensor? tree_mask, Tensor? tree_positions
+    Tensor? sinks, Tensor? tree_mask, Tensor? tree_positions,
+    str? impl
 ) -> (Tensor, Tensor)"""
 
 
@@ -54,9 +56,10 @@ def attention_launch(
     sinks: torch.Tensor | None,
     packing: Packing,
     return_lse: bool,
+    impl: str | None,
 ) -> DenseLaunch | None:
     """The launch of our kernels for these arguments; None where torch operators serve them."""
-    if device_path(q.device).name != "hopper":
+    if not _by_kernels(q.device, impl):
         return None
     from flashcore.sm90.launch.dense import dense_launch
 
@@ -71,22 +74,37 @@ def plan_launch(
     extras: Extras,
     out: torch.Tensor | None,
     return_lse: bool,
+    impl: str | None,
 ) -> PagedLaunch | None:
     """The launches of our kernels for these arguments; None where torch operators serve them.
 
     Of a DevicePlan all that there is to do is read on the device, which needs one.
     """
-    path = device_path(q.device)
-    if path.name == "hopper":
-        from flashcore.sm90.launch.paged import paged_launch
+    if not _by_kernels(q.device, impl, plan):
+        return None
+    from flashcore.sm90.launch.paged import paged_launch
 
-        return paged_launch(q, kv, plan.planned, rules, extras, out, return_lse)
+    return paged_launch(q, kv, plan.planned, rules, extras, out, return_lse)
+
+
+def _by_kernels(
+    device: torch.device, impl: str | None, plan: Plan | DevicePlan | None = None
+) -> bool:
+    """Whether our kernels serve a call, or torch operators; NotImplementedError where neither."""
+    if wanted(impl) == "eager":
+        path = Path("eager", f"torch operators were asked for (impl or {VARIABLE})")
+    else:
+        path = device_path(device)
+    if path.name in PROVIDERS:
+        return True
     if isinstance(plan, DevicePlan):
         raise NotImplementedError(
             f"plan is a flashcore.DevicePlan, which only the Hopper kernels read: "
             f"{path.reason}; use flashcore.plan"
         )
-    return None
+    if path.name == "none":
+        raise no_kernels(device, path.reason)
+    return False
 
 
 def _attention(*row: Any) -> Result:
@@ -94,8 +112,8 @@ def _attention(*row: Any) -> Result:
     take = iter(row)
     q, k, v = islice(take, 3)
     rules, sinks, packing = _next(Rules, take), next(take), _next(Packing, take)
-    return_lse = next(take)
-    launch = attention_launch(q, k, v, rules, sinks, packing, return_lse)
+    return_lse, impl = take
+    launch = attention_launch(q, k, v, rules, sinks, packing, return_lse, impl)
     out, lse = (
         dense_attention(q, k, v, rules, sinks, packing)
         if launch is None
@@ -111,12 +129,12 @@ def _paged_attention(*row: Any) -> Result:
     take = iter(row)
     q, kv = next(take), _next(KVPool, take)
     planned = Planned(_next(PlanTensors, take), _next(PlanNumbers, take))
-    rules, extras = _next(Rules, take), _next(Extras, take)
-    if device_path(q.device).name == "hopper":
-        from flashcore.sm90.launch.paged import paged_attention
+    rules, extras, impl = _next(Rules, take), _next(Extras, take), next(take)
+    if not _by_kernels(q.device, impl):
+        return eager_paged_attention(q, kv, planned, rules, extras)
+    from flashcore.sm90.launch.paged import paged_attention
 
-        return paged_attention(q, kv, planned, rules, extras)
-    return eager_paged_attention(q, kv, planned, rules, extras)
+    return paged_attention(q, kv, planned, rules, extras)
 
 
 def _next(kind: Any, row: Iterator[Any]) -> Any:
@@ -140,7 +158,7 @@ paged_attention_op = torch.library.custom_op(
 
 @attention_op.register_fake
 def _attention_fake(*row: Any) -> Result:
-    q, return_lse = row[0], row[-1]
+    q, return_lse = row[0], row[-2]
     shape = q.shape[:-1] if return_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
 

@@ -42,7 +42,7 @@ def dense_arguments(packed: bool) -> tuple:
     if packed:
         q, k = q.flatten(0, 1), k.flatten(0, 1)
         ends = (torch.tensor([0, 5, 10]).int(), torch.tensor([0, 7, 14]).int())
-    return (q, k, k.clone(), 0.25, True, 3, -1, 2.0, torch.randn(4), *ends, 5, True)
+    return (q, k, k.clone(), 0.25, True, 3, -1, 2.0, torch.randn(4), *ends, 5, True, None)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -54,7 +54,7 @@ def test_opcheck_paged():
     batch = shared_batch()
     plan = batch.plan()
     q, k, v = batch.tensors()
-    arguments = (q, k, v, *plan.tensors, *plan.numbers, *Rules(0.1, causal=True), *NO_EXTRAS)
+    arguments = (q, k, v, *plan.tensors, *plan.numbers, *Rules(0.1, causal=True), *NO_EXTRAS, None)
     torch.library.opcheck(torch.ops.flashcore.paged_attention.default, arguments)
 
 

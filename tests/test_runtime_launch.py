@@ -250,6 +250,22 @@ def test_checks_stay_after_a_good_call(
     assert len(on_hopper.calls) == 1
 
 
+def test_a_fault_of_our_own_is_not_passed_over(on_hopper: Recorder) -> None:
+    """A remembered launch may only refuse arguments; anything else is told at once."""
+    q, k, v = tensors(1, 16, 2, 64)
+    flashcore.attention(q, k, v)
+    (key, launched), *_ = api._dense_launches.items()
+
+    def fails(*arguments: Any) -> Any:
+        raise LookupError("a bug")
+
+    api._dense_launches.remember(key, fails)
+    with pytest.raises(LookupError, match="a bug"):
+        flashcore.attention(q, k, v)
+    api._dense_launches.remember(key, launched)
+    flashcore.attention(q, k, v)
+
+
 def test_an_option_that_can_change_is_read_each_time(on_hopper: Recorder) -> None:
     q, k, v = tensors(1, 16, 2, 64)
     scale = torch.tensor(0.25)

@@ -79,14 +79,14 @@ def test_no_function_takes_a_long_list() -> None:
         (
             ops.attention_op,
             ops.ATTENTION,
-            ("q", "k", "v", *Rules._fields, "sinks", *Packing._fields, "return_lse"),
+            ("q", "k", "v", *Rules._fields, "sinks", *Packing._fields, "return_lse", "impl"),
         ),
         (
             ops.paged_attention_op,
             ops.PAGED_ATTENTION,
             (
                 *("q", "k_pages", "v_pages", *PlanTensors._fields, *PlanNumbers._fields),
-                *(*Rules._fields, *Extras._fields),
+                *(*Rules._fields, *Extras._fields, "impl"),
             ),
         ),
     ],

@@ -84,7 +84,8 @@ def our_call(inputs: PagedInputs, plan: Plan) -> Call:
     """Attention and merge over a plan made before."""
     import flashcore
 
-    return lambda: flashcore.paged_attention(inputs.q, inputs.k_pages, inputs.v_pages, plan)
+    pool = (inputs.k_pages, inputs.v_pages)
+    return lambda: flashcore.paged_attention(inputs.q, *pool, plan, impl="auto")
 
 
 def _flashcore() -> PagedProvider:

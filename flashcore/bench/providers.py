@@ -70,7 +70,7 @@ def _flashcore() -> Provider:
         raise UnsupportedError(reason)
 
     def prepare(problem: DenseProblem, q: Any, k: Any, v: Any) -> Call:
-        return lambda: attention(q, k, v, causal=problem.causal)
+        return lambda: attention(q, k, v, causal=problem.causal, impl="auto")
 
     return Provider("flashcore", "flashcore", __version__, prepare)
 

@@ -264,7 +264,7 @@ def _run_compiled(device: str) -> tuple[str, str]:
     q, k, v, _ = _inputs(Case("compiled", ((300, 300),)), 0, device)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return flashcore.attention(q * 2, k, v, causal=True) + 1
+        return flashcore.attention(q * 2, k, v, causal=True, impl="auto") + 1
 
     # Tracing is what can fail here; Inductor would only add a compiler that may not be installed.
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")

@@ -82,7 +82,7 @@ def attend(
     )
     plan = planner.update(table, kv_lens, q_lens)
     plan.partial_out.fill_(float("nan"))
-    return flashcore.paged_attention(q, k, v, plan, return_lse=True)
+    return flashcore.paged_attention(q, k, v, plan, return_lse=True, impl="auto")
 
 
 def _inputs(

@@ -33,8 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-heads", type=int, default=2, help="default %(default)s")
     parser.add_argument("--head-dim", type=int, default=64, help="default %(default)s")
     parser.add_argument("--page-tokens", type=int, default=128, help="default %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default %(default)s")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if any)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="default: bf16 for our kernels, fp32 for torch operators"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, ... (default: cuda if it runs our kernels)"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -50,9 +54,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("sequences", "tokens", "q_heads", "kv_heads", "head_dim", "page_tokens", "rounds"):
         validate.positive_int("--" + name.replace("_", "-"), getattr(args, name), maximum=2**63 - 1)
     validate.head_counts(args.q_heads, args.kv_heads)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _usable(_default_device() if args.device == "auto" else args.device)
+    dtype = args.dtype or ("bf16" if _by_kernels(device) else "fp32")
     most = 1 - 1 / args.sequences
     shared = min(_SHARED, most) if args.shared is None else args.shared
     if not 0 <= shared <= most:
@@ -67,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
         args.kv_heads,
         args.head_dim,
         args.page_tokens,
-        getattr(torch, DTYPES[args.dtype]),
-        _usable(device),
+        getattr(torch, DTYPES[dtype]),
+        device,
         args.seed,
     )
     _check_memory(problem)
@@ -91,6 +94,24 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(result) if args.json else _table(problem, stats, result))
     return 0
+
+
+def _default_device() -> str:
+    """A GPU where attention runs there, be it because torch operators were asked for."""
+    import torch
+
+    from flashcore.dispatch import wanted
+
+    asked = torch.cuda.is_available() and wanted(None) == "eager"
+    return "cuda" if asked or _by_kernels("cuda") else "cpu"
+
+
+def _by_kernels(device: str) -> bool:
+    import torch
+
+    from flashcore.dispatch import PROVIDERS, device_path, wanted
+
+    return wanted(None) == "auto" and device_path(torch.device(device)).name in PROVIDERS
 
 
 def _usable(device: str) -> str:

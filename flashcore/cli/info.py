@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import warnings
 from importlib import metadata
 from typing import Any
 
@@ -27,28 +26,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """versions: package -> version or None; devices: what each is, its path and the reason."""
+    """versions: package -> version or None; impl: what calls take that do not choose; devices: what
+    each is, its path and the reason."""
     import torch
 
-    from flashcore.dispatch import device_path
+    from flashcore.dispatch import device_path, wanted
 
     names = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = []
-    with warnings.catch_warnings():
-        # The report itself says which path is taken and why.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        for name in names:
-            device = torch.device(name)
-            described = platform.processor() or platform.machine()
-            if device.type == "cuda":
-                major, minor = torch.cuda.get_device_capability(device)
-                described = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
-            path = device_path(device)
-            devices.append(
-                {"device": name, "name": described, "path": path.name, "reason": path.reason}
-            )
+    for name in names:
+        device = torch.device(name)
+        described = platform.processor() or platform.machine()
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            described = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+        path = device_path(device)
+        devices.append(
+            {"device": name, "name": described, "path": path.name, "reason": path.reason}
+        )
     versions = {"flashcore": flashcore.__version__, "python": platform.python_version()}
-    return {"versions": versions | {p: _version(p) for p in PACKAGES}, "devices": devices}
+    return {
+        "versions": versions | {p: _version(p) for p in PACKAGES},
+        "impl": wanted(None),
+        "devices": devices,
+    }
 
 
 def _version(package: str) -> str | None:
@@ -64,5 +65,14 @@ def _text(report: dict[str, Any]) -> str:
     ]
     for device in report["devices"]:
         lines += ["", f"{device['device']}: {device['name']}"]
-        lines.append(f"  {device['path']} path: {device['reason']}")
+        if device["path"] == "none":
+            lines.append(f"  no kernels: {device['reason']}")
+            lines.append("  torch operators run there with impl='eager' or FLASHCORE_IMPL=eager")
+        else:
+            lines.append(f"  {device['path']} path: {device['reason']}")
+    if report["impl"] != "auto":
+        lines += [
+            "",
+            f"FLASHCORE_IMPL={report['impl']}: torch operators wherever a call may choose",
+        ]
     return "\n".join(lines)

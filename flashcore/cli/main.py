@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         status = int(args.run(args))
         sys.stdout.flush()  # here, where a full disk is still ours to tell
         return status
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader went away (`flashcore demo | head`): no more to say

@@ -188,8 +188,14 @@ def _check_outputs(args: argparse.Namespace) -> None:
     if args.device == "cuda":
         import torch
 
+        from flashcore.dispatch import PROVIDERS, device_path
+
         if not torch.cuda.is_available():
             raise _UsageError("--device cuda: torch finds no CUDA device here; use --device cpu")
+        if args.attention and (path := device_path(torch.device("cuda"))).name not in PROVIDERS:
+            raise _UsageError(
+                f"--device cuda --attention times kernels, which do not run here: {path.reason}"
+            )
 
 
 def _settings(args: argparse.Namespace) -> tuple[ModelShape, EngineSettings, SampleSettings]:

@@ -45,7 +45,9 @@ class GpuTimer:
         """Median milliseconds of one layer's attention: ours, FlashAttention-3's."""
         graphs = {
             "ours": capture(
-                lambda: flashcore.paged_attention(step.q, step.k_pages, step.v_pages, step.plan)
+                lambda: flashcore.paged_attention(
+                    step.q, step.k_pages, step.v_pages, step.plan, impl="auto"
+                )
             )
         }
         if self.peer_absent is None:

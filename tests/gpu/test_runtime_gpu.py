@@ -261,6 +261,19 @@ def test_remembered_paged_calls_refuse_what_does_not_fit() -> None:
             flashcore.paged_attention(**{**given, **change})
 
 
+def test_torch_operators_where_a_call_asks_for_them() -> None:
+    """A dtype that kernels do not take, and one that they do, after a launch is remembered."""
+    q, k, v = inputs(100)
+    by_kernels = flashcore.attention(q, k, v, causal=True)
+    by_torch = flashcore.attention(q, k, v, causal=True, impl="eager")
+    wide = flashcore.attention(q.float(), k.float(), v.float(), causal=True, impl="eager")
+    assert wide.dtype is torch.float32
+    for found in (by_kernels, by_torch):
+        torch.testing.assert_close(found.float(), wide, rtol=2e-2, atol=2e-2)
+    with pytest.raises(NotImplementedError, match="takes bf16 and fp16"):
+        flashcore.attention(q.float(), k.float(), v.float(), causal=True)
+
+
 def test_second_process_loads_without_the_dsl() -> None:
     q, k, v = inputs()
     attend(q, k, v)  # now in the cache
