@@ -1,0 +1,1 @@
+"""flashcore inside other libraries; each package here is imported by name, never by flashcore."""
