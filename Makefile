@@ -59,7 +59,7 @@ lint: $(DEV_READY)
 types: $(DEV_READY)
 	$(PY) -m mypy
 
-# The figures of the README's CPU table; takes a few minutes, wants an idle machine.
+# The figures of the CPU table in docs/results.md; takes a few minutes, wants an idle machine.
 bench-cpu: $(DEV_READY)
 	$(PY) benchmarks/cpu.py
 
