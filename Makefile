@@ -19,6 +19,7 @@ endif
 
 include make/dsl.mk
 include make/sglang.mk
+include make/transformers.mk
 
 # One for each core, up to 8: the longest test is a pool of processes itself.
 TEST_PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
@@ -29,7 +30,7 @@ demo: $(READY)
 test: $(DEV_READY) lint types
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/gpu --ignore=tests/families_gpu \
 		-n $(TEST_PROCESSES) --dist worksteal
-	$(if $(CI),$(MAKE) test-dsl-old test-sglang)
+	$(if $(CI),$(MAKE) test-dsl-old test-sglang test-transformers)
 	$(if $(HAS_GPU),$(MAKE) test-gpu)
 
 # Kernels are compiled at first use unless `make gpu-test-kernels` has done so, on this machine or on
@@ -59,7 +60,7 @@ lint: $(DEV_READY)
 types: $(DEV_READY)
 	$(PY) -m mypy
 
-# The figures of the README's CPU table; takes a few minutes, wants an idle machine.
+# The figures of the CPU table in docs/results.md; takes a few minutes, wants an idle machine.
 bench-cpu: $(DEV_READY)
 	$(PY) benchmarks/cpu.py
 
@@ -82,6 +83,6 @@ dist: $(DEV_READY)
 	$(PY) -m build --quiet
 
 clean:
-	rm -rf $(VENV) $(DSL_OLD_VENV) $(SGLANG_DIR) build dist *.egg-info \
+	rm -rf $(VENV) $(DSL_OLD_VENV) $(SGLANG_DIR) $(TRANSFORMERS_DIR) build dist *.egg-info \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,9 +1,9 @@
-"""The CPU figures of the README: python benchmarks/cpu.py [--trace TRACE] [--out FILE]
+"""The CPU figures of docs/results.md: python benchmarks/cpu.py [--trace TRACE] [--out FILE]
 
 Measures, on an idle machine, what the torch path promises: decode with and without a shared prefix
 beside torch's scaled_dot_product_attention, the time of layout and plan, errors against float64,
 and with --trace the time and memory of `flashcore replay` over the first 2,000 requests of a trace
-in Mooncake's format. Writes one JSON file; `benchmarks/report.py` turns it into the README's table.
+in Mooncake's format. Writes one JSON file; `benchmarks/report.py` turns it into the table.
 """
 
 from __future__ import annotations

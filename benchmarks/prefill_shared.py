@@ -39,8 +39,8 @@ CHUNK = 8192  # new tokens of a forward
 PAGE = 64
 FOLDS: tuple[Fold, ...] = (True, "always")
 TILES = (64, 128)
-# Reached on an H100 (docs/kernels.md, Folding): 26.05 ms for 16 x 2048 on 32768, 0.275 ms for
-# 64 x 16 on 8192 in tiles of 64 rows; partial results at the speed of the DRAM.
+# Reached on an H100 (docs/experiments/planner.md#folding): 26.05 ms for 16 x 2048 on 32768,
+# 0.275 ms for 64 x 16 on 8192 in tiles of 64 rows; partial results at the speed of the DRAM.
 FLOPS = {64: 500e12, 128: 690e12}
 DRAM = 3.0e12  # bytes/s
 

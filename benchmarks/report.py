@@ -1,7 +1,7 @@
-"""Fills the tables of README.md and docs/sglang.md from results/: python benchmarks/report.py
+"""Fills the tables of README.md and docs/ from results/: python benchmarks/report.py
 
-Each table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test checks that what stands
-there is what the files say.
+Each table stands between `<!-- table: NAME -->` and `<!-- end -->`, in whichever page has the
+markers. A test checks that what stands there is what the files say.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcore.bench.rows import by_workload
+from flashcore.bench.serve.workloads import parse_workload
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -184,6 +185,53 @@ def serve_table(data: dict[str, Any]) -> str:
     )
 
 
+def headline_table(data: dict[str, Any]) -> str:
+    """The same as a visitor reads it: what a workload stands for, and ours over each other's."""
+    found = by_workload(data["rows"], "backend")
+    backends = [b for b in BACKENDS if any(b in by_backend for by_backend in found.values())]
+    others = [b for b in backends if b != "flashcore"]
+    head = ["workload", "sequences x tokens", *backends, *(f"over {b}" for b in others)]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, by_backend in found.items():
+        ours = by_backend.get("flashcore")
+        if ours is None:
+            continue
+        w = parse_workload(ours["spec"])
+        prompts = f"{w.groups} prompts x {w.sequences} samples" if w.groups > 1 else w.sequences
+        what = f"{prompts} x ({w.prefix} shared + {w.unique} own)"
+        cells = [_brief(by_backend[b]) if b in by_backend else "" for b in backends]
+        ratios = [
+            f"{_speed(ours) / _speed(by_backend[b]):.2f}" if b in by_backend else "" for b in others
+        ]
+        label = f"{STANDS_FOR.get(name, name)} ({ours['model']})"
+        rows.append(f"| {label} | {what} | " + " | ".join((*cells, *ratios)) + " |")
+    versions = data["versions"]
+    return (
+        "\n".join(rows) + f"\n\n{data['device']}, driver {data['driver']}, "
+        f"SGLang {versions['sglang']}, torch {versions['torch']}, "
+        f"FlashInfer {versions['flashinfer-python']}, sgl_kernel {versions['sglang-kernel']}, "
+        f"{data['date'][:10]}, commit {data['commit']}"
+    )
+
+
+STANDS_FOR = {
+    "shared-16k": "agents, one long system prompt",
+    "shared-4k": "few-shot prompts, a busy server",
+    "context-128k": "128K contexts, 70 % shared",
+    "rollout": "RL rollouts",
+    "nothing-shared": "nothing shared",
+    "ttft-32k": "first token on a cached prefix",
+    "headline-1b": "a small model, many sequences",
+}
+"""Workload -> what it is an example of."""
+
+
+def _brief(row: dict[str, Any]) -> str:
+    if row["tokens_per_s"] is None:
+        return f"{row['ttft_ms']:.0f} ms"
+    return f"{row['tokens_per_s']:.0f} tokens/s"
+
+
 def serve_small_table(data: dict[str, Any]) -> str:
     """Figures of serve_small_h200.json as Markdown: steps and first tokens, ours over fa3's."""
     head = ["workload", "model", "what", "flashcore", "fa3", "flashcore / fa3"]
@@ -283,17 +331,19 @@ KERNELS = {
 BACKENDS = ("flashcore", "fa3", "flashinfer", "triton")
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "headline": ("serve_h100.json", headline_table),
     "cpu": ("cpu.json", cpu_table),
     "dense": ("dense_h100.json", dense_table),
     "paged": ("paged_h100.json", paged_table),
     "serve": ("serve_h100.json", serve_table),
+    "serve-h200": ("serve_h200.json", serve_table),
 }
-# Of measurements that a tree need not have: in whichever page has the markers.
+# Of measurements that a tree need not have.
 LATER: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "serve-small": ("serve_small_h200.json", serve_small_table),
     "models": ("models_h200.json", models_table),
 }
-PAGES = (README, HERE.parent / "docs" / "sglang.md")
+PAGES = (README, *sorted((HERE.parent / "docs").rglob("*.md")))
 
 
 def filled(text: str, results: Path = HERE / "results") -> str:

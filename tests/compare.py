@@ -30,3 +30,13 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
         f"relative error {error:.2e} over {RELATIVE_LIMIT[dtype]:.0e}; worst finite element "
         f"{where}: {a[where].item()} for {e[where].item()}"
     )
+
+
+def assert_lse_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """As `assert_close` in fp32, for logarithms: one near 0 is no more exact than one near 1."""
+    finite = torch.isfinite(expected)
+    assert torch.equal(torch.isfinite(actual), finite)
+    assert torch.equal(actual[~finite].double(), expected[~finite].double())
+    a, e = actual[finite].double(), expected[finite].double()
+    error = float((a - e).norm() / (e.square() + 1).sum().sqrt().clamp(min=1))
+    assert error <= RELATIVE_LIMIT[torch.float32], error

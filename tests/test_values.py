@@ -25,10 +25,14 @@ MANY = {
     # public functions
     "api.attention",
     "api.paged_attention",
+    "append.append_kv",
     "planner.build.plan",
     "reference.attention_reference",
     "reference.paged_attention_reference",
     "sm90.device_planner.DevicePlanner.__init__",
+    # the contract of transformers
+    "integrations.transformers.attention.attention_forward",
+    "integrations.transformers.mask.attention_spans",
     # the contract of Triton
     "serving.page_table_kernel._fill",
     # the specification, as plain as it can be

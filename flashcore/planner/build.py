@@ -57,7 +57,8 @@ def plan(
             every group however small; "always" keeps none that can be given back.
         batch_invariant: cut runs at fixed places of each sequence and share them by whole pieces,
             so that on the Hopper kernels the bits of a sequence's results do not depend on the rest
-            of the batch (docs/kernels.md). Wants pages that divide 1024 tokens.
+            of the batch (docs/kernels/planner.md#batch-invariant-plans). Wants pages that divide
+            1024 tokens.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 CHUNK_TOKENS = 1024
-"""Of two kinds of cost, both known from docs/kernels.md: shorter ones write more partial results
-(512 tokens for 64 sequences of 32 heads: as many bytes as the chunk's K and V), longer ones leave
-workers idle (2048: two items a worker at 1 x 131072)."""
+"""Of two kinds of cost (docs/experiments/planner.md#batch-invariant-plans): shorter ones write more
+partial results (512 tokens for 64 sequences of 32 heads: as many bytes as the chunk's K and V),
+longer ones leave workers idle (2048: two items a worker at 1 x 131072)."""
 
 LONG_CHUNK_TOKENS = 8192
 """Of sequences with more than `FEW_QUERIES` query tokens. These fill the GPU without cuts, and a

@@ -12,8 +12,8 @@ member has this group before it in all of its own members, and the last page is 
 not may only end a run). In a prefix tree these are the inner nodes. Decisions go from the root
 down, since a folded parent's pages lengthen what its children would have to repeat.
 
-The costs were measured on an H100 (docs/kernels.md, Folding): 310 decode batches with one shared
-prefix, each with it kept and folded.
+The costs were measured on an H100 (docs/experiments/planner.md#folding): 310 decode batches with
+one shared prefix, each with it kept and folded.
 """
 
 from __future__ import annotations

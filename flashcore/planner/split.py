@@ -1,8 +1,8 @@
 """Split-KV: how KV runs are cut so that all workers end together. Pure integer arithmetic, for
 numbers and for tensors alike, no torch; the kernels of the planner do the same.
 
-Measured with the Hopper kernels over ten decode batches (docs/kernels.md): every split more is a
-partial result more and a pause of its consumers, so as few as balance allows.
+Measured with the Hopper kernels over ten decode batches (docs/experiments/paged.md): every split
+more is a partial result more and a pause of its consumers, so as few as balance allows.
 """
 
 from __future__ import annotations

@@ -215,9 +215,9 @@ def prefill_fold(queries: int, shape: Shape, room: int | None) -> Fold:
     """What sharing costs decides, group by group, where `room` holds its partial results.
 
     room: fp32 elements of the workspace, None for as many as are needed. The rule counts row blocks
-    (docs/kernels.md, Folding): sequences whose own rows fill their tiles share nothing, whatever
-    they have in common; those with fewer rows share, which halves their work or better. Where room
-    is short every exact group is given back at once, as the plan would after counting.
+    (docs/kernels/planner.md#folding): sequences whose own rows fill their tiles share nothing,
+    whatever they have in common; those with fewer rows share, which halves their work or better.
+    Where room is short every exact group is given back at once, as the plan would after counting.
     """
     if room is None:
         return True

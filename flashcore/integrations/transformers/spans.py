@@ -156,8 +156,9 @@ def _used_keys(rules: Rules, sizes: Sizes) -> int:
     if sizes.first_query < 0 or used > sizes.keys:
         raise _refused(
             f"queries at positions {sizes.query_offset} to "
-            f"{sizes.query_offset + sizes.queries - 1} of keys at {sizes.key_offset} to "
-            f"{sizes.key_offset + sizes.keys - 1}, where each query's own key must be among them"
+            f"{sizes.query_offset + sizes.queries - 1} on keys at {sizes.key_offset} to "
+            f"{sizes.key_offset + sizes.keys - 1}, of which their own must be the last that count "
+            "(a static cache of a window may keep too few: use a DynamicCache)"
         )
     return used
 

@@ -166,7 +166,7 @@ def choose(problem: DenseProblem) -> DenseConfig:
 
 
 def _tile(head_dim: int, full: bool, local: bool, seqlen_k: int) -> tuple[int, int, int]:
-    """(consumer warpgroups, tile_n, q_stages); TFLOP/s and more attempts in docs/kernels.md."""
+    """(consumer warpgroups, tile_n, q_stages); TFLOP/s, attempts: docs/experiments/dense.md."""
     if head_dim == 64:
         # Two warpgroups leave the exponentials exposed: 397 against 454. Wider blocks spill.
         # Narrower ones need fewer registers: at 8K keys 533 against 526, at 2K 456 against 463.

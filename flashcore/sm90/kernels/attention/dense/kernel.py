@@ -1,7 +1,7 @@
 """Dense attention forward for Hopper: one producer warp, one to three consumer warpgroups.
 
-The schedule is drawn in docs/kernels.md. Everything static is in `DenseConfig`; a feature that is
-off leaves no instruction behind.
+The schedule is drawn in docs/kernels/dense.md. Everything static is in `DenseConfig`; a feature
+that is off leaves no instruction behind.
 """
 
 from __future__ import annotations
