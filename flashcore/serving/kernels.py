@@ -116,7 +116,7 @@ def kernels_for(
     ]
     merges = [
         paged.choose_device_merge(dtype, v_head_dim or head_dim, sinks, rows)
-        for rows in (1, paged.FEW_ROWS + 1)
+        for rows in paged.MERGE_SIZES
     ]
     # Prefill planners are made for few sequences and grow, to twice as many as can run.
     most = planner.ROW_CAPACITIES[-1]

@@ -21,7 +21,6 @@ from flashcore.serving.shapes import Model
 from flashcore.sm90.config import paged
 from flashcore.sm90.families import PAGED, PLANNER
 
-_ROWS = paged.FEW_ROWS + 1  # query tokens whose results one warp each merges; 1: several each
 _ENTRIES = 64  # of a planner for nothing
 
 
@@ -59,13 +58,18 @@ def run_all(model: Model, kind: Kind, cache: Cache, kernels: list[Kernel], tree:
         )
         for variant in kind.variants:
             for with_tree in (False, True) if tree and tile_m == min(tiles) else (False,):
-                for count in (1, _ROWS):
+                for count in _token_counts(kind.shape.num_q_heads):
                     _attend(model, kind, cache, plan, variant, count, with_tree)
     if tree:
         _tree_masks(model)
     if cache.translation is not None:
         slots = torch.zeros(1, dtype=torch.int64, device=model.device)
         torch.take(cache.translation, slots, out=cache.translation[slots])  # eager, and in a graph
+
+
+def _token_counts(heads: int) -> list[int]:
+    """Query tokens whose results each kernel of `choose_device_merge` merges once."""
+    return [-(-rows // heads) for rows in paged.MERGE_SIZES]
 
 
 def _planner(

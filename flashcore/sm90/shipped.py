@@ -128,7 +128,7 @@ def _merge_configs() -> list[MergeConfig]:
         for dim in PAGED_DIMS
         for warps in (1, 8)
     ]
-    rows = (1, paged.FEW_ROWS + 1)
+    rows = paged.MERGE_SIZES
     kinds = [(dtype, dim) for dtype in DTYPES for dim in PAGED_DIMS]
     kinds += [("bf16", v_dim) for _, v_dim in OTHER_PAGED_DIMS if v_dim not in PAGED_DIMS]
     device = [paged.choose_device_merge(dtype, dim, False, n) for dtype, dim in kinds for n in rows]

@@ -40,14 +40,15 @@ def on_gpu(options: dict[str, Any]) -> dict[str, Any]:
     return {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
 
 
-def same_merge(warps: int) -> Any:
-    """Both plans' merges with one number of warps a row, which decides the order of their sums."""
+def same_merge(warps: int, heads: int = 1) -> Any:
+    """Both plans' merges with one number of warps a row, which decides the order of their sums;
+    on the device a warp takes so many heads of a token, which decides nothing."""
 
     def host(dtype: str, head_dim: int, sinks: bool, *sizes: int) -> MergeConfig:
         return MergeConfig(dtype, head_dim, sinks, warps)
 
     def device(dtype: str, head_dim: int, sinks: bool, *sizes: int) -> MergeConfig:
-        return MergeConfig(dtype, head_dim, sinks, warps, device_counts=True)
+        return MergeConfig(dtype, head_dim, sinks, warps, heads, device_counts=True)
 
     return mock.patch.multiple(launch_paged, choose_merge=host, choose_device_merge=device)
 
@@ -65,11 +66,18 @@ def attend(
     return flashcore.paged_attention(q, k, v, plan, return_lse=True, **options)
 
 
-def check(batch: Batch, dtype: torch.dtype, rule: str, warps: int, **plan_options: Any) -> None:
+def check(
+    batch: Batch,
+    dtype: torch.dtype,
+    rule: str,
+    warps: int,
+    heads: int = 1,
+    **plan_options: Any,
+) -> None:
     """As with the host's plan bit by bit, and near the reference; idle rows are empty."""
     options, tensors = rules(batch, rule), batch.tensors(dtype)
     total = tensors[0].shape[0]
-    with small_scale(), same_merge(warps):
+    with small_scale(), same_merge(warps, heads):
         planner = planner_for(batch, capacities(batch), "cuda", **plan_options)
         plan = planner.update(*inputs(batch, "cuda"))
         plan.partial_out.fill_(float("nan"))
@@ -92,14 +100,15 @@ def check(batch: Batch, dtype: torch.dtype, rule: str, warps: int, **plan_option
     assert planner.plan.faults() == Fault(0)
 
 
-# Every rule with one and with eight warps that share a merge list.
-@pytest.mark.parametrize("warps", [1, 8])
+# Every rule with one and with eight warps that share a merge list, and with one for several heads:
+# 3 of 8, and 8 of 8.
+@pytest.mark.parametrize(("warps", "heads"), [(1, 1), (8, 1), (1, 3), (1, 8)])
 @pytest.mark.parametrize(
     "rule", ["causal", "full", "window", "softcap_sinks", "tree", "everything"]
 )
-def test_rules(rule: str, warps: int) -> None:
+def test_rules(rule: str, warps: int, heads: int) -> None:
     batch = batch_of(1, 16, (8, 2), 128, 9, 7)
-    check(batch, torch.bfloat16, rule, warps, tile_m=64, num_workers=13)
+    check(batch, torch.bfloat16, rule, warps, heads, tile_m=64, num_workers=13)
 
 
 # Head dims, both tile heights and dtypes; rows gathered, small and large pages.

@@ -1,6 +1,7 @@
 """Merging partial results: out = sum_i exp(lse_i - lse) out_i over a query token's merge list.
 
-One warp per (query token, head), or a CTA of eight where lists are long. The list is walked in its
+One warp per (query token, head), or a CTA of eight where lists are long, or one warp for eight heads
+of a token where tokens are many: few of them have anything to merge then. The list is walked in its
 order, so the same inputs give the same bits. In a fixed order any number of warps gives the same
 bits: eight sums take four entries in turn and are added up, all by one warp or each by its own.
 
@@ -68,7 +69,7 @@ class Merge:
         tree_width: Int32,  # longest query that the plan may have
         stream,
     ):
-        rows = mO.shape[0] * mO.shape[1]
+        rows = mO.shape[0] * self.units(mO.shape[1])
         self.kernel(
             mO, mLSE, mPartialO, mPartialLSE, mOffsets, mList, mSinks, mCounts, tree_width
         ).launch(
@@ -95,16 +96,16 @@ class Merge:
         bid, _, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = tidx % LANES
-        heads = mO.shape[1]
+        units = self.units(mO.shape[1])
         index = bid * (WARPS // self.config.warps_per_row)
         if const_expr(self.config.warps_per_row == 1):
             index += warp
-        there = index < mO.shape[0] * heads
+        there = index < mO.shape[0] * units
         token, head, begin, end = Int32(0), Int32(0), Int32(0), Int32(0)
         first, last = Int32(0), Int32(0)
         any_entry, own_entry = Int32(0), Int32(0)
         if there:
-            token, head = index // heads, index % heads
+            token, head = index // units, index % units * self.config.heads_per_warp
             if token < mOffsets.shape[0] - 1:
                 begin, end = mOffsets[token], mOffsets[token + 1]
             first, last = self.share(begin, end, warp)
@@ -122,12 +123,36 @@ class Merge:
                 if not plan_fits(mCounts, mO.shape[0], tree_width):
                     leading = Int32(INVALID)
                 if leading == INVALID:
-                    self.spoil(mO, mLSE, token, head, lane)
+                    if const_expr(self.config.heads_per_warp == 1):
+                        self.spoil(mO, mLSE, token, head, lane)
+                    else:
+                        for h in cutlass.range(head, self.end(head, mO), unroll=1):
+                            self.spoil(mO, mLSE, token, h, lane)
             if leading >= 0:
-                self.merge(
-                    mO, mLSE, mPartialO, mPartialLSE, mList, mSinks, token, head,
-                    Share(begin, end, first, last, any_entry, own_entry), lane, warp,
-                )  # fmt: skip
+                share = Share(begin, end, first, last, any_entry, own_entry)
+                if const_expr(self.config.heads_per_warp == 1):
+                    self.merge(
+                        mO, mLSE, mPartialO, mPartialLSE, mList, mSinks, token, head, share,
+                        lane, warp,
+                    )  # fmt: skip
+                else:
+                    for h in cutlass.range(head, self.end(head, mO), unroll=1):
+                        self.merge(
+                            mO, mLSE, mPartialO, mPartialLSE, mList, mSinks, token, h, share,
+                            lane, warp,
+                        )  # fmt: skip
+
+    @cute.jit
+    def units(self, heads: Int32) -> Int32:
+        """Warps, or CTAs, that a token takes."""
+        if const_expr(self.config.heads_per_warp > 1):
+            heads = cute.ceil_div(heads, self.config.heads_per_warp)
+        return heads
+
+    @cute.jit
+    def end(self, head: Int32, mO: cute.Tensor) -> Int32:
+        """Last + 1 of the heads that a warp takes from `head` on."""
+        return min(head + self.config.heads_per_warp, mO.shape[1])
 
     @cute.jit
     def share(self, begin: Int32, end: Int32, warp: Int32):
