@@ -283,9 +283,9 @@ about two for each worker over all KV heads, so with more rows no list is long: 
 
 
 MANY_ROWS = 65536
-"""Query tokens times heads from which on a warp takes `HEADS_PER_WARP` heads of its token. So many are new
-tokens of prefills, most of which are in the output already, and a warp for each row then costs more
-than it finds to do: 262144 rows without a partial result took about 40 us, one by one."""
+"""Query tokens times heads from which on a warp takes `HEADS_PER_WARP` heads of its token. So many
+are new tokens of prefills, most of which are in the output already, and a warp for each row costs
+more than it finds to do: 262144 rows without a partial result took about 40 us."""
 
 
 HEADS_PER_WARP = 8

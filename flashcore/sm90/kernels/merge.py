@@ -1,9 +1,10 @@
 """Merging partial results: out = sum_i exp(lse_i - lse) out_i over a query token's merge list.
 
-One warp per (query token, head), or a CTA of eight where lists are long, or one warp for eight heads
-of a token where tokens are many: few of them have anything to merge then. The list is walked in its
-order, so the same inputs give the same bits. In a fixed order any number of warps gives the same
-bits: eight sums take four entries in turn and are added up, all by one warp or each by its own.
+One warp per (query token, head), or a CTA of eight where lists are long, or one warp for eight
+heads of a token where tokens are many: few of them have anything to merge then. The list is walked
+in its order, so the same inputs give the same bits. In a fixed order any number of warps gives the
+same bits: eight sums take four entries in turn and are added up, all by one warp or each by its
+own.
 
 Tokens whose only result is in the output already are left alone; tokens with an empty list see no
 key. With a plan made on the device, tokens whose sequence could not be planned become NaN, and
