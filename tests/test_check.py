@@ -60,8 +60,10 @@ def test_every_feature_is_tested() -> None:
 # ---------------------------------------------------------------- that it finds what is wrong
 
 SMALL = [
-    DenseCase("batched", ((70, 90),), 40, heads=(4, 2), causal=True, softcap=9.0, sinks=True),
-    DenseCase("packed", ((3, 5), (0, 4), (6, 0)), 64, packed=True, window=(2, 2)),
+    DenseCase(
+        "batched", ((70, 90),), 40, heads=(4, 2), causal=True, softcap=9.0, sinks=True, lse=True
+    ),
+    DenseCase("packed", ((3, 5), (0, 4), (6, 0)), 64, packed=True, window=(2, 2), lse=True),
     PagedCase("gathered", ((1, 70), (5, 40)), 40, page_tokens=1),
     PagedCase("boxes", ((1, 1100), (5, 1040), (3, 1039)), 24, 16, tree=True),
 ]
@@ -82,14 +84,14 @@ def test_faults_are_found(monkeypatch: pytest.MonkeyPatch, case: Any, fault: str
     def damaged(right: Callable[..., Any]) -> Callable[..., Any]:
         def attend(*arguments: Any, **options: Any) -> Any:
             calls[0] += 1
-            out, lse = right(*arguments, **options)
+            out, *lses = right(*arguments, **options)
             if fault == "values":
                 out = out * 1.02
             if fault == "NaN":
                 out.view(-1)[5] = float("nan")
             if fault == "unstable" and calls[0] % 2:
                 out.view(-1)[0] *= 1.01
-            return out, lse + 0.01 * (fault == "lse")
+            return out, *(lse + 0.01 * (fault == "lse") for lse in lses)
 
         return attend
 
@@ -254,11 +256,11 @@ def test_a_fault_that_is_not_told_is_found(gpu: EmulatedGpu) -> None:
 def test_other_bits_in_company_are_found() -> None:
     alone = [(torch.ones(2, 1), torch.ones(2)), (torch.zeros(1, 1), torch.zeros(1))]
     together = torch.cat([out for out, _ in alone]), torch.cat([lse for _, lse in alone])
-    run = bits.Company(alone, {"host": together}, [2, 1])
+    run = bits.Company(alone, together, [2, 1])
     assert bits.judge_company(run).problem == ""
     other = together[0] + torch.tensor([[0], [0], [1e-7]])
-    run = run._replace(together={"device": (other, together[1])})
-    assert bits.judge_company(run).problem == "sequence 1 has other bits in company, device's plan"
+    run = run._replace(together=(other, together[1]))
+    assert bits.judge_company(run).problem == "sequence 1 has other bits in company"
 
 
 def test_a_page_table_that_is_taken_is_found() -> None:
@@ -345,7 +347,7 @@ def test_kernels_of_tests_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no GPU")
 
     tests = [SelfTest(str(i), launch, lambda _: pytest.fail("judged")) for i in range(2)]
-    assert swap.kernels_of(tests, PRETEND) == [kernel]
+    assert swap.kernels_of(tests, PRETEND) == {"0": [kernel], "1": [kernel]}
 
 
 # ---------------------------------------------------------------- the command
@@ -385,7 +387,7 @@ def test_a_machine_without_a_gpu_tests_torch_operators_and_says_so(
     assert lines[1].split() == ["ok", "a", "test", "measured"]
     assert lines[2].split()[:2] == ["skipped", "graphs"]
     assert lines[3].endswith("needs 2 GPUs, here are 0")
-    assert lines[-1].startswith("PASSED: 1 tests in ")
+    assert lines[-1].startswith("PASSED: 1 tests, 2 skipped, in ")
     assert lines[-1].endswith("(torch operators on the CPU, no kernels)")
 
 
@@ -418,7 +420,7 @@ def test_the_verdict_names_what_failed(
     assert [line.split()[0] for line in lines[1:5]] == ["ok", "FAILED", "FAILED", "ok"]
     assert lines[2].endswith("measured  it is wrong")
     assert lines[3].endswith("RuntimeError: the launch failed")
-    assert lines[5].startswith("FAILED: 2 of 4 tests")
+    assert lines[5].startswith("FAILED: 2 of 4 tests, in")
     assert lines[6:] == ["  another", "  a raiser"]
 
 
@@ -434,7 +436,7 @@ def test_a_planted_wrong_kernel_fails_the_check(capsys: pytest.CaptureFixture[st
     assert command.run(parse(command, *words)) == 1
     said = capsys.readouterr().out
     assert "the output is wrong" in said
-    assert "FAILED: 1 of 1 tests" in said
+    assert "FAILED: 1 of 1 tests, in" in said
 
 
 def test_every_check_plants_wrong_kernels_and_must_find_them(
@@ -449,19 +451,20 @@ def test_every_check_plants_wrong_kernels_and_must_find_them(
     assert "'paged, decode on a shared prefix' did not find it" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("compiler", [True, False])
 def test_missing_kernels_are_compiled_together_first(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Any,
+    compiler: bool,
 ) -> None:
     first, second = shipped_kernels()[:2]
 
     class Cache:
         folder, target = tmp_path, None
 
-        def entry(self, kernel: Kernel) -> Any:
-            return True if kernel is first else None
-
-        def function(self, kernel: Kernel) -> Any:
-            return lambda *arguments: None
+        def origin(self, kernel: Kernel) -> str | None:
+            return "from the wheel" if kernel is first else None
 
     asked: list[tuple[list[Kernel], int]] = []
 
@@ -479,8 +482,14 @@ def test_missing_kernels_are_compiled_together_first(
     monkeypatch.setattr(jit_cache, "_shared", Cache())
     monkeypatch.setattr("flashcore.jit.prebuild.prebuild", prebuild)
     monkeypatch.setattr("flashcore.jit.gates.default_jobs", lambda: 99)
-    command._prepare([SelfTest("both", launch, lambda _: Finding(""))], PRETEND)
-    assert asked == [([second], 8)]
+    monkeypatch.setattr("flashcore.jit.build.compiler_installed", lambda: compiler)
+    skipped = command._prepare([SelfTest("both", launch, lambda _: Finding(""))], PRETEND)
     said = capsys.readouterr().out
-    assert f"2 kernels: 1 in {tmp_path}, 1 to compile" in said
-    assert "1 kernels compiled in" in said
+    assert "2 kernels: 1 from the wheel, 1 not compiled yet" in said
+    if compiler:
+        assert asked == [([second], 8)]
+        assert skipped == []
+        assert "1 kernels compiled in" in said
+    else:
+        assert asked == []
+        assert skipped == ["both"]

@@ -6,8 +6,10 @@ import argparse
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from flashcore.cli.check import bits, dense, paged, plants, steps
@@ -15,6 +17,7 @@ from flashcore.cli.check.judge import Finding, SelfTest, Setting
 from flashcore.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
+    from flashcore.jit.cache import KernelCache
     from flashcore.jit.kernel import Kernel
 
 _MOST_JOBS = 8  # processes; a compiler takes about 1 GiB
@@ -98,7 +101,9 @@ def _run(tests: dict[str, SelfTest], setting: Setting, plant: str | None) -> int
         else:
             runnable[name] = test
     if setting.kernels:
-        _prepare(list(runnable.values()), setting)
+        for name in _prepare(list(runnable.values()), setting):
+            skipped.append((name, "its kernels are not here, nor is a compiler"))
+            del runnable[name]
     failed, ran = [], 0
     with ExitStack() as stack:
         if plant is not None:
@@ -113,61 +118,65 @@ def _run(tests: dict[str, SelfTest], setting: Setting, plant: str | None) -> int
             failed.append(name)
     for name, reason in skipped:
         print(f"{'skipped':<9}{name:<40}{reason}")
-    return _verdict(ran, failed, setting, time.monotonic() - started)
+    return _verdict(ran, failed, len(skipped), setting, time.monotonic() - started)
 
 
-def _verdict(ran: int, failed: list[str], setting: Setting, seconds: float) -> int:
+def _verdict(ran: int, failed: list[str], skipped: int, setting: Setting, seconds: float) -> int:
     what = "kernels" if setting.kernels else "torch operators on the CPU, no kernels"
+    less = f", {skipped} skipped" if skipped else ""
     if failed:
-        print(f"FAILED: {len(failed)} of {ran} tests in {seconds:.0f} s ({what}):")
+        print(f"FAILED: {len(failed)} of {ran} tests{less}, in {seconds:.0f} s ({what}):")
         for name in failed:
             print(f"  {name}")
         return 1
-    print(f"PASSED: {ran} tests in {seconds:.0f} s ({what})")
+    print(f"PASSED: {ran} tests{less}, in {seconds:.0f} s ({what})")
     return 0
 
 
-def _prepare(tests: list[SelfTest], setting: Setting) -> None:
-    """Compile together what the tests will ask for and is not there; say where kernels are from."""
+def _prepare(tests: list[SelfTest], setting: Setting) -> list[str]:
+    """Compile together what the tests will ask for and is not there; say where kernels are from.
+
+    Returns the tests that cannot run, where there is no compiler.
+    """
     from flashcore.cli.check.swap import kernels_of
+    from flashcore.jit.build import compiler_installed
     from flashcore.jit.cache import shared_cache
-    from flashcore.jit.gates import default_jobs
-    from flashcore.jit.prebuild import Built, prebuild
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of graphs with nothing in them
-        kernels = kernels_of(tests, setting)
+        wanted = kernels_of(tests, setting)
     cache = shared_cache()
-    missing = [kernel for kernel in kernels if cache.entry(kernel) is None]
-    print(_sources(kernels, missing), flush=True)
-    if not missing:
-        return
+    origins = {k: cache.origin(k) for k in dict.fromkeys(chain.from_iterable(wanted.values()))}
+    places = Counter(origin or "not compiled yet" for origin in origins.values())
+    print(f"{len(origins)} kernels: " + ", ".join(f"{n} {where}" for where, n in places.items()))
+    missing = [kernel for kernel, origin in origins.items() if origin is None]
+    if missing and compiler_installed():
+        _compile(cache, missing)
+        missing = []
+    sys.stdout.flush()
+    return [name for name, kernels in wanted.items() if not set(missing).isdisjoint(kernels)]
+
+
+def _compile(cache: KernelCache, kernels: list[Kernel]) -> None:
+    from flashcore.jit.gates import default_jobs
+    from flashcore.jit.prebuild import Built, prebuild
+
     started, done = time.monotonic(), 0
     jobs = min(_MOST_JOBS, default_jobs())
-    with ProgressBar("compile", len(missing)) as bar:
+    with ProgressBar("compile", len(kernels)) as bar:
 
         def advance(_: Built) -> None:
             nonlocal done
             done += 1
             bar.update(done)
 
-        built = prebuild(missing, cache.folder, cache.target, jobs, advance)
+        built = prebuild(kernels, cache.folder, cache.target, jobs, advance)
     broken = [b for b in built if b.error]
     for b in broken:
         print(f"failed to compile {b.kernel.describe()}: {b.error}", file=sys.stderr)
     print(
         f"{len(built) - len(broken)} kernels compiled in {time.monotonic() - started:.0f} s by "
-        f"{jobs} processes",
-        flush=True,
-    )
-
-
-def _sources(kernels: list[Kernel], missing: list[Kernel]) -> str:
-    from flashcore.jit.cache import shared_cache
-
-    return (
-        f"{len(kernels)} kernels: {len(kernels) - len(missing)} in {shared_cache().folder}, "
-        f"{len(missing)} to compile"
+        f"{jobs} processes"
     )
 
 

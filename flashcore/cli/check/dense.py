@@ -30,6 +30,7 @@ class DenseCase:
     softcap: float = 0.0
     sinks: bool = False
     packed: bool = False
+    lse: bool = False
 
 
 class Launched(NamedTuple):
@@ -38,8 +39,8 @@ class Launched(NamedTuple):
     case: DenseCase
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     options: dict[str, Any]
-    first: tuple[torch.Tensor, torch.Tensor]
-    second: tuple[torch.Tensor, torch.Tensor]
+    first: tuple[torch.Tensor, ...]  # out, and the LSE where the case has it
+    second: tuple[torch.Tensor, ...]
     exact: bool  # both must be the same bits, which our kernels promise
 
 
@@ -52,6 +53,10 @@ def cases() -> list[DenseCase]:
     square = ((1031, 1031),)
     ragged = ((130, 130), (0, 50), (1, 700), (257, 0), (333, 401))
     features = [
+        DenseCase("128, LSE", ((300, 4133),), lse=True),
+        DenseCase("128 causal, LSE", square, causal=True, lse=True),
+        DenseCase("64, LSE", ((300, 4133),), 64, lse=True),
+        DenseCase("64 causal, LSE", square, 64, causal=True, lse=True),
         DenseCase("decode, grouped heads", ((1, 1500),), heads=(8, 2), causal=True),
         DenseCase("fewer queries than keys", ((77, 900),), causal=True),
         DenseCase("more queries than keys", ((300, 120),), causal=True),
@@ -59,19 +64,38 @@ def cases() -> list[DenseCase]:
         DenseCase("many keys", ((300, 4133),)),  # full attention has tiles of its own from 4096
         DenseCase("many keys, head_dim 64", ((300, 4133),), 64),
         DenseCase("left window", square, window=(200, -1), causal=True),
+        DenseCase("left window, head_dim 256", square, 256, window=(200, -1), causal=True),
         DenseCase("two-sided window", square, window=(64, 32)),
-        DenseCase("soft cap", square, softcap=15.0),
-        DenseCase("sinks", square, sinks=True, causal=True),
-        DenseCase("all rules", square, window=(300, -1), softcap=20.0, sinks=True, causal=True),
+        DenseCase("soft cap", square, 256, causal=True, softcap=15.0),
+        DenseCase("soft cap and window", square, 256, causal=True, window=(300, -1), softcap=15.0),
+        DenseCase("sinks", square, sinks=True, causal=True, lse=True),
+        DenseCase(
+            "all rules", square, window=(300, -1), softcap=20.0, sinks=True, causal=True, lse=True
+        ),
         # At head_dim 64 a warpgroup passes over blocks that none of its rows sees.
         DenseCase("head_dim 64, decode", ((3, 1500),), 64, heads=(8, 2), causal=True),
         DenseCase("head_dim 64, more queries", ((500, 120),), 64, causal=True),
         DenseCase("head_dim 64, left window", square, 64, window=(200, -1), causal=True),
         DenseCase("head_dim 64, one row block", ((65, 300),), 64),
-        DenseCase("head_dim 64, packed", ragged, 64, packed=True, heads=(8, 2)),
-        DenseCase("head_dim 64, packed causal", ragged, 64, packed=True, causal=True, heads=(8, 2)),
-        DenseCase("packed", ragged, packed=True),
-        DenseCase("packed, causal, grouped", ragged, packed=True, causal=True, heads=(8, 1)),
+        *(
+            DenseCase(
+                f"packed, {dim}{' causal' if causal else ''}",
+                *(ragged, dim, (8, 2)),
+                packed=True,
+                causal=causal,
+            )
+            for dim in (64, 128, 256)
+            for causal in (False, True)
+        ),
+        DenseCase(
+            "packed, sinks and window",
+            *(ragged, 64, (8, 2)),
+            packed=True,
+            causal=True,
+            window=(128, -1),
+            sinks=True,
+        ),
+        DenseCase("packed, fp16", ragged, dtype="fp16", packed=True, causal=True, heads=(8, 1)),
     ]
     plain = [
         DenseCase(
@@ -100,13 +124,15 @@ def launch(case: DenseCase, setting: Setting) -> Launched:
         "cu_seqlens_q": packing.cu_seqlens_q,
         "cu_seqlens_k": packing.cu_seqlens_k,
     }
-    longest = packing.max_seqlen_q if case.packed else None
-    first, second = (
-        flashcore.attention(
-            *(q, k, v), return_lse=True, impl="auto", max_seqlen_q=longest, **options
-        )
-        for _ in range(2)
-    )
+    options["max_seqlen_q"] = packing.max_seqlen_q if case.packed else None
+
+    def attend() -> tuple[torch.Tensor, ...]:
+        if case.lse:
+            return flashcore.attention(q, k, v, return_lse=True, impl="auto", **options)
+        return (flashcore.attention(q, k, v, impl="auto", **options),)
+
+    first, second = attend(), attend()
+    del options["max_seqlen_q"]
     return Launched(case, (q, k, v), options, first, second, setting.kernels)
 
 
@@ -117,7 +143,7 @@ def verdict(launched: Launched) -> Finding:
 
     case, tensors, options, first, second, exact = launched
     expected = attention_reference(*tensors, **options)
-    finding = judge(first, expected, case.dtype)
+    finding = judge(first, expected[: len(first)], case.dtype)
     if exact and not finding.problem and not all(map(torch.equal, first, second)):
         return Finding("two runs differ", finding.detail)
     return finding

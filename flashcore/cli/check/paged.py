@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcore.cli.check.judge import TORCH_DTYPES, Finding, SelfTest, Setting, judge
-from flashcore.sm90.config.dense import DTYPES
-from flashcore.sm90.shipped import OTHER_PAGED_DIMS, PAGED_DIMS
+from flashcore.sm90.config.paged import PagedConfig, choose
+from flashcore.sm90.families import PAGED
+from flashcore.sm90.shipped import shipped_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ MIXED: Lengths = ((1, 1500), (1, 1037), (9, 2100), (70, 1301), (1, 1))
 
 @dataclass(frozen=True)
 class PagedCase:
-    """One batch. host: planned by `flashcore.plan` where there is a DevicePlanner too."""
+    """One batch. host: planned by `flashcore.plan`, else by a DevicePlanner."""
 
     name: str
     lengths: Lengths
@@ -69,37 +70,63 @@ class Launched(NamedTuple):
 
 
 def tests() -> list[SelfTest]:
-    return [
-        SelfTest(f"paged, {case.name}", partial(launch, case), verdict, needs_kernels=case.host)
-        for case in cases()
-    ]
+    shipped = _shipped()
+    return [SelfTest(f"paged, {c.name}", partial(launch, c), verdict) for c in cases(shipped)]
 
 
-def cases() -> list[PagedCase]:
-    """What engines do, then every width, dtype and page size with tokens of several kinds."""
+def cases(shipped: set[PagedConfig] | None = None) -> list[PagedCase]:
+    """What engines do, then every width, dtype and kind of page that is shipped, with tokens of
+    several kinds. Planned on the GPU as far as such kernels are shipped, else by the host."""
+    shipped = _shipped() if shipped is None else shipped
     engines = [
         PagedCase("decode on a shared prefix", DECODE),
+        PagedCase("decode, the host's plan", DECODE, host=True),
         PagedCase("decode, pages of 1", DECODE, page_tokens=1),
         PagedCase("decode, pages of 8", DECODE, page_tokens=8),
-        PagedCase("decode, planned by the host", DECODE, host=True),
         PagedCase("verify with a tree", VERIFY, tree=True),
-        PagedCase("verify with a tree, host's plan", VERIFY, tree=True, host=True),
+        PagedCase("verify with a tree, the host's plan", VERIFY, tree=True, host=True),
         PagedCase("chunked prefill", CHUNKED, tile_m=128),
         PagedCase("chunked prefill, pages of 1", CHUNKED, page_tokens=1, tile_m=128),
-        PagedCase("chunked prefill, host's plan", CHUNKED, tile_m=128, host=True),
         PagedCase("one KV head for each query head", DECODE, heads=(4, 4)),
         PagedCase("sinks and window", MIXED, 64, heads=(16, 2), window=(127, 0), sinks=True),
         PagedCase("soft cap and window", MIXED, 256, heads=(4, 2), window=(600, 0), softcap=30.0),
     ]
-    dims = [(dim, dim, dtype) for dtype in DTYPES for dim in PAGED_DIMS]
-    dims += [(*pair, "bf16") for pair in OTHER_PAGED_DIMS]
+    plain = [c for c in shipped if c == _config(PagedCase("", (), **_width(c)), c.device_counts)]
     widths = [
-        PagedCase(f"{dtype} {width}, pages of {page}", MIXED, dim, v_dim, page, dtype=dtype)
-        for dim, v_dim, dtype in dims
-        for width in [f"{dim}" if dim == v_dim else f"{dim}/{v_dim}"]
-        for page in (64, 1)
+        PagedCase(f"{c.dtype} {dims}, pages of {c.page_tokens}", MIXED, **_width(c))
+        for c in sorted(plain, key=lambda c: (c.dtype, c.head_dim, -c.page_tokens))
+        for dims in [f"{c.head_dim}/{c.v_head_dim}" if c.v_head_dim < c.head_dim else c.head_dim]
     ]
-    return [*engines, *widths]
+    return [
+        replace(case, host=case.host or _config(case, True) not in shipped)
+        for case in dict.fromkeys([*engines, *widths])
+    ]
+
+
+def _shipped() -> set[PagedConfig]:
+    return {kernel.config for kernel in shipped_kernels() if kernel.family is PAGED}
+
+
+def _width(config: PagedConfig) -> dict[str, Any]:
+    names = ("head_dim", "v_head_dim", "page_tokens", "dtype")
+    return {name: getattr(config, name) for name in names}
+
+
+def _config(case: PagedCase, device_counts: bool) -> PagedConfig:
+    """Of the kernel that the case is for, planned on the GPU or by the host."""
+    return choose(
+        case.dtype,
+        case.head_dim,
+        case.page_tokens,
+        case.heads[0] // case.heads[1],
+        case.tile_m,
+        v_head_dim=case.value_dim,
+        window=case.window is not None,
+        softcap=case.softcap > 0,
+        sinks=case.sinks,
+        tree=case.tree,
+        device_counts=device_counts,
+    )
 
 
 def launch(case: PagedCase, setting: Setting) -> Launched:

@@ -53,7 +53,9 @@ def launch_graph(page_tokens: int, setting: Setting) -> list[Replayed]:
     """One captured update and attention, replayed with each batch of _REPLAYS in its buffers."""
     import torch
 
-    cases = [PagedCase("", lengths, page_tokens=page_tokens) for lengths in _REPLAYS]
+    # Of the widths whose kernels are shipped for plans made on the GPU.
+    width = 128 if page_tokens > 8 else 96
+    cases = [PagedCase("", lengths, width, page_tokens=page_tokens) for lengths in _REPLAYS]
     batches = [
         paged.batch_of(case, setting._replace(seed=setting.seed + i))
         for i, case in enumerate(cases)

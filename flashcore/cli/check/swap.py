@@ -56,17 +56,19 @@ def functions_from(wrap: Wrap, cache: KernelCache | None) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def kernels_of(tests: Sequence[SelfTest], setting: Setting) -> list[Kernel]:
-    """The kernels that `tests` ask for, each once: their launches run with functions that do
-    nothing. A launch that fails here fails again in earnest, where it is told."""
+def kernels_of(tests: Sequence[SelfTest], setting: Setting) -> dict[str, list[Kernel]]:
+    """The kernels that each test asks for: its launches run with functions that do nothing. A
+    launch that fails here fails again in earnest, where it is told."""
     noted: dict[Kernel, None] = {}
 
     def note(kernel: Kernel, _: Any) -> Any:
         noted[kernel] = None
         return lambda *arguments: None
 
-    with functions_from(note, None):
-        for test in tests:
-            with contextlib.suppress(Exception):
-                test.launch(setting)
-    return list(noted)
+    found = {}
+    for test in tests:
+        noted.clear()
+        with functions_from(note, None), contextlib.suppress(Exception):
+            test.launch(setting)
+        found[test.name] = list(noted)
+    return found
