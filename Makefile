@@ -20,6 +20,7 @@ endif
 include make/dsl.mk
 include make/sglang.mk
 include make/transformers.mk
+include make/wheel.mk
 
 # One for each core, up to 8: the longest test is a pool of processes itself.
 TEST_PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))

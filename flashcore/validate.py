@@ -137,6 +137,21 @@ def tensor(
     return value
 
 
+def device(name: str, value: object) -> torch.device:
+    """`value` as a device that torch knows and, of CUDA devices, that there is."""
+    if not isinstance(value, (str, torch.device)):
+        raise TypeError(f"{name} must be a torch.device or its name, got {type(value).__name__}")
+    try:
+        found = torch.device(value)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must be a device such as 'cuda' or 'cuda:0', got {value!r}"
+        ) from None
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"{name} must be one of the {count} CUDA devices here, got {value!r}")
+    return found
+
+
 def same_device(
     reference_name: str, reference: torch.Tensor, **others: torch.Tensor | None
 ) -> None:

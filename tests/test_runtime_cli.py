@@ -9,18 +9,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
-import flashcore
-from flashcore.cli import check, check_paged, compile_cmd
+from flashcore.cli import compile_cmd
 from flashcore.jit.gates import representative
 from flashcore.jit.kernel import Kernel
-from flashcore.problem import Packing, Rules
-from flashcore.reference import attention_reference
 from flashcore.sm90.config import dense
-from flashcore.sm90.families import DENSE, PAGED
-from flashcore.sm90.launch import dense as launch
-from flashcore.sm90.shipped import shipped_kernels
+from flashcore.sm90.families import DENSE
 from tests.runtime_fixtures import CONSTANT, ConstantConfig, needs_dsl
 
 GOOD = dense.choose(dense.DenseProblem("bf16", 64, 1, 128, 128, 1, 1))
@@ -136,175 +130,6 @@ def test_compile_rejects_a_bad_number_of_jobs(jobs: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse(compile_cmd, "--jobs", jobs)
     assert stopped.value.code == 2
-
-
-# ---------------------------------------------------------------- check
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the message for a machine without a GPU")
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        ((), "torch sees no CUDA device"),
-        (("--device", "cpu"), "cpu is not a CUDA device"),
-        (("--device", "toaster"), "toaster"),
-    ],
-)
-def test_check_without_a_gpu_is_one_line(
-    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], reason: str
-) -> None:
-    assert check.run(parse(check, *words)) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith("flashcore check: no Hopper GPU to test: ")
-    assert reason in said.err
-    assert (said.err.count("\n"), said.out) == (1, "")
-
-
-def test_check_of_no_case_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert check.run(parse(check, "--only", "no such case")) == 2
-    assert "no case has 'no such case' in its name" in capsys.readouterr().err
-
-
-def test_cases_reach_every_feature() -> None:
-    cases = check.cases()
-    assert len({case.name for case in cases}) == len(cases)
-    assert {case.dtype for case in cases} == {"bf16", "fp16"}
-    assert {64, 96, 128, 192, 256} <= {case.head_dim for case in cases}
-    assert any(case.packed for case in cases)
-    assert any(case.sinks for case in cases)
-    assert any(case.softcap for case in cases)
-    assert any(case.heads[0] != case.heads[1] for case in cases)
-
-
-def stand_in(fault: str) -> Any:
-    """The reference in the kernel's place, rounded as the kernel rounds, with a fault."""
-    calls = [0]
-
-    def attend(
-        q: Any, k: Any, v: Any, rules: Rules, sinks: Any, packing: Packing, return_lse: bool
-    ) -> Any:
-        calls[0] += 1
-        assert return_lse
-        out, lse = attention_reference(
-            q,
-            k,
-            v,
-            causal=rules.causal,
-            scale=rules.scale,
-            window=(rules.window_left, rules.window_right),
-            softcap=rules.softcap,
-            sinks=sinks,
-            cu_seqlens_q=packing.cu_seqlens_q,
-            cu_seqlens_k=packing.cu_seqlens_k,
-        )
-        out, lse = out.to(q.dtype), lse.float()
-        if fault == "values":
-            out = out * 1.02
-        if fault == "lse":
-            lse = lse + 0.01
-        if fault == "NaN":
-            out = out.clone()
-            out.view(-1)[5] = float("nan")
-        if fault == "unstable" and calls[0] % 2:
-            out = out.clone()
-            out.view(-1)[0] += 0.01
-        return out, lse
-
-    return attend
-
-
-SMALL = [
-    check.Case("batched", ((70, 90),), 40, heads=(4, 2), causal=True, softcap=9.0, sinks=True),
-    check.Case("packed", ((3, 5), (0, 4), (6, 0)), 64, packed=True, window=(2, 2)),
-]
-
-
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-@pytest.mark.parametrize(
-    ("fault", "problem"),
-    [
-        ("", ""),
-        ("values", "the output is wrong"),
-        ("NaN", "the output is wrong"),
-        ("lse", "the LSE is wrong"),
-        ("unstable", "two runs differ"),
-    ],
-)
-def test_check_finds_faults(
-    monkeypatch: pytest.MonkeyPatch, case: check.Case, fault: str, problem: str
-) -> None:
-    monkeypatch.setattr(launch, "dense_attention", stand_in(fault))
-    assert check._run_case(case, 0, "cpu")[0] == problem
-
-
-# Of gathered rows and of boxes, padded, and with fewer columns in V.
-@pytest.mark.parametrize("case", [(40, 40, 1), (24, 16, 64)])
-@pytest.mark.parametrize(
-    ("fault", "problem"),
-    [
-        ("", ""),
-        ("values", "the output is wrong"),
-        ("lse", "the LSE is wrong"),
-        ("unstable", "two runs differ"),
-    ],
-)
-def test_check_finds_faults_of_paged_attention(
-    monkeypatch: pytest.MonkeyPatch, case: tuple[int, int, int], fault: str, problem: str
-) -> None:
-    calls = [0]
-
-    def attend(case: Any, q: Any, k: Any, v: Any, table: Any, kv_lens: Any, q_lens: Any) -> Any:
-        calls[0] += 1
-        plan = flashcore.plan(
-            flashcore.layout_from_page_table(table, kv_lens, page_tokens=case.page_tokens),
-            q_lens=q_lens,
-            num_q_heads=8,
-            num_kv_heads=2,
-            head_dim=case.head_dim,
-            v_head_dim=case.v_head_dim,
-            page_tokens=case.page_tokens,
-        )
-        assert plan.stats().reuse > 1.5
-        out, lse = flashcore.paged_attention(q, k, v, plan, return_lse=True)
-        if fault == "values" or (fault == "unstable" and calls[0] == 2):
-            out = out * 1.02
-        return out, lse + 0.01 * (fault == "lse")
-
-    monkeypatch.setattr(check_paged, "attend", attend)
-    assert check._run_paged(check_paged.PagedCase(*case), 0, "cpu")[0] == problem
-
-
-def test_paged_cases_use_what_is_shipped() -> None:
-    shipped = {
-        (c.head_dim, c.v_head_dim, c.page_tokens)
-        for c in (kernel.config for kernel in shipped_kernels() if kernel.family is PAGED)
-        if c.device_counts and c.dtype == "bf16" and c.group_size == 4
-    }
-    cases = check_paged.cases()
-    assert {(c.head_dim, c.v_head_dim, c.page_tokens) for c in cases} <= shipped
-    assert len({case.name for case in cases}) == len(cases)
-
-
-def test_check_of_torch_compile_runs() -> None:
-    assert check._run_compiled("cpu") == ("", "one graph")
-
-
-def test_check_reports_a_case_that_raises(capsys: pytest.CaptureFixture[str]) -> None:
-    def fails() -> tuple[str, str]:
-        raise RuntimeError("the launch failed\nwith details")
-
-    assert check._report("a case", fails) is False
-    said = capsys.readouterr().out
-    assert said.startswith("FAILED a case")
-    assert said.rstrip().endswith("RuntimeError: the launch failed")
-
-
-def test_check_reports_an_error_without_a_message(capsys: pytest.CaptureFixture[str]) -> None:
-    def fails() -> tuple[str, str]:
-        raise AssertionError
-
-    assert check._report("a case", fails) is False
-    assert capsys.readouterr().out.rstrip().endswith("AssertionError: AssertionError")
 
 
 # ---------------------------------------------------------------- the subset

@@ -132,6 +132,8 @@ def _compile(cache: KernelCache, kernels: list[Kernel], jobs: int | None) -> int
     from flashcore.jit.prebuild import Built, prebuild
 
     started = time.monotonic()
+    there = [kernel for kernel in kernels if cache.packaged and cache.packaged.entry(kernel)]
+    kernels = [kernel for kernel in kernels if kernel not in there]
     done = 0
     with ProgressBar("compile", len(kernels)) as bar:
 
@@ -148,7 +150,8 @@ def _compile(cache: KernelCache, kernels: list[Kernel], jobs: int | None) -> int
     fresh = sum(result.compiled for result in built)
     target = cache.target
     print(
-        f"{fresh} compiled, {len(built) - fresh - failed} already there, {failed} failed in "
+        f"{fresh} compiled, {len(there) + len(built) - fresh - failed} already there, {failed} "
+        "failed in "
         f"{time.monotonic() - started:.1f} s: {cache.folder} "
         f"({target.arch}, CuTe DSL {target.dsl} {target.toolkit})"
     )

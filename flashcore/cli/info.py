@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """versions: package -> version or None; impl: what calls take that do not choose; devices: what
-    each is, its path and the reason."""
+    each is, its path and the reason; kernels: where compiled ones come from."""
     import torch
 
     from flashcore.dispatch import device_path, wanted
@@ -49,6 +49,32 @@ def collect() -> dict[str, Any]:
         "versions": versions | {p: _version(p) for p in PACKAGES},
         "impl": wanted(None),
         "devices": devices,
+        "kernels": _kernels(),
+    }
+
+
+def _kernels() -> dict[str, str]:
+    """installed: those that came with the package; cache: those that this user has compiled;
+    compiler: whether more can be compiled."""
+    from flashcore.jit.build import compiler_installed
+    from flashcore.jit.folder import default_folder
+    from flashcore.jit.packaged import open_packaged
+    from flashcore.jit.target import MissingRuntimeError, detect_target
+
+    try:
+        packaged, reason = open_packaged(detect_target())
+    except MissingRuntimeError as error:
+        packaged, reason = None, str(error)
+    installed = reason
+    if packaged is not None:
+        built = packaged.target
+        installed = f"{packaged.count()} for {built.arch}, CuTe DSL {built.dsl} {built.toolkit}"
+    folder = default_folder()
+    count = sum(1 for _ in folder.glob("*.so")) if folder.is_dir() else 0
+    return {
+        "installed": installed,
+        "cache": f"{count} in {folder}",
+        "compiler": "installed" if compiler_installed() else "not installed",
     }
 
 
@@ -70,6 +96,8 @@ def _text(report: dict[str, Any]) -> str:
             lines.append("  torch operators run there with impl='eager' or FLASHCORE_IMPL=eager")
         else:
             lines.append(f"  {device['path']} path: {device['reason']}")
+    lines += ["", "kernels"]
+    lines += [f"  {name:18}{what}" for name, what in report["kernels"].items()]
     if report["impl"] != "auto":
         lines += [
             "",

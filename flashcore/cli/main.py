@@ -14,7 +14,10 @@ COMMANDS = {
     "replay": ("flashcore.cli.replay", "how much a real trace's batches share"),
     "info": ("flashcore.cli.info", "versions, devices, and which path each one takes"),
     "compile": ("flashcore.cli.compile_cmd", "fill the kernel cache ahead of time"),
-    "check": ("flashcore.cli.check", "self-test of the kernels on this machine's GPU"),
+    "check": (
+        "flashcore.cli.check.command",
+        "self-test of this installation: kernels, or torch operators",
+    ),
     "bench": ("flashcore.cli.bench", "our kernels beside every peer that is installed"),
 }
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,26 @@ class BuildError(RuntimeError):
     """Compiling or linking a kernel failed."""
 
 
+def compiler_installed() -> bool:
+    """Whether kernels can be compiled here; nothing is imported to see it."""
+    return find_spec("cutlass") is not None and find_spec("tvm_ffi") is not None
+
+
 def build_entry(kernel: Kernel, target: Target, key: str) -> bytes:
     """Compile `kernel` for `target` and return the bytes of its cache entry."""
     with pinned_arch(target.arch):
         try:
             compiler = kernel.family.resolve_compiler()
+            # An option, since the DSL read the variable if another library imported it before.
+            compiled = compiler(kernel.config, options=f"--gpu-arch {target.arch}")
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] not in ("cutlass", "tvm_ffi"):
                 raise
             raise MissingRuntimeError(
-                f"compiling a kernel needs {error.name}, which is not installed; {INSTALL_HINT}"
+                f"compiling the kernel {kernel.describe()!r} needs {error.name}, which is not "
+                f"installed (nor is that kernel among those installed with flashcore); "
+                f"{INSTALL_HINT}"
             ) from error
-        # An option, since the DSL read the variable if another library imported it before.
-        compiled = compiler(kernel.config, options=f"--gpu-arch {target.arch}")
         symbol = symbol_of(kernel, key)
         with tempfile.TemporaryDirectory(prefix="flashcore-") as scratch:
             shared_object = link(compiled, symbol, Path(scratch)).read_bytes()

@@ -1,6 +1,6 @@
 """Compiled kernels on disk: compiled once per machine, whoever asks first, and loaded by all.
 
-Kernel ── key ──► <folder>/<key>.so ── checked ──► shared object ── load ──► function
+Kernel ── key ──► <key>.so, the package's or <folder>'s ── checked ──► load ──► function
                       │ missing or corrupt
                       └─► lock <key>.lock, look again, compile, publish by rename
 """
@@ -12,17 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flashcore.jit.build import BuildError, build_entry
-from flashcore.jit.entry import CorruptEntryError, Entry, unpack
+from flashcore.jit.entry import Entry, read_entry, unpack
 from flashcore.jit.folder import default_folder, exclusive_lock, open_folder, publish
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.load import CompiledFunction, load_function
+from flashcore.jit.packaged import Packaged, open_packaged
 from flashcore.jit.sources import source_digest
 from flashcore.jit.target import MissingRuntimeError, Target, detect_target
+
+FROM_PACKAGE = "from the installed package"
 
 
 @dataclass
 class KernelCache:
-    """The kernels compiled for one target, in one folder.
+    """The kernels compiled for one target, in one folder, and those that came with the package.
 
     `compiled` counts what this object compiled itself, `loaded` holds the functions it has handed
     out: asking again for the same kernel costs a dictionary look-up.
@@ -30,17 +33,22 @@ class KernelCache:
 
     folder: Path
     target: Target
+    packaged: Packaged | None = None
     compiled: int = 0
     loaded: dict[Kernel, CompiledFunction] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
     def open(cls, folder: Path | None = None, target: Target | None = None) -> KernelCache:
-        """The cache in `folder` (by default the user's) for `target` (by default this machine).
+        """The cache in `folder` for `target` (by default this machine).
 
+        Without a folder it is the user's, and the package's own kernels are taken before it.
         Raises UnsafeCacheError for a folder that another user owns or can write.
         """
-        return cls(open_folder(folder or default_folder()), target or detect_target())
+        target = target or detect_target()
+        if folder is not None:
+            return cls(open_folder(folder), target)
+        return cls(open_folder(default_folder()), target, open_packaged(target)[0])
 
     def path(self, kernel: Kernel) -> Path:
         """Where the entry of `kernel` is or would be."""
@@ -48,13 +56,14 @@ class KernelCache:
 
     def entry(self, kernel: Kernel) -> Entry | None:
         """The valid entry of `kernel`, None when it is missing, corrupt or another kernel's."""
-        path = self.path(kernel)
-        try:
-            found = unpack(path.read_bytes())
-        except (FileNotFoundError, CorruptEntryError):
-            return None
-        # A file renamed by hand has a valid checksum and the wrong code.
-        return found if found.facts.get("key") == path.stem else None
+        packaged = None if self.packaged is None else self.packaged.entry(kernel)
+        return packaged or read_entry(self.path(kernel))
+
+    def origin(self, kernel: Kernel) -> str | None:
+        """Where the entry of `kernel` is, in words; None where there is none."""
+        if self.packaged is not None and self.packaged.entry(kernel) is not None:
+            return FROM_PACKAGE
+        return None if read_entry(self.path(kernel)) is None else f"from {self.folder}"
 
     def ensure(self, kernel: Kernel) -> Entry:
         """The entry of `kernel`, compiled first if need be; of many processes one compiles."""
@@ -71,23 +80,31 @@ class KernelCache:
         return function
 
     def _load(self, kernel: Kernel) -> CompiledFunction:
-        entry = self.ensure(kernel)
+        packaged = None if self.packaged is None else self.packaged.entry(kernel)
+        if self.packaged is not None and packaged is not None:
+            try:
+                return self._open(self.packaged.path(kernel), packaged)
+            except MissingRuntimeError:
+                raise
+            except (OSError, RuntimeError, AttributeError):
+                pass  # does not load here: as if it were not there
+        entry = read_entry(self.path(kernel)) or self._compile(kernel, replace=False)
         try:
-            return self._open(kernel, entry)
+            return self._open(self.path(kernel), entry)
         except MissingRuntimeError:
             raise  # compiling again would not help
         except (OSError, RuntimeError, AttributeError):
             # Intact and yet not loadable, as after a change of the C library: build it anew, once.
-            return self._open(kernel, self._compile(kernel, replace=True))
+            return self._open(self.path(kernel), self._compile(kernel, replace=True))
 
-    def _open(self, kernel: Kernel, entry: Entry) -> CompiledFunction:
-        return load_function(self.path(kernel), entry.facts["symbol"], self.target.toolkit)
+    def _open(self, path: Path, entry: Entry) -> CompiledFunction:
+        return load_function(path, entry.facts["symbol"], self.target.toolkit)
 
     def _compile(self, kernel: Kernel, *, replace: bool) -> Entry:
         path = self.path(kernel)
         with exclusive_lock(path.with_suffix(".lock")):
             # Another process may have compiled it while this one waited for the lock.
-            found = None if replace else self.entry(kernel)
+            found = None if replace else read_entry(path)
             if found is not None:
                 return found
             data = build_entry(kernel, self.target, path.stem)

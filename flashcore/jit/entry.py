@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _MAGIC = b"flshcor1"
@@ -47,3 +48,13 @@ def unpack(data: bytes) -> Entry:
     length = int.from_bytes(body[-8:], "little")
     facts: dict[str, Any] = json.loads(body[-8 - length : -8])
     return Entry(body[: -8 - length], facts)
+
+
+def read_entry(path: Path) -> Entry | None:
+    """The valid entry at `path`, None when it is missing, corrupt or another kernel's."""
+    try:
+        found = unpack(path.read_bytes())
+    except (FileNotFoundError, CorruptEntryError):
+        return None
+    # A file renamed by hand has a valid checksum and the wrong code.
+    return found if found.facts.get("key") == path.stem else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,8 @@ def load_function(path: Path, symbol: str, toolkit: str) -> CompiledFunction:
     except ModuleNotFoundError as error:
         raise MissingRuntimeError(f"apache-tvm-ffi is not installed; {INSTALL_HINT}") from error
     open_runtime_library(toolkit)
+    # tvm-ffi looks functions up at their first call, where a missing one ends the process.
+    ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
     function: CompiledFunction = load_module(str(path))[symbol]
     return function
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from flashcore.jit.folder import default_folder
+from flashcore.jit.packaged import open_packaged
 from flashcore.jit.target import INSTALL_HINT, MissingRuntimeError, detect_target
 from flashcore.sm90.config.paged import ctas_per_sm
 
@@ -40,7 +41,9 @@ def _available(index: int) -> tuple[bool, str]:
         return False, str(error)
     if find_spec("tvm_ffi") is None:
         return False, f"apache-tvm-ffi is not installed; {INSTALL_HINT}"
-    if find_spec("cutlass") is None and not any(default_folder().glob("*.so")):
+    if find_spec("cutlass") is None and not (
+        any(default_folder().glob("*.so")) or open_packaged(target)[0]
+    ):
         return False, f"no kernel is compiled yet and the CuTe DSL is missing; {INSTALL_HINT}"
     return (
         True,

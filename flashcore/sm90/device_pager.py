@@ -95,9 +95,11 @@ class DevicePager:
         most = validate.INT32_MAX
         validate.positive_int("max_batch", max_batch, maximum=most)
         validate.positive_int("max_entries", max_entries, maximum=most - 1)
-        validate.positive_int("max_tokens", max_tokens + 1, maximum=most)
+        if max_tokens != 0 or isinstance(max_tokens, bool):
+            validate.positive_int("max_tokens", max_tokens, maximum=most - 1)
         validate.positive_int("num_pages", num_pages, maximum=most)
         validate.positive_int("page_tokens", page_tokens)
+        device = validate.device("device", device)
         if max_batch * (max_entries + 1) > most:
             raise ValueError(
                 f"max_batch x (max_entries + 1) must be below 2**31, got {max_batch} x "
@@ -193,13 +195,16 @@ class DevicePager:
     ) -> DeviceLayout:
         layout = self.layout
         if ends.numel() > layout.bad.numel():
-            raise ValueError(f"{ends.numel()} sequences, max_batch is {layout.bad.numel()}")
+            name = "seq_ends" if tokens else "seq_lens"
+            raise ValueError(
+                f"{name} has {ends.numel()} sequences, max_batch is {layout.bad.numel()}"
+            )
         validate.same_device(
             "the pager",
             layout.cols,
-            pages=pages,
+            **{"token_to_page" if tokens else "page_table": pages},
             seq_starts=begins,
-            lengths=ends,
+            **{"seq_ends" if tokens else "seq_lens": ends},
             page_resident_bitmap=resident,
         )
         if tokens:

@@ -100,7 +100,7 @@ class DevicePlanner:
             validate.tensor("workspace", workspace, dtypes=(torch.float32,), ndim=1)
         validate.flag("batch_invariant", batch_invariant)
         check_fold(fold)
-        device = torch.device(device)
+        device = validate.device("device", device)
         unserved = unserved_dims(head_dim, v_head_dim)
         if unserved and device.type == "cuda":  # elsewhere the emulation plans for any model
             raise ValueError(unserved)
@@ -260,6 +260,8 @@ class DevicePlanner:
                 "batch_invariant plans are made from page tables: use DevicePlanner.update, or "
                 "flashcore.plan for layouts"
             )
+        if not isinstance(layout, DeviceLayout):
+            raise TypeError(f"layout must be a DevicePager's layout, got {type(layout).__name__}")
         validate.tensor("q_lens", q_lens, dtypes=(torch.int32,), ndim=1)
         validate.same_device("plan", self.plan.cols, layout=layout.cols, q_lens=q_lens)
         for name in ("page_tokens", "num_pages"):

@@ -1,0 +1,8 @@
+# A wheel with the shipped kernels compiled in, in dist/: see tools/wheel.py.
+# Included by the Makefile; uses its PY and DEV_READY.
+
+.PHONY: wheel
+
+wheel: $(DEV_READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check "setuptools>=77"
+	$(PY) tools/wheel.py
