@@ -396,6 +396,17 @@ def test_plan_is_immutable_and_moves():
     assert there.total_q == plan.total_q
 
 
+@pytest.mark.parametrize(
+    ("tokens", "pages_of_a_split"),
+    [(128, 2), (512, 2), (768, 2), (4000, 2), (4224, 10), (8192, 10)],
+)
+def test_one_sequence_is_split_into_tiles(tokens, pages_of_a_split):
+    """8 KV heads, 264 workers: tiles of two pages as long as they are fewer than workers."""
+    cost = splitting.run_cost(tokens, 1)
+    share = splitting.split_share(8 * cost, cost, cost, 264)
+    assert splitting.split_pages(-(-tokens // 64), 1, share, 64) == pages_of_a_split
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 300)), min_size=1, max_size=40),
     st.integers(2, 300),
@@ -411,7 +422,9 @@ def test_splits_balance_workers(runs, workers, page_tokens):
     if share == 0:
         assert max(costs) <= 1.25 * total / workers
         return
-    assert share >= 16 * splitting.MIN_SPLIT_TOKENS
+    few = total < 16 * splitting.TILE_TOKENS * workers
+    least = splitting.SHORT_SPLIT_TOKENS if few else splitting.MIN_SPLIT_TOKENS
+    assert share >= 16 * least
     more = 0
     for (n, blocks), cost in zip(pages, costs, strict=True):
         length = splitting.split_pages(n, blocks, share, page_tokens)

@@ -14,16 +14,20 @@ Int = Any  # int, or an integer tensor
 COST_UNIT = 16
 """Costs are counted in sixteenths of a token that is read from DRAM."""
 
+TILE_TOKENS = 128
+"""Splits are whole N tiles, so that only the last split of a run has a tile that is not full."""
+
 MIN_SPLIT_TOKENS = 512
 """Shorter splits write more partial bytes than the balance wins back: at 512 tokens of one head a
 partial result of head_dim 128 is 0.4 % of the KV bytes of the split (one query row)."""
 
+SHORT_SPLIT_TOKENS = TILE_TOKENS - 1
+"""In place of it where a tile for each worker is more than there is to read, which makes splits of
+one tile: most SMs would idle, and what one item reads after its first tile is waited for."""
+
 LONG_SPLIT_TOKENS = 5120
 """Where all items are longer than this, up to twice as many are made: the last ones to end leave
 less of the DRAM idle."""
-
-TILE_TOKENS = 128
-"""Splits are whole N tiles, so that only the last split of a run has a tile that is not full."""
 
 LONGEST_FIRST = 2
 """Items of runs with several row blocks count twice in the order of the work list: the blocks but
@@ -57,7 +61,9 @@ def split_share(total_cost: int, costliest: int, cheapest: int, num_workers: int
         two = -(-total_cost // (2 * num_workers))
         four = -(-total_cost // (4 * num_workers))
         share = max(min(two, COST_UNIT * LONG_SPLIT_TOKENS), four)
-    return max(share, COST_UNIT * MIN_SPLIT_TOKENS)
+    few = total_cost < COST_UNIT * TILE_TOKENS * num_workers
+    least = min(MIN_SPLIT_TOKENS, SHORT_SPLIT_TOKENS) if few else MIN_SPLIT_TOKENS
+    return max(share, COST_UNIT * least)
 
 
 def split_pages(pages: Int, blocks: Int, share: int, page_tokens: int) -> Int:

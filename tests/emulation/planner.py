@@ -273,7 +273,8 @@ class Emulation(EntriesEmulation):
             share = max(min(two, 16 * self.long), four)
             if len({tokens * (11 + 5 * blocks) // blocks for tokens, blocks in work}) == 1:
                 share = -(-total // self.workers)
-            share = max(share, 16 * self.least)
+            few = total < 16 * 128 * self.workers
+            share = max(share, 16 * (min(self.least, 127) if few else self.least))
         share *= split
         unit = self.unit // self.page_tokens
         for row, (_, blocks) in zip(table[: self.groups], work, strict=True):

@@ -17,7 +17,13 @@ from flashcore.contract.scratch import Groups as G
 from flashcore.contract.scratch import Rows, Sort
 from flashcore.contract.scratch import Segments as S
 from flashcore.contract.work import DIRECT, Group
-from flashcore.planner.split import COST_UNIT, LONGEST_FIRST, token_cost
+from flashcore.planner.split import (
+    COST_UNIT,
+    LONGEST_FIRST,
+    SHORT_SPLIT_TOKENS,
+    TILE_TOKENS,
+    token_cost,
+)
 from flashcore.sm90.config.planner import GROUP_THREADS
 from flashcore.sm90.kernels.planner.block import (
     Shared,
@@ -65,7 +71,10 @@ def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared)
             most = Int64(COST_UNIT) * Int64(problem.long_split_tokens)
             share = two if two < most else most
             share = share if share > four else four
-        least = Int64(COST_UNIT) * Int64(problem.min_split_tokens)
+        least = problem.min_split_tokens
+        if total < COST_UNIT * TILE_TOKENS * workers:
+            least = min(least, Int32(SHORT_SPLIT_TOKENS))
+        least = Int64(COST_UNIT) * Int64(least)
         share = share if share > least else least
     return share
 
