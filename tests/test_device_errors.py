@@ -1,5 +1,5 @@
 """The wrong inputs of `tests/device_error_cases.py` on a machine without a GPU: CPU tensors pass
-for its, and functions that do nothing for compiled ones. The rest is tests/gpu/test_errors_gpu.py."""
+for its, and functions that do nothing for compiled ones. On a GPU: tests/gpu/test_errors_gpu.py."""
 
 from __future__ import annotations
 
