@@ -293,7 +293,7 @@ def test_plants_change_what_they_say(name: str, monkeypatch: pytest.MonkeyPatch)
     arguments: dict[str, tuple[Any, ...]] = {
         "dense": (*of_attention, 1, 132),
         "paged": (*of_attention, 132),
-        "combine": (out, None),
+        "merge": (out, None),
         "planner": (None, torch.tensor([3, 300]), None, None),
     }
     with plants.planted(name, PRETEND):

@@ -24,6 +24,6 @@ def test_one_kernel_for_each_kind_of_bitmap() -> None:
 def test_planner_attention_and_merge_of_both_plans() -> None:
     found = noted("test_device_attention_gpu.py::test_rules[tree-8-1]")
     kinds = sorted((line.split()[0], "device_counts" in line.split()) for line in found)
-    pairs = [(family, counts) for family in ("combine", "paged") for counts in (False, True)]
+    pairs = [(family, counts) for family in ("merge", "paged") for counts in (False, True)]
     assert kinds == [*pairs, ("planner", False)]
     assert all("tree" in line.split() for line in found if line.startswith("paged"))

@@ -52,7 +52,7 @@ def test_compile_fills_the_cache_once(
 
 
 def test_compile_for_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only that model's kernels: both tiles, both merges, the planners, and the tree mask's."""
+    """Only that model's kernels: both tiles, all merges, the planners, and the tree mask's."""
     words = ("--cache-dir", str(tmp_path), "--list", "--serve", "32/8x128", "--page-size", "16")
     assert compile_cmd.run(parse(compile_cmd, *words, "--features", "tree")) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -60,7 +60,7 @@ def test_compile_for_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(paged) == 3
     assert all("page_tokens=16 group_size=4" in line for line in paged)
     assert sum("tree" in line for line in paged) == 1
-    assert sum(line.startswith("missing combine") for line in lines) == 2
+    assert sum(line.startswith("missing merge") for line in lines) == 3
     assert sum(line.startswith("missing planner") for line in lines) == 2
     assert compile_cmd.run(parse(compile_cmd, "--list", "--serve", "32/8x100")) == 2
     said = capsys.readouterr().err
@@ -76,8 +76,8 @@ def test_compile_for_a_server_whose_values_are_narrower(
     paged = [line for line in lines if line.startswith("missing paged")]
     assert len(paged) == 2
     assert all("head_dim=192 v_head_dim=128" in line for line in paged)
-    merges = [line for line in lines if line.startswith("missing combine")]
-    assert len(merges) == 2
+    merges = [line for line in lines if line.startswith("missing merge")]
+    assert len(merges) == 3
     assert all("head_dim=128" in line for line in merges)
     assert compile_cmd.run(parse(compile_cmd, "--list", "--serve", "16/4x128/192")) == 2
     assert "v_head_dim must be at most head_dim (128), got 192" in capsys.readouterr().err

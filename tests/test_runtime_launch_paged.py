@@ -89,7 +89,7 @@ def attend(prefix_pages: int, batch: int = 2, **options: Any) -> Any:
 def test_partial_results_are_merged_from_where_they_were_written(recorder: Recorder) -> None:
     plan, (out, lse) = attend(64, return_lse=True)
     (first, attention), (second, merge) = recorder.calls
-    assert (first, second) == ("paged", "combine")
+    assert (first, second) == ("paged", "merge")
     assert attention[3] is merge[0] is out
     assert attention[4] is merge[1] is lse
     assert attention[5] is merge[2]
@@ -115,7 +115,7 @@ def test_nothing_partial_makes_no_buffer_and_no_merge(recorder: Recorder) -> Non
 def test_a_choice_is_made_once(recorder: Recorder) -> None:
     for batch in (2, 3, 2):
         attend(64, batch=batch)
-    assert [kernel.family.name for kernel in recorder.kernels] == ["paged", "combine"]
+    assert [kernel.family.name for kernel in recorder.kernels] == ["paged", "merge"]
 
 
 def test_options_choose_another_kernel(recorder: Recorder) -> None:

@@ -1,6 +1,8 @@
-"""Whether two trees compile the same kernels: python tools/compare_machine_code.py BEFORE AFTER
+"""Whether two trees compile the same kernels:
 
-Each is a checkout of flashcore, whose shipped kernels are compiled into a temporary cache, or a
+    python tools/compare_machine_code.py BEFORE AFTER [OLD=NEW ...]
+
+OLD=NEW: what BEFORE calls a family that AFTER calls NEW. Each tree is a checkout of flashcore, whose shipped kernels are compiled into a temporary cache, or a
 cache folder that `flashcore compile --cache-dir` filled. Kernels are matched by what describes them
 and compared instruction by instruction, operands included, registers, stack and shared memory too.
 Names of functions do not count: they hold module names. Exit status 1 where anything differs.
@@ -33,14 +35,17 @@ class Code:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 2:
+    trees = [argument for argument in arguments if "=" not in argument]
+    names = dict(argument.split("=") for argument in arguments if "=" in argument)
+    if len(trees) != 2:
         print(__doc__, file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="flashcore-") as scratch:
         before, after = (
             read(_compiled(Path(argument), Path(scratch) / name))
-            for argument, name in zip(arguments, ("before", "after"), strict=True)
+            for argument, name in zip(trees, ("before", "after"), strict=True)
         )
+    before = {renamed(kernel, names): code for kernel, code in before.items()}
     lines = differences(before, after)
     print("\n".join(lines))
     common = before.keys() & after.keys()
@@ -95,6 +100,12 @@ def instructions(sass: str) -> tuple[str, ...]:
     """The instructions and labels of a disassembly, without addresses and names of functions."""
     body = (line for line in sass.splitlines() if _ADDRESS.search(line) or line.startswith(".L_"))
     return tuple(" ".join(_FUNCTION.sub("kernel", _ADDRESS.sub("", line)).split()) for line in body)
+
+
+def renamed(kernel: str, names: dict[str, str]) -> str:
+    """A kernel's description with the name that its family has now."""
+    family, space, rest = kernel.partition(" ")
+    return names.get(family, family) + space + rest
 
 
 def differences(before: dict[str, Code], after: dict[str, Code]) -> list[str]:

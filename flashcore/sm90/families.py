@@ -15,7 +15,7 @@ def _paged_opcodes(config: PagedConfig) -> tuple[str, ...]:
 
 DENSE = Family("dense", "flashcore.sm90.compile.dense:compile_dense")
 PAGED = Family("paged", "flashcore.sm90.compile.paged:compile_paged", opcodes_of=_paged_opcodes)
-MERGE = Family("combine", "flashcore.sm90.compile.merge:compile_merge", ("LDG",))
+MERGE = Family("merge", "flashcore.sm90.compile.merge:compile_merge", ("LDG",))
 PLANNER = Family("planner", "flashcore.sm90.compile.planner:compile_planner", ("REDG", "SHFL"))
 PAGER = Family("pager", "flashcore.sm90.compile.pager:compile_pager", ("SHFL",))
 

@@ -58,7 +58,7 @@ def _window(family: str, right: Any) -> Any:
 
 def _merge(family: str, right: Any) -> Any:
     """Partial results that add up to 1.01."""
-    if family != "combine":
+    if family != "merge":
         return None
 
     def wrong(out: Any, *arguments: Any) -> None:
@@ -70,7 +70,7 @@ def _merge(family: str, right: Any) -> Any:
 
 def _company(family: str, right: Any) -> Any:
     """Sums whose order, and so whose last bits, depend on how many rows there are."""
-    if family != "combine":
+    if family != "merge":
         return None
 
     def wrong(out: Any, *arguments: Any) -> None:
