@@ -2,10 +2,11 @@
 
     python tools/compare_machine_code.py BEFORE AFTER [OLD=NEW ...]
 
-OLD=NEW: what BEFORE calls a family that AFTER calls NEW. Each tree is a checkout of flashcore, whose shipped kernels are compiled into a temporary cache, or a
-cache folder that `flashcore compile --cache-dir` filled. Kernels are matched by what describes them
-and compared instruction by instruction, operands included, registers, stack and shared memory too.
-Names of functions do not count: they hold module names. Exit status 1 where anything differs.
+Each tree is a checkout of flashcore, whose shipped kernels are compiled into a temporary cache, or
+a cache folder that `flashcore compile --cache-dir` filled. Kernels are matched by what describes
+them and compared instruction by instruction, operands included, registers, stack and shared memory
+too. Names of functions do not count: they hold module names. OLD=NEW: what BEFORE calls a family
+that AFTER calls NEW. Exit status 1 where anything differs.
 """
 
 from __future__ import annotations
