@@ -26,6 +26,7 @@ _PACKAGES = (
     "sglang",
     "flashinfer-python",
     "triton",
+    "transformers",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -78,16 +79,17 @@ def test_assisted_generation() -> None:
 def _masks(model: PreTrainedModel, cache: Any, mask: torch.Tensor, start: int) -> Any:
     """As `generate` makes them, before a compiled forward."""
     batch, end = mask.shape
-    embeds = torch.empty(batch, end - start, 0)
-    options: dict[str, Any] = {"config": model.config, "attention_mask": mask}
-    if cache_argument(model) == "cache":
-        return create_masks_for_generate(inputs_embeds=embeds, cache=cache, **options)
-    return create_masks_for_generate(
-        input_embeds=embeds,
-        past_key_values=cache,
-        cache_position=torch.arange(start, end),
-        **options,
-    )
+    names = inspect.signature(create_masks_for_generate).parameters
+    every = {
+        "config": model.config,
+        "attention_mask": mask,
+        "cache": cache,
+        "past_key_values": cache,
+        "cache_position": torch.arange(start, end),
+        "inputs_embeds": torch.empty(batch, end - start, 0),
+        "input_embeds": torch.empty(batch, end - start, 0),
+    }
+    return create_masks_for_generate(**{name: x for name, x in every.items() if name in names})
 
 
 @pytest.mark.parametrize("lengths", [(6, 4, 1), (6, 6, 6)], ids=["padded", "full"])
