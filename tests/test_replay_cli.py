@@ -18,6 +18,7 @@ from flashcore.cli import replay
 from flashcore.cli.progress import ProgressBar
 
 SAMPLE = Path(__file__).parent / "data" / "sample_trace.jsonl"
+BAILIAN = Path(__file__).parent / "data" / "sample_trace_16.jsonl"  # made up, in that form
 FAST = ("--sample-every", "0")
 
 
@@ -62,6 +63,30 @@ def test_json_figures_of_the_sample(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["per_step"]["reuse"]["max"] == pytest.approx(2560 / 1536)
     assert report["samples"]["count"] == 0
     assert report["samples"]["layout_ms"] is None
+
+
+@pytest.mark.parametrize(
+    # Of the third request's 160 tokens, the first's 128 are cached, the second's 64 of the first's.
+    ("page_tokens", "cached"),
+    [("16", 64 + 128), ("8", 64 + 128), ("64", 64 + 128), ("128", 128)],
+)
+def test_a_trace_of_blocks_of_16(
+    capsys: pytest.CaptureFixture[str], page_tokens: str, cached: int
+) -> None:
+    options = ("--block-tokens", "16", "--time-unit", "s", "--page-tokens", page_tokens)
+    assert run(BAILIAN, "--json", *options, *FAST) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["completed"], report["out_of_order"]) == (4, 1)
+    assert (report["prompt_tokens"], report["cached_tokens"]) == (430, cached)
+    assert 1.5 < report["simulated_s"] < 3
+    assert report["settings"]["block_tokens"] == 16
+
+
+def test_blocks_are_512_unless_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(BAILIAN, "--block-tokens", "16", "--page-tokens", "24", *FAST) == 2
+    assert "page_tokens is 24; it must divide 16 or be a mult" in one_error_line(capsys)
+    assert run(SAMPLE, "--block-tokens", "16", *FAST) == 2
+    assert "line 1: hash_ids has 3 ids for input_length 1280" in one_error_line(capsys)
 
 
 def test_table_names_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +226,8 @@ def test_a_dash_is_standard_input(
         ("--prefill-rate", "inf"),
         ("--requests", "0"),
         ("--requests", "x"),
+        ("--block-tokens", "0"),
+        ("--time-unit", "us"),
         ("--cache-gib", "nan"),
         ("--step-ms", "0"),
         ("--time-scale", "-1"),

@@ -175,6 +175,27 @@ def test_page_sizes_that_do_not_nest(page_tokens: int) -> None:
         check_page_tokens(page_tokens)
 
 
+@pytest.mark.parametrize("page_tokens", [1, 8, 16, 32, 48, 512])
+def test_page_sizes_that_nest_with_blocks_of_16(page_tokens: int) -> None:
+    check_page_tokens(page_tokens, 16)
+
+
+@pytest.mark.parametrize("page_tokens", [0, 3, 24, 100])
+def test_page_sizes_that_do_not_nest_with_blocks_of_16(page_tokens: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"page_tokens is {page_tokens}; it must divide 16 or be a multiple of 16"
+    ):
+        check_page_tokens(page_tokens, 16)
+
+
+@pytest.mark.parametrize(
+    ("page_tokens", "keys"),
+    [(8, [7, 7, 8, 8]), (16, [7, 8]), (32, [(7, 8)]), (64, [])],
+)
+def test_keys_of_blocks_of_16(page_tokens: int, keys: list[int | tuple[int, ...]]) -> None:
+    assert prompt_page_keys(Request(0.0, 39, 1, (7, 8, 9)), page_tokens, 16) == keys
+
+
 @pytest.mark.parametrize(
     ("page_tokens", "keys"),
     [

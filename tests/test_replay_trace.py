@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from flashcore.replay.trace import Request, TraceError, read_trace
+from flashcore.replay.trace import Request, TraceError, TraceFormat, read_trace
 
 SAMPLE = Path(__file__).parent / "data" / "sample_trace.jsonl"
+BAILIAN = Path(__file__).parent / "data" / "sample_trace_16.jsonl"  # made up, in that form
 GOOD = {"timestamp": 7, "input_length": 513, "output_length": 2, "hash_ids": [4, 5]}
 
 
@@ -26,6 +27,32 @@ def test_sample_trace_is_read_whole() -> None:
     assert len(trace.requests) == 6
     assert trace.out_of_order == 0
     assert trace.requests[2] == Request(5000.0, 700, 40, (20, 21))
+
+
+def test_blocks_of_16_seconds_and_further_keys() -> None:
+    trace = read_trace(BAILIAN, form=TraceFormat(block_tokens=16, time_unit="s"))
+    assert [r.arrival_ms for r in trace.requests] == [0.0, 0.0, 1250.0, 1500.0]
+    assert trace.out_of_order == 1
+    assert trace.requests[3] == Request(1500.0, 160, 20, (1, 2, 3, 4, 5, 6, 7, 8, 13, 14))
+
+
+def test_fewer_ids_than_blocks_of_that_size(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="at least 33 are needed, one for each block of 16 tokens"):
+        read_trace(write(tmp_path, GOOD), form=TraceFormat(block_tokens=16))
+    with pytest.raises(TraceError, match="timestamp is -1; it must be a number of seconds, 0 to"):
+        read_trace(write(tmp_path, GOOD | {"timestamp": -1}), form=TraceFormat(time_unit="s"))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"block_tokens": 0}, "block_tokens is 0; it must be 1 to 1073741824"),
+        ({"time_unit": "us"}, "time_unit is 'us'; it must be 's' or 'ms'"),
+    ],
+)
+def test_forms_that_are_none(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        TraceFormat(**options)
 
 
 def test_blank_lines_and_surplus_ids_are_allowed(tmp_path: Path) -> None:

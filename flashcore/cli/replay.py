@@ -36,8 +36,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "trace",
         metavar="TRACE",
-        help="Mooncake's format: one JSON object a line with timestamp (ms), input_length, "
-        "output_length (tokens), hash_ids (one for each 512 input tokens); - is standard input",
+        help="Mooncake's format: one JSON object a line with timestamp, input_length, "
+        "output_length (tokens), hash_ids (one for each block of input tokens), further keys "
+        "ignored; - is standard input",
+    )
+    parser.add_argument(
+        "--block-tokens",
+        type=_count,
+        default=512,
+        metavar="N",
+        help="input tokens of a hash id: 512 in Mooncake's traces (the default), 16 in "
+        "Qwen-Bailian's",
+    )
+    parser.add_argument(
+        "--time-unit",
+        choices=("s", "ms"),
+        default="ms",
+        help="of timestamps: ms in Mooncake's traces (the default), s in Qwen-Bailian's",
     )
     parser.add_argument(
         "--requests", type=_count, metavar="N", help="only the first N requests (default: all)"
@@ -53,7 +68,7 @@ def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
         type=_count,
         default=128,
         metavar="P",
-        help="tokens of a KV page; divides 512 or is a multiple of it (default: 128)",
+        help="tokens of a KV page; divides --block-tokens or is a multiple of it (default: 128)",
     )
     cache = group.add_mutually_exclusive_group()
     cache.add_argument("--cache-pages", type=_count, metavar="C", help="KV cache size in pages")
@@ -158,12 +173,13 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay; returns 0, or 2 after one line on standard error that says what is wrong."""
-    from flashcore.replay.trace import read_trace
+    from flashcore.replay.trace import TraceFormat, read_trace
 
     try:
         _check_outputs(args)
         shape, engine_settings, sample_settings = _settings(args)
-        trace = read_trace(args.trace, args.requests)
+        form = TraceFormat(args.block_tokens, args.time_unit)
+        trace = read_trace(args.trace, args.requests, form)
         report, engine = _replay(trace, shape, engine_settings, sample_settings, args.progress)
         if args.device == "cuda":
             report = {**head(args.commit), **report}
@@ -211,6 +227,7 @@ def _settings(args: argparse.Namespace) -> tuple[ModelShape, EngineSettings, Sam
     try:
         engine = EngineSettings(
             page_tokens=args.page_tokens,
+            block_tokens=args.block_tokens,
             cache_pages=_cache_pages(args, shape),
             max_batch=args.max_batch,
             prefill_chunk=args.prefill_chunk,

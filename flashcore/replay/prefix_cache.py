@@ -26,17 +26,19 @@ ROOT = -1
 MAX_PAGES = 2**28
 
 
-def check_page_tokens(page_tokens: int) -> None:
-    """Raise ValueError unless page edges and the edges of 512-token hash blocks nest."""
-    divides = 1 <= page_tokens <= HASH_BLOCK_TOKENS and HASH_BLOCK_TOKENS % page_tokens == 0
-    if not divides and (page_tokens < 1 or page_tokens % HASH_BLOCK_TOKENS):
+def check_page_tokens(page_tokens: int, block_tokens: int = HASH_BLOCK_TOKENS) -> None:
+    """Raise ValueError unless page edges and the edges of hash blocks nest."""
+    divides = 1 <= page_tokens <= block_tokens and block_tokens % page_tokens == 0
+    if not divides and (page_tokens < 1 or page_tokens % block_tokens):
         raise ValueError(
-            f"page_tokens is {page_tokens}; it must divide {HASH_BLOCK_TOKENS} "
-            f"or be a multiple of {HASH_BLOCK_TOKENS}, the tokens of one hash block"
+            f"page_tokens is {page_tokens}; it must divide {block_tokens} "
+            f"or be a multiple of {block_tokens}, the tokens of one hash block"
         )
 
 
-def prompt_page_keys(request: Request, page_tokens: int) -> Sequence[PageKey]:
+def prompt_page_keys(
+    request: Request, page_tokens: int, block_tokens: int = HASH_BLOCK_TOKENS
+) -> Sequence[PageKey]:
     """One key for each full page of the prompt: the hash id, or ids, of the blocks it is made of.
 
     Together with the page before it, the key says what a page holds. The tokens after the last
@@ -44,10 +46,10 @@ def prompt_page_keys(request: Request, page_tokens: int) -> Sequence[PageKey]:
     """
     full_pages = request.input_tokens // page_tokens
     ids = request.hash_ids
-    if page_tokens > HASH_BLOCK_TOKENS:
-        blocks = page_tokens // HASH_BLOCK_TOKENS
+    if page_tokens > block_tokens:
+        blocks = page_tokens // block_tokens
         return [ids[page * blocks : (page + 1) * blocks] for page in range(full_pages)]
-    pages_per_block = HASH_BLOCK_TOKENS // page_tokens
+    pages_per_block = block_tokens // page_tokens
     return [ids[page // pages_per_block] for page in range(full_pages)]
 
 

@@ -31,7 +31,7 @@ from flashcore.replay.prefix_cache import (
     prompt_page_keys,
 )
 from flashcore.replay.step_log import Step, StepLog
-from flashcore.replay.trace import Request
+from flashcore.replay.trace import HASH_BLOCK_TOKENS, Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class EngineSettings:
     """The simulated engine; a ValueError names the setting that is out of range."""
 
     page_tokens: int = 128
+    block_tokens: int = HASH_BLOCK_TOKENS  # of the trace's hash ids
     cache_pages: int = 4096
     max_batch: int = 256
     prefill_chunk: int = 2048  # prompt tokens a step may compute
@@ -47,7 +48,7 @@ class EngineSettings:
     time_scale: float = 1.0  # arrival times are multiplied by it: 0.5 doubles the load
 
     def __post_init__(self) -> None:
-        check_page_tokens(self.page_tokens)
+        check_page_tokens(self.page_tokens, self.block_tokens)
         if self.cache_pages > MAX_PAGES:
             raise ValueError(f"cache_pages is {self.cache_pages}; it must be 1 to {MAX_PAGES}")
         for name in ("cache_pages", "max_batch", "prefill_chunk"):
@@ -221,7 +222,7 @@ class Engine:
 
     def _try_admit(self, request: Request) -> RunningRequest | None:
         """Take the pages of the prompt and promise those of the output; None if too few."""
-        keys = prompt_page_keys(request, self.settings.page_tokens)
+        keys = prompt_page_keys(request, self.settings.page_tokens, self.settings.block_tokens)
         hit = self.cache.match(keys)
         pages_at_end = self._pages_at_end(request)
         obtainable = self.cache.obtainable_beside(hit) - self._promised_pages
