@@ -60,7 +60,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'flashcore' has no attribute {name!r}")
+        from flashcore.names import of_package
+
+        raise AttributeError(f"module 'flashcore' has no attribute {name!r}{of_package(name)}")
     from importlib import import_module
 
     value = getattr(import_module(_HOME[name]), name)

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
-from flashcore import checks, ops, validate
+from flashcore import checks, names, ops, validate
 from flashcore.checks import Window
 from flashcore.dispatch import Impl
 from flashcore.eager.dense import dense_attention
 from flashcore.eager.paged import paged_attention as eager_paged_attention
+from flashcore.one_off import plan_once, refuse_tables
 from flashcore.planner.device_plan import DevicePlan
 from flashcore.planner.types import Plan
-from flashcore.problem import Extras, KVPool, Packing
+from flashcore.problem import Extras, KVPool, Packing, Tables
 from flashcore.remembered import Remembered
 
 
@@ -53,10 +54,11 @@ def attention(
     return_lse: Literal[True],
     impl: Impl | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+@names.needs("q", "k", "v")
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: torch.Tensor = names.MISSING,
+    k: torch.Tensor = names.MISSING,
+    v: torch.Tensor = names.MISSING,
     *,
     causal: bool = False,
     scale: float | None = None,
@@ -68,6 +70,7 @@ def attention(
     max_seqlen_q: int | None = None,
     return_lse: bool = False,
     impl: Impl | None = None,
+    **unknown: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Dense attention: softmax(scale * q k^T) v, exactly as `flashcore.reference` states it.
 
@@ -102,6 +105,8 @@ def attention(
         NotImplementedError: on a CUDA device without kernels, or of what they do not take, unless
             impl asks for torch operators.
     """
+    if unknown:
+        raise names.unexpected(attention, unknown)
     key = None
     if not is_dynamo_compiling() and type(q) is Tensor:
         try:
@@ -149,8 +154,11 @@ def paged_attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
-    plan: Plan | DevicePlan,
+    plan: Plan | DevicePlan | None = ...,
     *,
+    page_table: torch.Tensor | None = ...,
+    seq_lens: torch.Tensor | None = ...,
+    cu_seqlens_q: torch.Tensor | None = ...,
     scale: float | None = ...,
     causal: bool = ...,
     window: Window | None = ...,
@@ -167,8 +175,11 @@ def paged_attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
-    plan: Plan | DevicePlan,
+    plan: Plan | DevicePlan | None = ...,
     *,
+    page_table: torch.Tensor | None = ...,
+    seq_lens: torch.Tensor | None = ...,
+    cu_seqlens_q: torch.Tensor | None = ...,
     scale: float | None = ...,
     causal: bool = ...,
     window: Window | None = ...,
@@ -180,12 +191,16 @@ def paged_attention(
     return_lse: Literal[True],
     impl: Impl | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+@names.needs("q", "k_pages", "v_pages")
 def paged_attention(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    plan: Plan | DevicePlan,
+    q: torch.Tensor = names.MISSING,
+    k_pages: torch.Tensor = names.MISSING,
+    v_pages: torch.Tensor = names.MISSING,
+    plan: Plan | DevicePlan | None = None,
     *,
+    page_table: torch.Tensor | None = None,
+    seq_lens: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
     window: Window | None = None,
@@ -196,13 +211,17 @@ def paged_attention(
     out: torch.Tensor | None = None,
     return_lse: bool = False,
     impl: Impl | None = None,
+    **unknown: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch over a paged KV cache; each run of shared pages is read once.
 
     Decode (q_len 1), prefill, chunked prefill on a cached prefix and speculative verify may stand
-    in
-    one batch: the queries of a sequence are its last q_len tokens, whose K and V are in the cache
-    already. Meaning: `flashcore.reference.paged_attention_reference`.
+    in one batch: the queries of a sequence are its last q_len tokens, whose K and V are in the
+    cache already. Meaning: `flashcore.reference.paged_attention_reference`.
+
+    A plan serves every layer of its batch. Given page_table and seq_lens instead, the call makes
+    one for itself and throws it away: right for a single layer or a try, slow in a model, since
+    each call waits for the device and plans anew.
 
     Args:
         q: [total_q, num_q_heads, head_dim], sequence after sequence as in the plan's q_lens. fp32,
@@ -214,7 +233,12 @@ def paged_attention(
         plan: from `flashcore.plan` or from `flashcore.DevicePlanner.update`, on q's device. With
             the latter, q may have more rows than the plan has query tokens, as a batch padded for a
             CUDA graph has. Rows of sequences that could not be planned come out as NaN; so do all
-            rows where q or the tree mask is too small for the plan.
+            rows where q or the tree mask is too small for the plan. Keep it alive while a CUDA
+            graph that holds the call is in use: its buffers are the graph's.
+        page_table, seq_lens: in place of a plan, as in `flashcore.layout_from_page_table`: int32 or
+            int64 [batch, max_pages] and [batch], new tokens included.
+        cu_seqlens_q: with these, [batch + 1] int32 or int64 ends of the sequences' rows in q, 0
+            first; None: one row each (decode).
         scale, window, softcap, sinks: as in `attention`; a window counts from the query's position,
             and under a tree mask by depth.
         causal: query t of a sequence sees keys 0 .. kv_len - q_len + t.
@@ -243,10 +267,13 @@ def paged_attention(
         NotImplementedError: as in `attention`; a DevicePlan under torch.compile or without our
             kernels.
     """
+    if unknown:
+        raise names.unexpected(paged_attention, unknown)
     if not isinstance(plan, (Plan, DevicePlan)):
-        raise TypeError(
-            f"plan must be a flashcore.Plan or a flashcore.DevicePlan, got {type(plan).__name__}"
-        )
+        tables = Tables(page_table, seq_lens, cu_seqlens_q)
+        plan = plan_once(q, KVPool(k_pages, v_pages), plan, tables)
+    elif page_table is not None or seq_lens is not None or cu_seqlens_q is not None:
+        refuse_tables(Tables(page_table, seq_lens, cu_seqlens_q))
     key = None
     if not is_dynamo_compiling() and type(q) is Tensor:
         try:

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from flashcore import validate
+from flashcore.names import known
 
 
+@known
 def append_kv(
     k: torch.Tensor,
     v: torch.Tensor,

@@ -5,6 +5,7 @@
     KVPool    where K and V lie (paged)
     Packing   where packed sequences end (dense)
     Extras    tensors that a paged call may add
+    Tables    what a paged call without a plan makes one of
 
 The operators take them spelled out (`ops`), in the order of the fields.
 """
@@ -114,6 +115,14 @@ class Extras(NamedTuple):
     sinks: torch.Tensor | None = None
     tree_mask: torch.Tensor | None = None
     tree_positions: torch.Tensor | None = None
+
+
+class Tables(NamedTuple):
+    """As in `flashcore.paged_attention`."""
+
+    page_table: torch.Tensor | None = None
+    seq_lens: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
 
 
 UNPACKED = Packing()

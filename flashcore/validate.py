@@ -116,6 +116,19 @@ def head_dims(head_dim: int, v_head_dim: int | None) -> int:
     return v_head_dim
 
 
+def item_size(itemsize: int | None, dtype: torch.dtype | None) -> int:
+    """Bytes of an element from what a user gave of the two; 2 where it is nothing."""
+    if dtype is None:
+        return positive_int("itemsize", 2 if itemsize is None else itemsize, maximum=8)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    if itemsize not in (None, dtype.itemsize):
+        raise ValueError(
+            f"itemsize must be that of dtype {dtype}, {dtype.itemsize}, got {itemsize}"
+        )
+    return dtype.itemsize
+
+
 def tensor(
     name: str, value: object, *, dtypes: Sequence[torch.dtype], ndim: int | Sequence[int]
 ) -> torch.Tensor:

@@ -100,6 +100,18 @@ def valid(name: str, here: str) -> tuple[Callable[..., Any], dict[str, Any]]:
                 "out": _bf16(here, 3, 8, 64),
             },
         ),
+        "paged_attention, planned inside": lambda: (
+            flashcore.paged_attention,
+            {
+                "q": _bf16(here, 3, 8, 64),
+                "k_pages": pages,
+                "v_pages": pages.clone(),
+                "page_table": table(here),
+                "seq_lens": lengths(here, 40, 37),
+                "cu_seqlens_q": lengths(here, 0, 1, 3),
+                "out": _bf16(here, 3, 8, 64),
+            },
+        ),
         "layout_from_page_table": lambda: (
             flashcore.layout_from_page_table,
             {
@@ -156,6 +168,14 @@ def valid(name: str, here: str) -> tuple[Callable[..., Any], dict[str, Any]]:
                 "page_table": table(here),
                 "seq_lens": lengths(here, 40, 37),
                 "q_lens": lengths(here, 1, 2),
+            },
+        ),
+        "DevicePlanner.update, by ends": lambda: (
+            planner(here).update,
+            {
+                "page_table": table(here),
+                "seq_lens": lengths(here, 40, 37),
+                "cu_seqlens_q": lengths(here, 0, 1, 3),
             },
         ),
         "DevicePlanner.update_from_layout": lambda: (
@@ -253,6 +273,27 @@ TABLE: dict[str, dict[str, list[Wrong]]] = {
         "tree_positions": [*TENSORS, WIDER],
         "out": [*TENSORS, STRIDED, MISALIGNED, ODD_ROWS],
     },
+    "paged_attention, planned inside": {
+        **dict.fromkeys(("q", "k_pages", "v_pages"), ACTIVATION),
+        "page_table": [
+            *TENSORS,
+            made("a page id beyond the pool", lambda here: table(here) + 6),
+            made("a page id below 0", lambda here: table(here) - 1),
+        ],
+        "seq_lens": [
+            *TENSORS,
+            made("beyond the table", lambda here: lengths(here, 40, 49)),
+            made("below 0", lambda here: lengths(here, -1, 40)),
+        ],
+        "cu_seqlens_q": [
+            *TENSORS,
+            made("too few rows", lambda here: lengths(here, 0, 1, 2)),
+            made("not from 0", lambda here: lengths(here, 1, 2, 3)),
+            made("decreasing", lambda here: lengths(here, 0, 4, 3)),
+            made("too many", lambda here: lengths(here, 0, 1, 2, 3)),
+        ],
+        "out": [*TENSORS, STRIDED, MISALIGNED, ODD_ROWS],
+    },
     "layout_from_page_table": {
         "page_table": [
             *TENSORS,
@@ -323,6 +364,16 @@ TABLE: dict[str, dict[str, list[Wrong]]] = {
         ],
         "seq_lens": [*TENSORS, WIDER, made("too many", lambda here: lengths(here, 4, 4, 4))],
         "q_lens": [*TENSORS, WIDER, made("too many", lambda here: lengths(here, 1, 1, 1))],
+    },
+    "DevicePlanner.update, by ends": {
+        "cu_seqlens_q": [
+            *TENSORS,
+            WIDER,
+            made("too many", lambda here: lengths(here, 0, 1, 2, 3)),
+            made("none", lambda here: lengths(here)),
+            *value(3),
+        ],
+        "q_lens": [made("beside ends", lambda here: lengths(here, 1, 2))],
     },
     "DevicePlanner.update_from_layout": {
         "layout": [

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "flashcore"
 
 # From the ground up: a module imports those of its own floor and of floors below.
 FLOORS = (
-    ("contract", "validate", "remembered", "tree", "problem"),
+    ("contract", "validate", "remembered", "tree", "problem", "names"),
     ("jit",),
     ("dispatch",),  # finds providers by name
     ("pager",),
@@ -21,6 +21,7 @@ FLOORS = (
     ("eager",),
     ("sm90",),
     ("ops", "checks"),
+    ("one_off",),
     ("api", "append", "reference"),
     ("",),  # the package's own names, loaded on first use
     ("serving",),

@@ -194,9 +194,14 @@ def call(**changes):
         ({"v_pages": torch.zeros(32, 16, 4, 64)}, ValueError, "v_pages must have the plan's"),
         ({"v_pages": torch.zeros(29, 16, 2, 64)}, ValueError, "v_pages must have at least 30"),
         (
-            {"plan": None},
+            {"plan": 3},
             TypeError,
-            r"plan must be a flashcore\.Plan or a flashcore\.DevicePlan, got NoneType",
+            r"plan must be a flashcore\.Plan or a flashcore\.DevicePlan, got int",
+        ),
+        (
+            {"plan": None},
+            ValueError,
+            "paged_attention needs a plan, or page_table and seq_lens",
         ),
         ({"scale": math.inf}, ValueError, "scale must be finite and above 0, got inf"),
         ({"scale": 0.0}, ValueError, "scale must be finite and above 0, got 0"),

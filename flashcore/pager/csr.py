@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from flashcore import validate
+from flashcore.names import known
 
 
 class Layout(NamedTuple):
@@ -34,6 +35,7 @@ class Layout(NamedTuple):
     page_tokens: int
 
 
+@known
 def build_layout(
     token_to_page: torch.Tensor,
     seq_starts: torch.Tensor,
@@ -91,6 +93,7 @@ def build_layout(
     return _layout(row_entries, run_page, run_length, page_tokens, page_resident_bitmap)
 
 
+@known
 def layout_from_page_table(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -145,6 +148,7 @@ def layout_from_page_table(
     return _layout(pages, cols, counts, page_tokens, page_resident_bitmap)
 
 
+@known
 def layout_from_csr(
     indptr: torch.Tensor,
     indices: torch.Tensor,

@@ -11,6 +11,7 @@ from flashcore import validate
 from flashcore.contract.reasons import Reason
 from flashcore.contract.work import DIRECT, FIELDS, Group, Work
 from flashcore.dispatch import resident_ctas
+from flashcore.names import known
 from flashcore.pager.csr import Layout
 from flashcore.planner import chunks, split
 from flashcore.planner.folding import FOLD_ROWS, Costs, Fold, Folding, Runs, check_fold, fold_groups
@@ -19,6 +20,7 @@ from flashcore.planner.types import Plan
 from flashcore.problem import Problem
 
 
+@known
 def plan(
     layout: Layout,
     *,
@@ -70,7 +72,7 @@ def plan(
         head_dim=head_dim,
         v_head_dim=v_head_dim,
         page_tokens=layout.page_tokens,
-        itemsize=_itemsize(itemsize, dtype),
+        itemsize=validate.item_size(itemsize, dtype),
     )
     if cu_seqlens_q is not None:
         if q_lens is not None:
@@ -202,18 +204,6 @@ class _Gathered(NamedTuple):
     q_begin: torch.Tensor
     tokens: torch.Tensor
     positions: torch.Tensor
-
-
-def _itemsize(itemsize: int | None, dtype: torch.dtype | None) -> int:
-    if dtype is None:
-        return 2 if itemsize is None else itemsize
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
-    if itemsize not in (None, dtype.itemsize):
-        raise ValueError(
-            f"itemsize must be that of dtype {dtype}, {dtype.itemsize}, got {itemsize}"
-        )
-    return dtype.itemsize
 
 
 def _check_queries(q_lens: torch.Tensor, kv_lens: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from flashcore.contract.scratch import FREE, SCAN_THREADS
 from flashcore.contract.scratch import PagerRanges as Ranges
 from flashcore.contract.scratch import PagerTiles as Tiles
 from flashcore.dispatch import device_path
+from flashcore.names import known
 from flashcore.pager.csr import Layout
 from flashcore.sm90.config.pager import PagerConfig
 
@@ -82,6 +83,7 @@ class DevicePager:
         TypeError, ValueError: naming the argument, what it is and what it may be.
     """
 
+    @known
     def __init__(
         self,
         *,

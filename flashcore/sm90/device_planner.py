@@ -16,6 +16,7 @@ from flashcore import validate
 from flashcore.contract.counts import Count, Fault, Seen
 from flashcore.contract.work import DIRECT
 from flashcore.dispatch import device_path, resident_ctas
+from flashcore.names import known
 from flashcore.planner import chunks, split
 from flashcore.planner.device_plan import (
     Capacities,
@@ -49,8 +50,8 @@ class DevicePlanner:
     Args:
         capacities: the most there may be of everything; see `Capacities`.
         num_pages: size of the page pool; page tables with an id outside it are caught.
-        num_q_heads, num_kv_heads, head_dim, v_head_dim, page_tokens, itemsize, tile_m, num_workers,
-            fold: as in `flashcore.plan`; tile_m is 64 if not given.
+        num_q_heads, num_kv_heads, head_dim, v_head_dim, page_tokens, itemsize, dtype, tile_m,
+            num_workers, fold: as in `flashcore.plan`; tile_m is 64 if not given.
         batch_invariant: as in `flashcore.plan`, for `update` alone. Lists that do not fit then are
             a fault even where fewer splits would: the cuts are promised.
         device: a Hopper GPU.
@@ -69,6 +70,7 @@ class DevicePlanner:
         TypeError, ValueError: naming the argument, what it is and what it may be.
     """
 
+    @known
     def __init__(
         self,
         capacities: Capacities,
@@ -79,7 +81,8 @@ class DevicePlanner:
         head_dim: int,
         v_head_dim: int | None = None,
         page_tokens: int = 128,
-        itemsize: int = 2,
+        itemsize: int | None = None,
+        dtype: torch.dtype | None = None,
         tile_m: int = 64,
         num_workers: int | None = None,
         fold: Fold = True,
@@ -104,7 +107,7 @@ class DevicePlanner:
         unserved = unserved_dims(head_dim, v_head_dim)
         if unserved and device.type == "cuda":  # elsewhere the emulation plans for any model
             raise ValueError(unserved)
-        validate.positive_int("itemsize", itemsize, maximum=8)
+        itemsize = validate.item_size(itemsize, dtype)
         validate.positive_int("tile_m", tile_m)
         validate.positive_int("page_tokens", page_tokens)
         validate.positive_int("num_pages", num_pages, maximum=_MOST_PAGES)
@@ -230,30 +233,43 @@ class DevicePlanner:
         return self.plan.stats
 
     def update(
-        self, page_table: torch.Tensor, seq_lens: torch.Tensor, q_lens: torch.Tensor
+        self,
+        page_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        q_lens: torch.Tensor | None = None,
+        *,
+        cu_seqlens_q: torch.Tensor | None = None,
     ) -> DevicePlan:
         """Plan a batch: launches on the current stream, no more. The first call may compile.
 
         page_table: [batch, max_pages] int32 with contiguous rows. seq_lens, q_lens: [batch] int32,
-        contiguous. A sequence of length 0 and no queries takes up nothing, so a captured graph
-        serves any number of sequences up to its batch. The result is the planner's one plan, the
-        same object each time.
+        contiguous. cu_seqlens_q: [batch + 1] int32 in place of q_lens, their ends, 0 first. A
+        sequence of length 0 and no queries takes up nothing, so a captured graph serves any number
+        of sequences up to its batch. The result is the planner's one plan, the same object each
+        time.
 
         A sequence that cannot be planned is left out and named in `plan.bad`; the results of its
         query tokens are NaN. Where gathered tokens, partial tokens or work items do not fit, the
         batch is planned as `flashcore.plan(share=False)` does it, if need be with num_workers=0,
         and `Stat.UNSHARED` is 1.
         """
+        q_lens = self._query_lengths(q_lens, cu_seqlens_q)
         self._check(page_table, seq_lens, q_lens)
         if page_table.numel() == 0:  # torch gives empty tensors any strides
             page_table = torch.empty(page_table.shape, dtype=torch.int32, device=page_table.device)
         return self._launch(page_table, unit_stride(seq_lens), unit_stride(q_lens), None)
 
-    def update_from_layout(self, layout: DeviceLayout, q_lens: torch.Tensor) -> DevicePlan:
+    def update_from_layout(
+        self,
+        layout: DeviceLayout,
+        q_lens: torch.Tensor | None = None,
+        *,
+        cu_seqlens_q: torch.Tensor | None = None,
+    ) -> DevicePlan:
         """Plan the batch that a `DevicePager` has laid out, on the stream of its update.
 
-        q_lens: [batch] int32, contiguous, for the sequences of the layout. A sequence that could
-        not be laid out is left out as in `update`.
+        q_lens: [batch] int32, contiguous, for the sequences of the layout; cu_seqlens_q as in
+        `update`. A sequence that could not be laid out is left out as there.
         """
         if self.plan.batch_invariant:
             raise NotImplementedError(
@@ -262,6 +278,7 @@ class DevicePlanner:
             )
         if not isinstance(layout, DeviceLayout):
             raise TypeError(f"layout must be a DevicePager's layout, got {type(layout).__name__}")
+        q_lens = self._query_lengths(q_lens, cu_seqlens_q)
         validate.tensor("q_lens", q_lens, dtypes=(torch.int32,), ndim=1)
         validate.same_device("plan", self.plan.cols, layout=layout.cols, q_lens=q_lens)
         for name in ("page_tokens", "num_pages"):
@@ -276,8 +293,8 @@ class DevicePlanner:
         most_rows = min(self.capacities.max_batch, layout.bad.numel())
         if q_lens.numel() > most_rows:
             raise ValueError(
-                f"q_lens has {q_lens.numel()} sequences, max_batch of planner and layout is "
-                f"{most_rows}"
+                f"q_lens or cu_seqlens_q have {q_lens.numel()} sequences, max_batch of planner and "
+                f"layout is {most_rows}"
             )
         return self._launch(None, None, q_lens, layout)
 
@@ -346,6 +363,22 @@ class DevicePlanner:
             itemsize=p.itemsize,
         )
 
+    def _query_lengths(
+        self, q_lens: torch.Tensor | None, cu_seqlens_q: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Of the two what was given. Ends are not looked at: they lie on the device."""
+        if cu_seqlens_q is None:
+            if q_lens is None:
+                raise TypeError("q_lens, or cu_seqlens_q instead, must be a torch.Tensor, got None")
+            return q_lens
+        if q_lens is not None:
+            raise ValueError("cu_seqlens_q takes the place of q_lens; give one of them")
+        validate.tensor("cu_seqlens_q", cu_seqlens_q, dtypes=(torch.int32,), ndim=1)
+        validate.same_device("plan", self.plan.cols, cu_seqlens_q=cu_seqlens_q)
+        if cu_seqlens_q.numel() == 0:
+            raise ValueError("cu_seqlens_q must be [batch + 1], got no element")
+        return cu_seqlens_q.diff()
+
     def _check(
         self, page_table: torch.Tensor, seq_lens: torch.Tensor, q_lens: torch.Tensor
     ) -> None:
@@ -362,7 +395,8 @@ class DevicePlanner:
             )
         if not batch == seq_lens.numel() == q_lens.numel():
             raise ValueError(
-                f"seq_lens and q_lens must have one length per row of page_table ({batch}), got "
+                f"seq_lens and q_lens must have one length per row of page_table ({batch}), "
+                "cu_seqlens_q one element more, got "
                 f"{seq_lens.numel()} and {q_lens.numel()}"
             )
         if page_table.numel() > validate.INT32_MAX:
