@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -112,3 +113,59 @@ def test_kernels_and_the_contract_never_import_torch() -> None:
             assert not [n for n in named if n.split(".")[0] == "torch"], name
             if not name.startswith("sm90.kernels"):
                 assert not [n for n in named if n.split(".")[0] in ("cutlass", "tvm_ffi")], name
+
+
+# ---------------------------------------------------------------- errors on the way of a call
+
+ROOTS = ("api", "append", "pager", "planner", "serving", "integrations", "sm90.device_p")
+
+
+def reached(roots: tuple[str, ...]) -> set[str]:
+    """Modules that those whose names begin so import, and what these import."""
+    found: set[str] = set()
+    waiting = [name for name in GRAPH if name.startswith(roots)]
+    while waiting:
+        name = waiting.pop()
+        if name and name not in found:
+            found.add(name)
+            waiting.extend(GRAPH[name])
+    return found
+
+
+def broad_handlers(source: str) -> list[int]:
+    """Lines that take whatever error there is, and do not raise it again."""
+    every, found = {"Exception", "BaseException"}, []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = re.findall(r"\w+", ast.unparse(node.type) if node.type else "BaseException")
+            broad = not isinstance(node.body[-1], ast.Raise)
+        elif isinstance(node, ast.Call):
+            caught = [ast.unparse(argument) for argument in node.args]
+            broad = ast.unparse(node.func).endswith("suppress")
+        else:
+            continue
+        if broad and every & set(caught):
+            found.append(node.lineno)
+    return found
+
+
+def test_no_error_is_passed_over_on_the_way_of_a_call() -> None:
+    way = reached(ROOTS)
+    assert {"jit.load", "jit.build", "sm90.launch.paged", "eager.run", "serving.views"} <= way
+    found = {name: broad_handlers(MODULES[name].read_text()) for name in way}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("try: f()\nexcept Exception: pass", 1),
+        ("try: f()\nexcept (ValueError, BaseException) as e: g(e)", 1),
+        ("try: f()\nexcept: pass", 1),
+        ("with contextlib.suppress(Exception): f()", 1),
+        ("try: f()\nexcept BaseException:\n  g()\n  raise", 0),
+        ("try: f()\nexcept ValueError: pass", 0),
+    ],
+)
+def test_what_counts_as_passing_over(source: str, count: int) -> None:
+    assert len(broad_handlers(source)) == count
