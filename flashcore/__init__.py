@@ -5,7 +5,11 @@ Names are loaded on first use: `import flashcore` touches neither torch nor any 
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.version_info < (3, 10):  # noqa: UP036  (a checkout is used without pip, which would say so)
+    raise ImportError(f"flashcore needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
 __version__ = "0.1.0"
 
@@ -18,10 +22,13 @@ _HOME = {
     "PlanStats": "flashcore.planner.stats",
     "plan": "flashcore.planner.build",
     "Capacities": "flashcore.planner.device_plan",
+    "Count": "flashcore.contract.counts",
     "DeviceLayout": "flashcore.sm90.device_pager",
     "DevicePager": "flashcore.sm90.device_pager",
     "DevicePlan": "flashcore.planner.device_plan",
     "DevicePlanner": "flashcore.sm90.device_planner",
+    "Fault": "flashcore.contract.counts",
+    "Stat": "flashcore.contract.counts",
     "append_kv": "flashcore.append",
     "attention": "flashcore.api",
     "paged_attention": "flashcore.api",
@@ -29,13 +36,16 @@ _HOME = {
 
 __all__ = [
     "Capacities",
+    "Count",
     "DeviceLayout",
     "DevicePager",
     "DevicePlan",
     "DevicePlanner",
+    "Fault",
     "Layout",
     "Plan",
     "PlanStats",
+    "Stat",
     "__version__",
     "append_kv",
     "attention",
@@ -49,6 +59,7 @@ __all__ = [
 if TYPE_CHECKING:
     from flashcore.api import attention, paged_attention
     from flashcore.append import append_kv
+    from flashcore.contract.counts import Count, Fault, Stat
     from flashcore.pager.csr import Layout, build_layout, layout_from_csr, layout_from_page_table
     from flashcore.planner.build import plan
     from flashcore.planner.device_plan import Capacities, DevicePlan

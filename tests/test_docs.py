@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -43,3 +44,26 @@ def test_the_reference_is_up_to_date() -> None:
     assert PAGE.read_text() == page(), "run python tools/api_reference.py"
     for name in flashcore.__all__:
         assert name == "__version__" or f"## {name}\n" in PAGE.read_text()
+
+
+def messages() -> list[str]:
+    """Every text in the package, with `...` for what is filled in."""
+    found = []
+    for path in (ROOT / "flashcore").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "..." for p in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_troubleshooting_quotes_what_is_said() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    quoted = [q for line in page.splitlines() for q in re.findall(r'^\| "(.*?)"', line)]
+    assert len(quoted) >= 6
+    texts = messages()
+    for quote in quoted:
+        pattern = ".*".join(re.escape(part.strip()) for part in quote.split("..."))
+        assert any(re.search(pattern, text, re.DOTALL) for text in texts), quote

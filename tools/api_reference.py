@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ _ORDER = (
     *("attention", "paged_attention", "plan", "append_kv"),
     *("build_layout", "layout_from_page_table", "layout_from_csr", "Layout", "Plan", "PlanStats"),
     *("DevicePlanner", "DevicePager", "Capacities", "DevicePlan", "DeviceLayout"),
+    *("Fault", "Stat", "Count"),
 )
 _INTRO = """# API reference
 
@@ -30,6 +32,8 @@ def page() -> str:
 
 
 def _entry(name: str, thing: Any) -> str:
+    if inspect.isclass(thing) and issubclass(thing, (IntEnum, IntFlag)):
+        return f"## {name}\n\n```python\n{inspect.getsource(thing)}```\n"
     if not inspect.isclass(thing):
         return f"## {name}\n\n```python\n{_signature(name, thing)}\n```\n\n{_text(thing)}\n"
     parts = [f"## {name}\n"]

@@ -18,7 +18,8 @@ from flashcore.names import known
 class Layout(NamedTuple):
     """CSR form of a batch: row b uses the pages cols[row_offsets[b] : row_offsets[b + 1]] in order.
 
-    All tensors are int32 and live on one device.
+    Made by `build_layout`, `layout_from_page_table` and `layout_from_csr`, never by its
+    constructor. All tensors are int32 and live on one device.
 
     row_offsets: [batch + 1], first entry of each row; the last element is nnz.
     cols: [nnz], physical page ids in sequence order.

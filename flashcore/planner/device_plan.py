@@ -32,7 +32,7 @@ _PARTIALS_BEYOND = 2
 
 @dataclass(frozen=True)
 class Capacities:
-    """Most of everything. 0 for the last four chooses: see `fill_defaults`.
+    """Most of everything. 0 for any of the last four takes what ordinary batches need.
 
     max_batch: sequences. max_entries: pages of all sequences together. max_q: query tokens of all
     sequences together. max_gathered: query tokens of all groups together. max_partials: partial
@@ -117,7 +117,9 @@ def most_queries(max_batch: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class DevicePlan:
-    """The plan of one batch on the device, for `flashcore.paged_attention`; from `DevicePlanner`.
+    """The plan of one batch on the device, for `flashcore.paged_attention`.
+
+    A `DevicePlanner` makes it, never its constructor, and owns it.
 
     Numbers and tensors as in `flashcore.Plan`, int32, the tensors at capacity; an update rewrites
     them where they are. Merge lists of places past the last query token are empty. Besides:

@@ -27,7 +27,9 @@ REASON_TEXT = {
 
 @dataclass(frozen=True)
 class PlanStats:
-    """Counts of one plan. Tokens are KV tokens of one layer; bytes come from `bytes_*`.
+    """Counts of one plan, made by `Plan.stats`, never by its constructor.
+
+    Tokens are KV tokens of one layer; bytes come from `bytes_*`.
 
     tokens_per_sequence: read if every sequence with queries reads its own copy.
     tokens_once: read by this plan.

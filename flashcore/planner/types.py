@@ -87,7 +87,10 @@ def plan_problem(plan: Plan | DevicePlan) -> Problem:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Immutable work description of one batch; all tensors are int32 on one device.
+    """Immutable work description of one batch, made by `flashcore.plan`, never by its constructor.
+
+    Keep it alive while a CUDA graph that holds attention calls with it is in use: the graph has the
+    addresses of its tensors and buffers. All tensors are int32 on one device.
 
     v_head_dim: columns of V and of the result.
     max_q_len: the longest q_len. num_pages: pages that the pool must have at least (largest id +

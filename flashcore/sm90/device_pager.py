@@ -26,6 +26,8 @@ from flashcore.sm90.config.pager import PagerConfig
 class DeviceLayout:
     """Tensors of `flashcore.Layout` at capacity, int32; an update rewrites them where they are.
 
+    A `DevicePager` makes it, never its constructor, and owns it.
+
     counts: [PagerCount.SIZE] how much of each tensor is filled, and `Fault` bits of the batch.
     bad: [max_batch] `Fault` bits of each sequence.
     kv_lens: [max_batch] tokens of each sequence.

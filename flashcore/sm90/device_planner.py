@@ -47,6 +47,9 @@ class DevicePlanner:
         plan = planner.update(page_table, seq_lens, q_lens)
         out = flashcore.paged_attention(q, k_pages, v_pages, plan)
 
+    Keep the planner alive while a graph that holds an update or an attention call with its plan is
+    in use: the graph has the addresses of their tensors.
+
     Args:
         capacities: the most there may be of everything; see `Capacities`.
         num_pages: size of the page pool; page tables with an id outside it are caught.
