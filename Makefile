@@ -77,11 +77,13 @@ $(VENV)/.dev-ready: $(VENV)/.ready
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu]"
 	touch $@
 
-# sdist and wheel, in dist/.
+# sdist and wheel, in dist/. URL, of the repository: what links of the README and the project's own lead to.
 dist: $(DEV_READY)
-	rm -rf dist
+	rm -rf dist build/stage
 	$(PY) -m pip install --quiet --disable-pip-version-check build
-	$(PY) -m build --quiet
+	$(PY) -m tools.index_page $(if $(URL),--url $(URL)) build/stage
+	$(PY) -m build --quiet --outdir dist build/stage
+	rm -rf build/stage
 
 clean:
 	rm -rf $(VENV) $(DSL_OLD_VENV) $(SGLANG_DIR) $(TRANSFORMERS_DIR) build dist *.egg-info \
