@@ -20,6 +20,7 @@ endif
 include make/dsl.mk
 include make/sglang.mk
 include make/transformers.mk
+include make/vllm.mk
 include make/wheel.mk
 
 # One for each core, up to 8: the longest test is a pool of processes itself.
@@ -31,7 +32,7 @@ demo: $(READY)
 test: $(DEV_READY) lint types
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/gpu --ignore=tests/families_gpu \
 		-n $(TEST_PROCESSES) --dist worksteal
-	$(if $(CI),$(MAKE) test-dsl-old test-sglang test-transformers)
+	$(if $(CI),$(MAKE) test-dsl-old test-sglang test-transformers test-vllm)
 	$(if $(HAS_GPU),$(MAKE) test-gpu)
 
 # Kernels are compiled at first use unless `make gpu-test-kernels` has done so, on this machine or on
@@ -86,6 +87,6 @@ dist: $(DEV_READY)
 	rm -rf build/stage
 
 clean:
-	rm -rf $(VENV) $(DSL_OLD_VENV) $(SGLANG_DIR) $(TRANSFORMERS_DIR) build dist *.egg-info \
+	rm -rf $(VENV) $(DSL_OLD_VENV) $(SGLANG_DIR) $(TRANSFORMERS_DIR) $(VLLM_DIR) build dist *.egg-info \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

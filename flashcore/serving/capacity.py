@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flashcore import validate
+from flashcore.planner.chunks import CHUNK_TOKENS, FEW_QUERIES, LONG_CHUNK_TOKENS
 from flashcore.planner.device_plan import (
     Capacities,
     most_queries,
@@ -38,11 +39,15 @@ _MOST_SEQUENCES = ROW_CAPACITIES[-1]
 
 @dataclass(frozen=True)
 class Room:
-    """What the plans of one kind of layer have room for. entries: pages of all sequences."""
+    """What the plans of one kind of layer have room for. entries: pages of all sequences. chunks:
+    of all sequences, in batch-invariant plans. partials: partial results of these; 0 in other
+    plans, which have as many as the workspace holds."""
 
     batch: int
     entries: int
     queries: int
+    chunks: int = 0
+    partials: int = 0
 
     def holds(self, batch: int, entries: int, queries: int) -> bool:
         """Whether a forward fits."""
@@ -69,7 +74,25 @@ def room_of(limits: Limits, page_tokens: int, window: int) -> Room:
     if window >= 0:
         kept = windowed_entries(page_tokens, window, limits.batch, limits.queries)
         entries = min(entries, kept)
-    return Room(limits.batch, entries, limits.queries)
+    if not limits.batch_invariant:
+        return Room(limits.batch, entries, limits.queries)
+    longest = page_tokens * width(limits, page_tokens, window, limits.queries)
+    short, long = -(-longest // CHUNK_TOKENS), -(-longest // LONG_CHUNK_TOKENS)
+    few = min(limits.queries, FEW_QUERIES * limits.batch)  # tokens in the shorter chunks
+    partials = few * short + (limits.queries - few) * long
+    return Room(limits.batch, entries, limits.queries, limits.batch * short, partials)
+
+
+def workspace_of(limits: Limits, page_tokens: int, kinds: list[Kind]) -> int:
+    """fp32 elements that batch-invariant plans need for their partial results; 0 for others."""
+    return max(
+        workspace_elements(
+            room_of(limits, page_tokens, kind.window).partials,
+            kind.shape.num_q_heads,
+            kind.shape.v_head_dim,
+        )
+        for kind in kinds
+    )
 
 
 def capacities(room: Room, shape: Shape, workspace: int) -> Capacities:
@@ -77,18 +100,20 @@ def capacities(room: Room, shape: Shape, workspace: int) -> Capacities:
 
     Pages that requests share lie before all that they do not share, so the sets of sequences that
     use one page form a tree: it has fewer than two groups for each sequence, and few segments. A
-    batch whose tree is deeper than 64 on average is planned without sharing.
+    batch whose tree is deeper than 64 on average is planned without sharing. Batch-invariant plans
+    have a group for each chunk, and a partial result of each query token for each chunk it sees.
     """
-    segments = min(room.entries, 64 * room.batch + 1024)
-    groups = min(room.entries, 4 * room.batch + 1024)
-    gathered = segments + 8 * room.queries
+    segments = min(room.entries, 64 * room.batch + 1024 + room.chunks)
+    groups = min(room.entries, 4 * room.batch + 1024 + room.chunks)
+    gathered = segments + max(8 * room.queries, room.partials)
     items = groups + -(-gathered * (shape.num_q_heads // shape.num_kv_heads) // 64)
     return Capacities(
         max_batch=room.batch,
         max_entries=room.entries,
         max_q=room.queries,
         max_gathered=gathered,
-        max_partials=workspace // workspace_elements(1, shape.num_q_heads, shape.v_head_dim),
+        max_partials=room.partials
+        or workspace // workspace_elements(1, shape.num_q_heads, shape.v_head_dim),
         max_items=shape.num_kv_heads * items + 4096,
         max_segments=segments,
     )
@@ -96,15 +121,19 @@ def capacities(room: Room, shape: Shape, workspace: int) -> Capacities:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of layer: its shape, its window (-1: none) and the slots of its pool."""
+    """One kind of layer: its shape, its window (-1: none) and the slots of its pool. in_place:
+    plans are made from the engine's own page tables."""
 
     shape: Shape
     window: int
     slots: int
+    in_place: bool = False
 
 
-def table_elements(limits: Limits, page_tokens: int, window: int) -> int:
+def table_elements(limits: Limits, page_tokens: int, window: int, in_place: bool = False) -> int:
     """Of the page tables of eager forwards."""
+    if in_place:
+        return 0
     return limits.batch * width(limits, page_tokens, window, limits.queries)
 
 
@@ -124,14 +153,21 @@ def bytes_of(
     """Everything that plans take on the GPU, of `workspace` fp32 elements and with graphs."""
     total = 4 * workspace
     batch, entries, segments, pages = scratch_sizes(limits, page_tokens, kinds)
-    total += PlannerScratch.bytes_of(batch, entries, segments, pages)
-    for kind in kinds:
-        room = room_of(limits, page_tokens, kind.window)
-        total += planned_bytes(capacities(room, kind.shape, workspace))
-        columns = width(limits, page_tokens, kind.window, max(1, draft_tokens))
-        tables = table_elements(limits, page_tokens, kind.window)
-        total += 4 * (tables + limits.graph_batch * columns)
-    return total
+    total += PlannerScratch.bytes_of(batch, entries, segments, pages, limits.batch_invariant)
+    return total + sum(
+        kind_bytes(limits, page_tokens, draft_tokens, kind, workspace) for kind in kinds
+    )
+
+
+def kind_bytes(
+    limits: Limits, page_tokens: int, draft_tokens: int, kind: Kind, workspace: int
+) -> int:
+    """What one kind of layer takes by itself: plan and tables, without what kinds share."""
+    room = room_of(limits, page_tokens, kind.window)
+    columns = width(limits, page_tokens, kind.window, max(1, draft_tokens))
+    tables = table_elements(limits, page_tokens, kind.window, kind.in_place)
+    planned = planned_bytes(capacities(room, kind.shape, workspace))
+    return planned + 4 * (tables + limits.graph_batch * columns)
 
 
 def budget(device: torch.device) -> float:

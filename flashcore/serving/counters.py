@@ -1,5 +1,5 @@
-"""What the plans share, told at SGLang's log interval for next to no time; and their faults, at
-once.
+"""What the plans share, told at the engine's log interval for next to no time; and their faults,
+at once.
 
 At the end of an interval the last plan's counters are copied to pinned memory without waiting; they
 are read and told an interval later, when they have long arrived.
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _UPDATES = int(Seen.UPDATES)  # an index that costs nothing
+_GUIDE = "docs/sglang.md"
 
 
 class Counters:
@@ -57,8 +58,16 @@ class FaultLog:
     lost, whatever plan had it, and it is told with the first forward that begins after it.
     """
 
-    def __init__(self, views: Sequence[View], interval: int, quiet: bool = False):
+    def __init__(
+        self,
+        views: Sequence[View],
+        interval: int,
+        quiet: bool = False,
+        guide: str = _GUIDE,
+    ):
+        """guide: what the log refers to."""
         self.views, self.interval, self.quiet = views, max(1, interval), quiet
+        self.guide = guide
         self.steps = 0
         self._plans = 0  # with a fault, that have been told
         self._kinds: dict[str, Fault] = {}  # that have been told, by what had them
@@ -86,7 +95,7 @@ class FaultLog:
         for where, found in kinds.items():
             if found & ~self._kinds.get(where, Fault(0)) or self.steps % self.interval == 0:
                 more = plans - self._plans
-                logger.error("%s", faults_line(where, found, more, sequences[where]))
+                logger.error("%s", faults_line(where, found, more, sequences[where], self.guide))
         if kinds != self._kinds or self.steps % self.interval == 0:
             self._plans, self._kinds = plans, kinds
 
@@ -112,11 +121,11 @@ def line(mode: str, stats: list[int]) -> str:
     return f"{text}, nothing shared: common pages are too few to pay for partial results"
 
 
-def faults_line(where: str, faults: Fault, plans: int, sequence: int) -> str:
+def faults_line(where: str, faults: Fault, plans: int, sequence: int, guide: str = _GUIDE) -> str:
     """What could not be planned, for the log. plans: with a fault, since the last line."""
     names = [fault.name.lower() for fault in Fault if fault & faults and fault.name]
     return (
         f"flashcore {where}: sequences that could not be planned, whose results are NaN: "
         f"{', '.join(names)}; in {plans} forwards, last sequence {sequence} of its batch; "
-        f"see docs/sglang.md"
+        f"see {guide}"
     )

@@ -36,7 +36,9 @@ class Kind:
     variants: tuple[Variant, ...]
 
 
-def wanted(model: Model, kinds: list[Kind], max_batch: int, tree: bool) -> list[Kernel]:
+def wanted(
+    model: Model, kinds: list[Kind], max_batch: int, tree: bool, batch_invariant: bool = False
+) -> list[Kernel]:
     """Every kernel that any forward of these layers asks for, each once."""
     kernels = [
         kernel
@@ -55,6 +57,7 @@ def wanted(model: Model, kinds: list[Kind], max_batch: int, tree: bool) -> list[
             sinks=variant.sinks,
             tree=tree,
             causal=variant.causal,
+            batch_invariant=batch_invariant,
         )
     ]
     return list(dict.fromkeys(kernels))
@@ -89,12 +92,15 @@ def kernels_for(
     sinks: bool = False,
     tree: bool = False,
     causal: bool = True,
+    batch_invariant: bool = False,
 ) -> list[Kernel]:
     """Kernels of layers of one shape, heads as one rank sees them; each once.
 
     v_head_dim: head_dim where not given. windowed, softcap, sinks: features of those layers. tree:
-    speculative decoding with trees. max_batch: requests that run at most.
+    speculative decoding with trees. max_batch: requests that run at most. batch_invariant: plans
+    are, whose tiles have one height.
     """
+    tiles = (WARPGROUP_ROWS,) if batch_invariant else (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS)
     attention = [
         paged.choose(
             dtype,
@@ -111,16 +117,19 @@ def kernels_for(
             device_counts=True,
         )
         for with_tree in ((False, True) if tree else (False,))
-        for tile_m in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS)
+        for tile_m in tiles
         if not (with_tree and tile_m > WARPGROUP_ROWS)  # verify runs with decode's tile
     ]
     merges = [
-        paged.choose_device_merge(dtype, v_head_dim or head_dim, sinks, rows)
+        paged.choose_device_merge(dtype, v_head_dim or head_dim, sinks, rows, batch_invariant)
         for rows in paged.MERGE_SIZES
     ]
     # Prefill planners are made for few sequences and grow, to twice as many as can run.
     most = planner.ROW_CAPACITIES[-1]
-    plans = [planner.choose(rows) for rows in (64, max_batch, min(2 * max_batch, most))]
+    plans = [
+        planner.choose(rows, chunks=batch_invariant)
+        for rows in (64, max_batch, min(2 * max_batch, most))
+    ]
     kernels = [
         *(Kernel(PAGED, config) for config in attention),
         *(Kernel(MERGE, config) for config in merges),

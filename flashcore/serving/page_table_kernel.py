@@ -47,6 +47,7 @@ def fill_tables(
         tables.q_lens,
         window,
         page_tokens,
+        1 if slots.pages else page_tokens,
         constant,
         translation is not None,
         _BLOCK,
@@ -59,6 +60,7 @@ def fill_tables(
         getattr(slots.new_tokens, "dtype", None),
         None if translation is None else translation.dtype,
         page_tokens,
+        slots.pages,
     )
     compiled = _compiled.get(key)
     if compiled is None:
@@ -94,6 +96,7 @@ def _fill(  # type: ignore[no-untyped-def]
     q_lens_out,
     window,
     PAGE_TOKENS: tl.constexpr,
+    SPAN: tl.constexpr,  # entries of req_to_token for a page
     CONSTANT: tl.constexpr,
     TRANSLATED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -119,9 +122,9 @@ def _fill(  # type: ignore[no-untyped-def]
         column = block * BLOCK + tl.arange(0, BLOCK)
         mask = column < tl.minimum(used, width)
         request = tl.load(requests + row).to(tl.int64)
-        position = (first + column) * PAGE_TOKENS
+        position = (first + column) * SPAN
         slot = tl.load(req_to_token + request * req_stride + position, mask=mask, other=0)
         if TRANSLATED:
             slot = tl.load(translation + slot, mask=mask, other=0)
-        page = (slot // PAGE_TOKENS).to(tl.int32)
+        page = (slot // SPAN).to(tl.int32)
         tl.store(pages + row.to(tl.int64) * pages_stride + column, page, mask=mask)

@@ -1,7 +1,8 @@
-"""Page tables from SGLang's token slots: request rows in, planner's input out, nothing awaited.
+"""Page tables from an engine's own: request rows in, planner's input out, nothing awaited.
 
-`req_to_token[r, i]` is the slot of token i of request r. Slots of a page are neighbours and
-aligned, so page j of a sequence is `req_to_token[r, j * P] // P`.
+SGLang keeps token slots: `req_to_token[r, i]` is the slot of token i of request r. Slots of a page
+are neighbours and aligned, so page j of a sequence is `req_to_token[r, j * P] // P`. vLLM keeps the
+pages themselves: there P is 1.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ class Buffer:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Where SGLang keeps the slots of a batch.
+    """Where an engine keeps the slots of a batch.
 
     req_to_token: int32 [requests, tokens]. requests: [batch] int32 or int64, rows of it.
     seq_lens: [batch] int32 or int64; `added` tokens more are in the cache. new_tokens: [batch], or
     one number for all. real: sequences that are; those after it pad the batch and get no tokens.
+    pages: `req_to_token` has pages, one for each page of a sequence, in place of slots.
     """
 
     req_to_token: torch.Tensor
@@ -64,6 +66,7 @@ class Slots:
     new_tokens: torch.Tensor | int
     added: int
     real: int
+    pages: bool = False
 
 
 def fill(
@@ -97,11 +100,12 @@ def fill(
     column = torch.arange(tables.pages.shape[1], device=lengths.device)
     used = column < ((lengths + page_tokens - 1) // page_tokens)[:, None]
     row, column = used.nonzero(as_tuple=True)
-    position = (first[row] + column) * page_tokens
+    span = 1 if slots.pages else page_tokens
+    position = (first[row] + column) * span
     slot = slots.req_to_token[slots.requests[row].long(), position].long()
     if translation is not None:
         slot = translation[slot]
-    tables.pages[row, column] = (slot // page_tokens).int()
+    tables.pages[row, column] = (slot // span).int()
 
 
 def tree_mask(

@@ -67,14 +67,22 @@ class TorchPlanner:
 
     seen = (0,) * Seen.SIZE
 
-    def __init__(self, shape: Shape, page_tokens: int, tile_m: int, fold: Fold, room: Room):
+    def __init__(
+        self,
+        shape: Shape,
+        page_tokens: int,
+        tile_m: int,
+        fold: Fold,
+        room: Room,
+        batch_invariant: bool = False,
+    ):
         self.shape, self.page_tokens, self.tile_m, self.fold = shape, page_tokens, tile_m, fold
-        self.room = room
+        self.room, self.batch_invariant = room, batch_invariant
         self._stats = torch.zeros(Stat.SIZE, dtype=torch.int64)
 
     def variant(self, tile_m: int, fold: Fold, queries: int) -> TorchPlanner:
         room = replace(self.room, queries=queries)
-        return TorchPlanner(self.shape, self.page_tokens, tile_m, fold, room)
+        return TorchPlanner(self.shape, self.page_tokens, tile_m, fold, room, self.batch_invariant)
 
     def plan(self, tables: PageTables) -> flashcore.Plan:
         layout = flashcore.layout_from_page_table(
@@ -90,6 +98,7 @@ class TorchPlanner:
             page_tokens=self.page_tokens,
             tile_m=self.tile_m,
             fold=self.fold,
+            batch_invariant=self.batch_invariant,
         )
         found = plan.stats()
         self._stats[Stat.TOKENS_UNIQUE] = found.tokens_unique
@@ -136,6 +145,7 @@ class KernelPlanner:
         num_pages: int,
         workspace: torch.Tensor,
         scratch: PlannerScratch | None,
+        batch_invariant: bool = False,
     ) -> KernelPlanner:
         """With tensors for `room`, and scratch of its own if none is given."""
         planner = flashcore.DevicePlanner(
@@ -148,6 +158,7 @@ class KernelPlanner:
             page_tokens=model.page_tokens,
             itemsize=model.dtype.itemsize,
             tile_m=decode_tile(),
+            batch_invariant=batch_invariant,
             device=workspace.device,
             workspace=workspace,
             scratch=scratch,
@@ -225,7 +236,10 @@ def prefill_fold(queries: int, shape: Shape, room: int | None) -> Fold:
     return True if PARTIALS_OF_SHARING * queries * row <= room else "always"
 
 
-def prefill_kinds() -> list[tuple[int, Fold]]:
-    """Every tile and folding that `prefill_tile` and `prefill_fold` choose."""
+def prefill_kinds(batch_invariant: bool = False) -> list[tuple[int, Fold]]:
+    """Every tile and folding that `prefill_tile` and `prefill_fold` choose. Batch-invariant plans
+    have those of decode: the height of a tile decides on the order of sums."""
+    if batch_invariant:
+        return [(decode_tile(), True)]
     folds: tuple[Fold, ...] = (True, "always")
     return [(tile, fold) for tile in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS) for fold in folds]

@@ -78,8 +78,8 @@ class Limits:
     """The most that a forward of this server can have.
 
     batch: sequences, padding included. tokens: of one sequence. queries: new tokens of all
-    sequences. graph_batch: sequences of a captured graph. step: what batches are padded to a
-    multiple of.
+    sequences. graph_batch: sequences of a captured graph that has tables of its own. step: what
+    batches are padded to a multiple of. batch_invariant: plans are, as `flashcore.plan` has it.
     """
 
     batch: int
@@ -87,3 +87,4 @@ class Limits:
     queries: int
     graph_batch: int
     step: int = 2
+    batch_invariant: bool = False

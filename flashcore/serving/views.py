@@ -56,10 +56,11 @@ class View:
         limits: Limits,
         memory: Memory,
         translation: torch.Tensor | None = None,
+        in_place: bool = False,
     ):
         """window: -1 for full attention. num_pages: of this kind's pool. translation: to this
-        kind's pool."""
-        self.model, self.shape, self.window = model, shape, window
+        kind's pool. in_place: plans are made from the engine's tables (`take_tables`) alone."""
+        self.model, self.shape, self.window, self.in_place = model, shape, window, in_place
         self.num_pages, self.limits, self._memory = num_pages, limits, memory
         self.translation = translation
         self.room = capacity.room_of(limits, model.page_tokens, window)
@@ -101,14 +102,20 @@ class View:
             self.tables = self._eager.shaped(need.batch, self._width(self.limits, queries))
         page_tables.fill(self.tables, slots, self.model.page_tokens, self.window, self.translation)
 
+    def take_tables(self, tables: PageTables, need: Need, *, decode: bool) -> None:
+        """Take the tables that the engine keeps, to be read where they are."""
+        self.planner, self.tables = self._choose(need, decode), tables
+
     def make_plan(self) -> None:
         """Plan the batch taken last."""
         self.plan = self.planner.plan(self.tables)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rules: Any) -> None:
-        """q [tokens, heads, dim] against pools [slots, heads, dim], that of v with its own dim."""
-        pages = (-1, self.model.page_tokens, self.shape.num_kv_heads)
-        k, v = k.view(*pages, self.shape.head_dim), v.view(*pages, self.shape.v_head_dim)
+        """q [tokens, heads, dim] against pools [slots, heads, dim], that of v with its own dim, or
+        [pages, tokens, heads, dim]."""
+        if k.ndim == 3:
+            pages = (-1, self.model.page_tokens, self.shape.num_kv_heads)
+            k, v = k.view(*pages, self.shape.head_dim), v.view(*pages, self.shape.v_head_dim)
         self.planner.attend(self.plan, q, k, v, **rules)
 
     def _rows(self, need: Need) -> PageTables:
@@ -147,6 +154,8 @@ class View:
     def _planner_for(self, need: Need, decode: bool) -> Planner:
         if decode:
             return self._eager_decode
+        if self.limits.batch_invariant:
+            return self._prefill[planners.decode_tile(), True]
         tile = planners.prefill_tile(need.queries, max(need.batch, 1), self.shape)
         workspace = self._memory.workspace
         room = None if workspace is None else workspace.numel()
@@ -179,20 +188,37 @@ class View:
         self.seen = [*self.seen, *self._all_seen()[1:]]  # what the old ones saw is not lost
 
     def _tables(self, limits: Limits) -> page_tables.Buffer:
-        elements = capacity.table_elements(limits, self.model.page_tokens, self.window)
+        elements = capacity.table_elements(
+            limits, self.model.page_tokens, self.window, self.in_place
+        )
         return page_tables.Buffer(elements, limits.batch, self.model.device)
 
     def _make(self, room: Room, scratch: PlannerScratch | None) -> Planner:
         workspace = self._memory.workspace
         if workspace is None:
             tile = planners.decode_tile()
-            return TorchPlanner(self.shape, self.model.page_tokens, tile, True, room)
-        return KernelPlanner.of(self.model, self.shape, room, self.num_pages, workspace, scratch)
+            return TorchPlanner(
+                self.shape,
+                self.model.page_tokens,
+                tile,
+                True,
+                room,
+                self.limits.batch_invariant,
+            )
+        return KernelPlanner.of(
+            self.model,
+            self.shape,
+            room,
+            self.num_pages,
+            workspace,
+            scratch,
+            self.limits.batch_invariant,
+        )
 
     def _decode_planner(self, made: Planner) -> Planner:
         queries = made.room.batch * max(1, self.model.draft_tokens)
         return made.variant(planners.decode_tile(), True, min(queries, made.room.queries))
 
     def _prefill_planners(self, made: Planner) -> dict[tuple[int, Fold], Planner]:
-        kinds = planners.prefill_kinds()
+        kinds = planners.prefill_kinds(self.limits.batch_invariant)
         return {kind: made.variant(*kind, made.room.queries) for kind in kinds}

@@ -17,7 +17,7 @@ from flashcore.jit.kernel import Kernel
 from flashcore.serving import page_tables
 from flashcore.serving.kernels import Kind, Variant
 from flashcore.serving.page_tables import PageTables, Slots
-from flashcore.serving.shapes import Model
+from flashcore.serving.shapes import Model, Shape
 from flashcore.sm90.config import paged
 from flashcore.sm90.families import PAGED, PLANNER
 
@@ -28,8 +28,9 @@ _ENTRIES = 64  # of a planner for nothing
 class Cache:
     """What a kind of layer reads, and where its partial results go.
 
-    k, v: a layer's pools [slots, heads, dim]. req_to_token: as in `page_tables.Slots`. translation:
-    of slots, to this pool's, if any. window: -1 for none. workspace: fp32, of all planners.
+    k, v: a layer's pools [slots, heads, dim] or [pages, tokens, heads, dim]. req_to_token, pages:
+    as in `page_tables.Slots`. translation: of slots, to this pool's, if any. window: -1 for none.
+    workspace: fp32, of all planners. batch_invariant: plans are.
     """
 
     k: torch.Tensor
@@ -38,6 +39,15 @@ class Cache:
     translation: torch.Tensor | None
     window: int
     workspace: torch.Tensor
+    pages: bool = False
+    batch_invariant: bool = False
+
+    def views(self, model: Model, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v [pages, tokens, heads, dim]."""
+        if self.k.ndim == 4:
+            return self.k, self.v
+        pages = (-1, model.page_tokens, shape.num_kv_heads)
+        return self.k.view(*pages, shape.head_dim), self.v.view(*pages, shape.v_head_dim)
 
 
 def run_all(model: Model, kind: Kind, cache: Cache, kernels: list[Kernel], tree: bool) -> None:
@@ -89,6 +99,7 @@ def _planner(
         num_workers=1,
         device=model.device,
         workspace=cache.workspace,
+        batch_invariant=cache.batch_invariant,
     )
 
 
@@ -97,7 +108,7 @@ def _fill_tables(model: Model, cache: Cache, width: int) -> PageTables:
     one = torch.ones(1, dtype=torch.int64, device=model.device)
     tables = PageTables.empty(1, width, model.device)
     for new in (1, one.int()):
-        slots = Slots(cache.req_to_token, one - 1, one, new, 0, 0)
+        slots = Slots(cache.req_to_token, one - 1, one, new, 0, 0, cache.pages)
         page_tables.fill(tables, slots, model.page_tokens, cache.window, cache.translation)
     return tables
 
@@ -113,15 +124,15 @@ def _attend(
 ) -> None:
     shape, device = kind.shape, model.device
     q = torch.zeros(count, shape.num_q_heads, shape.head_dim, dtype=model.dtype, device=device)
-    pages = (-1, model.page_tokens, shape.num_kv_heads)
+    k, v = cache.views(model, shape)
     drafts = max(1, model.draft_tokens)
     sinks = torch.zeros(shape.num_q_heads, dtype=model.dtype, device=device)
     mask = torch.ones(count, drafts, dtype=torch.bool, device=device)
     positions = with_tree and cache.window >= 0
     flashcore.paged_attention(
         q,
-        cache.k.view(*pages, shape.head_dim),
-        cache.v.view(*pages, shape.v_head_dim),
+        k,
+        v,
         plan,
         causal=variant.causal,
         window=(cache.window, 0) if cache.window >= 0 else None,
