@@ -37,5 +37,6 @@ def pretend(value: Any) -> Any:
     import tvm_ffi
 
     if isinstance(value, tuple):
-        return tuple(pretend(v) for v in value)
+        pretended = map(pretend, value)
+        return value._make(pretended) if hasattr(value, "_make") else tuple(pretended)
     return tvm_ffi.from_dlpack(PretendCuda(value)) if isinstance(value, torch.Tensor) else value

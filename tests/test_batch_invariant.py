@@ -23,8 +23,8 @@ from flashcore.sm90.launch import paged as launch_paged
 from tests import oracle
 from tests.cases import Batch, batches, picked
 from tests.compare import assert_close
+from tests.plans import active_rows, assert_groups, members_of, tree
 from tests.test_paged_attention import REGIMES, rules
-from tests.test_plan import active_rows, assert_groups, members_of, tree
 
 FEW_QUERIES = 2
 LONG_CHUNKS = 3  # times the others

@@ -289,10 +289,12 @@ def test_plants_change_what_they_say(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(jit_cache, "_shared", recorded)
     kernels = {kernel.family.name: kernel for kernel in shipped_kernels()}
     out = torch.ones(8, 1, 4)
-    of_attention = (None, None, None, out, None, 0.5, 0.0, 127, -1)
+    given = {"out": out, "softmax_scale": 0.5, "window_left": 127}
     arguments: dict[str, tuple[Any, ...]] = {
-        "dense": (*of_attention, 1, 132),
-        "paged": (*of_attention, 132),
+        family: tuple(given.get(field) for field in operands._fields)
+        for family, operands in plants.ATTENTION.items()
+    }
+    arguments |= {
         "merge": (out, None),
         "planner": (None, torch.tensor([3, 300]), None, None),
     }
@@ -302,6 +304,7 @@ def test_plants_change_what_they_say(name: str, monkeypatch: pytest.MonkeyPatch)
             cache.function(kernels[family])(*given)
     assert jit_cache.shared_cache() is recorded
     told = dict(recorded.calls)
+    dense, paged = (operands(*told[family]) for family, operands in plants.ATTENTION.items())
     changed = {family for family in arguments if not _same(told[family], arguments[family])}
     assert set(told) == set(arguments)
     expected: dict[str, set[str]] = {
@@ -313,9 +316,9 @@ def test_plants_change_what_they_say(name: str, monkeypatch: pytest.MonkeyPatch)
     # The others change the result.
     assert (out == 1).all() == (name in expected)
     if name == "scale":
-        assert told["dense"][5] == told["paged"][5] == 0.51
+        assert dense.softmax_scale == paged.softmax_scale == 0.51
     if name == "window":
-        assert told["dense"][7] == told["paged"][7] == 126
+        assert dense.window_left == paged.window_left == 126
     if name == "planner":
         assert told["planner"][1].tolist() == [3, 299]
 

@@ -302,9 +302,9 @@ def test_compiled_functions_take_what_the_launch_passes(
 
     for module in (launch_pager, launch_planner):
         monkeypatch.setattr(module, "shared_cache", Pretending)
-        monkeypatch.setattr(module, "sm_count", lambda device: 132)
         monkeypatch.setattr(module, "_functions", {})
     for module in (pager_device, planner_device):
+        monkeypatch.setattr(module, "sm_count", lambda device: 132)
         monkeypatch.setattr(module, "device_path", lambda device: Path("hopper", ""))
     m = token_map(6)
     pager, planner = pager_for(m.num_pages, m.page_tokens, "cpu"), planner_of(m, 0)

@@ -172,7 +172,7 @@ def test_query_tokens_may_be_many_times_many_sequences():
     emulation.batch = rows
     emulation.layout(np.zeros((rows, 1), np.int32), lens, np.full(rows, 2**31 - 1, np.int32))
     assert planner.plan.q_offsets.max() == 60_000
-    assert (planner.scratch.rows[lines.Rows.FAULTS] == Fault.QUERIES).all()
+    assert (planner.scratch.memory.rows[lines.Rows.FAULTS] == Fault.QUERIES).all()
 
 
 # ---------------------------------------------------------------- faults
@@ -197,7 +197,7 @@ def test_no_fault_is_lost():
     assert planner.faults_seen() == (Fault.PAGE | Fault.LENGTH, 2, 0)
     # A variant has its own, so that one knows in which of them it was.
     assert planner.variant(tile_m=128).faults_seen() == (Fault(0), 0, 0)
-    assert planner._problem[-1] == planner._seen.data_ptr() != 0
+    assert planner._problem.seen == planner._seen.data_ptr() != 0
     assert planner._seen.numel() == Seen.SIZE
 
 
@@ -221,6 +221,6 @@ def test_reset_makes_any_memory_safe(batch: Batch, seed: int):
     assert_same_plan(planner.trimmed(len(batch.kv_lens)), expected)
     assert not planner.plan.counter.any()
     # What else is relied on between updates: no stamp that was published, nobody done yet.
-    kept = planner.scratch.tiles.clone()
+    kept = planner.scratch.memory.tiles.clone()
     kept[lines.Tiles.CUT, lines.Tiles.STAMP] = 0
     assert not kept.any()

@@ -1,4 +1,4 @@
-"""Groups, folding, work items and merge lists against brute force."""
+"""Groups and folding against brute force, and what a plan refuses."""
 
 from __future__ import annotations
 
@@ -13,44 +13,12 @@ from hypothesis import strategies as st
 import flashcore
 from flashcore.bench.paged_problems import make_batch, paged_problems
 from flashcore.contract.reasons import Reason
-from flashcore.contract.work import DIRECT, Group, Work
+from flashcore.contract.work import Group
 from flashcore.planner import folding
-from flashcore.planner import split as splitting
 from flashcore.planner.folding import Costs
 from tests import oracle
 from tests.cases import Batch, batches
-from tests.test_layout import rows_of
-
-
-def active_rows(batch: Batch) -> list[list[tuple[int, int]]]:
-    rows = rows_of(batch.layout)
-    return [row if n else [] for row, n in zip(rows, batch.q_lens, strict=True)]
-
-
-def members_of(plan: flashcore.Plan, group: int) -> list[tuple[int, int]]:
-    """(row, tokens before the run) of each member."""
-    span = slice(int(plan.member_offsets[group]), int(plan.member_offsets[group + 1]))
-    return list(
-        zip(plan.member_rows[span].tolist(), plan.member_starts[span].tolist(), strict=True)
-    )
-
-
-def run_of(plan: flashcore.Plan, group: int) -> tuple[tuple[int, int], ...]:
-    row = plan.groups[group].tolist()
-    span = slice(row[Group.ENTRY], row[Group.ENTRY] + row[Group.NUM_ENTRIES])
-    cols, counts = plan.cols[span].tolist(), plan.token_counts[span].tolist()
-    return tuple(zip(cols, counts, strict=True))
-
-
-def assert_groups(
-    plan: flashcore.Plan, rows: list[list[tuple[int, int]]], expected: list[oracle.Run]
-) -> None:
-    """Every group of the plan is the oracle's run, with its members and their places."""
-    assert plan.groups.shape[0] == len(expected)
-    for number, run in enumerate(expected):
-        assert run_of(plan, number) == run.pages
-        starts = [(r, sum(n for _, n in rows[r][:i])) for r, i in run.members]
-        assert members_of(plan, number) == starts
+from tests.plans import active_rows, assert_groups, members_of, plan_tree, run_of, tree
 
 
 @settings(max_examples=400, deadline=None)
@@ -173,87 +141,6 @@ def test_folding_against_recursion(
         )
     )
     assert found == folding_by_recursion(batch, costs, tile_m)
-
-
-@settings(max_examples=300, deadline=None)
-@given(batches(), st.booleans(), st.sampled_from([0, 2, 500]), st.sampled_from([1, 5, 64]))
-def test_merge_lists_and_work(batch: Batch, fold: bool, workers: int, tile_m: int):
-    plan = batch.plan(fold=fold, num_workers=workers, tile_m=tile_m)
-    group_size = batch.num_q_heads // batch.num_kv_heads
-    expected: dict[int, list[tuple[int, int]]] = {t: [] for t in range(plan.total_q)}
-    owner_of_partial: dict[int, int] = {}
-    rows_left: dict[tuple[int, int, int, int], int] = {}
-    for number, row in enumerate(plan.groups.tolist()):
-        lists = zip(members_of(plan, number), _queries(batch, plan, number), strict=True)
-        place = row[Group.Q_BEGIN]
-        for (seq, start), tokens in lists:
-            for token in tokens:
-                assert int(plan.q_tokens[place]) == token
-                own = token - int(plan.q_offsets[seq])
-                position = batch.kv_lens[seq] - batch.q_lens[seq] + own - start
-                assert int(plan.q_positions[place]) == position
-                for split in range(row[Group.NUM_SPLITS]):
-                    begin = start + split * row[Group.SPLIT_ENTRIES] * batch.page_tokens
-                    partial = row[Group.PARTIAL]
-                    if partial != DIRECT:
-                        partial += split * row[Group.NUM_Q] + place - row[Group.Q_BEGIN]
-                        assert owner_of_partial.setdefault(partial, token) == token
-                    expected[token].append((begin, partial))
-                place += 1
-        assert place == row[Group.Q_BEGIN] + row[Group.NUM_Q]
-        for split in range(row[Group.NUM_SPLITS]):
-            for head in range(batch.num_kv_heads):
-                for r in range(row[Group.NUM_Q] * group_size):
-                    rows_left[number, split, head, row[Group.Q_BEGIN] * group_size + r] = 0
-    assert sorted(owner_of_partial) == list(range(plan.num_partial_tokens))
-    for token in range(plan.total_q):
-        span = slice(int(plan.merge_offsets[token]), int(plan.merge_offsets[token + 1]))
-        assert plan.merge_partials[span].tolist() == [p for _, p in sorted(expected[token])]
-    _check_work(batch, plan, rows_left, tile_m)
-
-
-def _queries(batch: Batch, plan: flashcore.Plan, group: int) -> list[range]:
-    ends = plan.q_offsets.tolist()
-    return [range(ends[row], ends[row + 1]) for row, _ in members_of(plan, group)]
-
-
-def _check_work(batch: Batch, plan: flashcore.Plan, rows_left: dict, tile_m: int) -> None:
-    """Every (group, split, head, packed row) is in one item, with the right keys and target."""
-    group_size = batch.num_q_heads // batch.num_kv_heads
-    order = []
-    for item in plan.work.tolist():
-        rows = plan.groups[item[Work.GROUP], Group.NUM_Q] * group_size
-        order.append(item[Work.NUM_TOKENS] * (2 if rows > tile_m else 1))
-    assert order == sorted(order, reverse=True)
-    for item in plan.work.tolist():
-        group = plan.groups[item[Work.GROUP]].tolist()
-        split = item[Work.KV_OFFSET] // (group[Group.SPLIT_ENTRIES] * batch.page_tokens)
-        assert item[Work.ENTRY] == group[Group.ENTRY] + split * group[Group.SPLIT_ENTRIES]
-        rest = group[Group.NUM_TOKENS] - item[Work.KV_OFFSET]
-        assert item[Work.NUM_TOKENS] == min(rest, group[Group.SPLIT_ENTRIES] * batch.page_tokens)
-        assert item[Work.NUM_TOKENS] > 0
-        assert 1 <= item[Work.NUM_ROWS] <= tile_m
-        if group[Group.PARTIAL] == DIRECT:
-            assert item[Work.PARTIAL] == DIRECT
-        else:
-            gathered = item[Work.ROW_BEGIN] // group_size - group[Group.Q_BEGIN]
-            first = group[Group.PARTIAL] + split * group[Group.NUM_Q]
-            assert item[Work.PARTIAL] == first + gathered
-        for row in range(item[Work.ROW_BEGIN], item[Work.ROW_BEGIN] + item[Work.NUM_ROWS]):
-            rows_left[item[Work.GROUP], split, item[Work.KV_HEAD], row] += 1
-    assert set(rows_left.values()) <= {1}
-
-
-def tree(prefix_pages: int, tails: int, tail_pages: int, page_tokens: int = 16) -> flashcore.Layout:
-    table = torch.arange(tails * (prefix_pages + tail_pages)).view(tails, -1)
-    table[:, :prefix_pages] = table[0, :prefix_pages]
-    lens = torch.full((tails,), table.shape[1] * page_tokens)
-    return flashcore.layout_from_page_table(table, lens, page_tokens=page_tokens)
-
-
-def plan_tree(layout: flashcore.Layout, **options) -> flashcore.Plan:
-    shape = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_tokens": 16}
-    return flashcore.plan(layout, **{**shape, **options})
 
 
 def test_a_long_prefix_is_read_once_and_a_page_is_given_back():
@@ -396,47 +283,6 @@ def test_plan_is_immutable_and_moves():
     assert there.total_q == plan.total_q
 
 
-@pytest.mark.parametrize(
-    ("tokens", "pages_of_a_split"),
-    [(128, 2), (512, 2), (768, 2), (4000, 2), (4224, 10), (8192, 10)],
-)
-def test_one_sequence_is_split_into_tiles(tokens, pages_of_a_split):
-    """8 KV heads, 264 workers: tiles of two pages as long as they are fewer than workers."""
-    cost = splitting.run_cost(tokens, 1)
-    share = splitting.split_share(8 * cost, cost, cost, 264)
-    assert splitting.split_pages(-(-tokens // 64), 1, share, 64) == pages_of_a_split
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 300)), min_size=1, max_size=40),
-    st.integers(2, 300),
-    st.sampled_from([1, 16, 48, 64, 128, 192]),
-)
-def test_splits_balance_workers(runs, workers, page_tokens):
-    """Whole pages and N tiles; no item far above a worker's share; not many more than balance
-    needs."""
-    pages = [(-(-tokens // page_tokens), blocks) for tokens, blocks in runs]
-    costs = [splitting.run_cost(n * page_tokens, blocks) for n, blocks in pages]
-    total = sum(cost * blocks for cost, (_, blocks) in zip(costs, pages, strict=True))
-    share = splitting.split_share(total, max(costs), min(costs), workers)
-    if share == 0:
-        assert max(costs) <= 1.25 * total / workers
-        return
-    few = total < 16 * splitting.TILE_TOKENS * workers
-    least = splitting.SHORT_SPLIT_TOKENS if few else splitting.MIN_SPLIT_TOKENS
-    assert share >= 16 * least
-    more = 0
-    for (n, blocks), cost in zip(pages, costs, strict=True):
-        length = splitting.split_pages(n, blocks, share, page_tokens)
-        number = -(-n // length)
-        assert length % -(-splitting.TILE_TOKENS // page_tokens) == 0
-        rounding = 16 * (splitting.TILE_TOKENS + page_tokens)
-        assert cost / number <= 1.25 * (share + rounding)
-        more += (number - 1) * blocks
-    # Splits beyond the first of each item are at least 4 / 5 of a quarter of a worker's share.
-    assert more <= 5 * workers
-
-
 @pytest.mark.parametrize("reason", list(Reason))
 def test_every_reason_occurs(reason):
     """Each outcome of folding has a batch that brings it about."""
@@ -510,25 +356,3 @@ def test_a_sequence_with_no_keys_may_have_queries():
 def test_plan_wants_a_layout():
     with pytest.raises(TypeError, match=r"layout must be a flashcore\.Layout, got tuple"):
         plan_tree(tuple(tree(1, 2, 1)))
-
-
-def _tile_of(lengths: list[int], q_lens: list[int], page_tokens: int = 128) -> int:
-    """tile_m of a batch with nothing shared, 32/8 heads of 128."""
-    counts = [-(-n // page_tokens) for n in lengths]
-    table = torch.full((len(lengths), max(counts)), -1, dtype=torch.int32)
-    first = 0
-    for row, count in zip(table, counts, strict=True):
-        row[:count] = torch.arange(first, first + count)
-        first += count
-    layout = flashcore.layout_from_page_table(table, torch.tensor(lengths), page_tokens=page_tokens)
-    return flashcore.plan(
-        layout, q_lens=q_lens, num_q_heads=32, num_kv_heads=8, head_dim=128,
-        page_tokens=page_tokens, itemsize=2,
-    ).tile_m  # fmt: skip
-
-
-def test_tile_rows_follow_the_cost_of_all_items():
-    assert _tile_of([8192] * 32, [1] * 32) == 64  # decode
-    assert _tile_of([4096] * 4, [2048] * 4) == 128  # prefill
-    assert _tile_of([16384] * 60 + [8192], [1] * 60 + [2048]) == 128  # a chunk beside decode
-    assert _tile_of([16384] * 60 + [300], [1] * 60 + [64]) == 64  # too little of it

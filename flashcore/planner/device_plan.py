@@ -9,6 +9,7 @@ import torch
 
 from flashcore import validate
 from flashcore.contract.counts import Count, Fault, Stat
+from flashcore.contract.operands import PlannerResult
 from flashcore.contract.scratch import SCAN_THREADS
 from flashcore.contract.work import FIELDS
 from flashcore.planner import chunks
@@ -200,15 +201,16 @@ class DevicePlan:
         )
 
 
-def planned_tensors(c: Capacities, device: torch.device) -> dict[str, torch.Tensor]:
-    """The tensors that an update fills, in the order of `sm90.kernels.planner.operands.Plan`."""
-
-    return {
-        name: torch.zeros(
-            shape, dtype=torch.int64 if name == "stats" else torch.int32, device=device
-        )
-        for name, shape in _planned_shapes(c).items()
-    }
+def planned_tensors(c: Capacities, device: torch.device) -> PlannerResult:
+    """The tensors that an update fills; `c` with its defaults filled in."""
+    return PlannerResult(
+        **{
+            name: torch.zeros(
+                shape, dtype=torch.int64 if name == "stats" else torch.int32, device=device
+            )
+            for name, shape in _planned_shapes(c).items()
+        }
+    )
 
 
 def planned_bytes(c: Capacities) -> int:

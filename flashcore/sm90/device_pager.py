@@ -13,12 +13,14 @@ import torch
 
 from flashcore import validate
 from flashcore.contract.counts import Fault, PagerCount
+from flashcore.contract.operands import Pager, PagerMemory, PagerResult, PlannerSource
 from flashcore.contract.scratch import FREE, SCAN_THREADS
 from flashcore.contract.scratch import PagerRanges as Ranges
 from flashcore.contract.scratch import PagerTiles as Tiles
 from flashcore.dispatch import device_path
 from flashcore.names import known
 from flashcore.pager.csr import Layout
+from flashcore.sm90.available import sm_count
 from flashcore.sm90.config.pager import PagerConfig
 
 
@@ -51,12 +53,9 @@ class DeviceLayout:
         """What was wrong with any sequence of the last update. Waits for the device."""
         return Fault(int(self.counts[PagerCount.FAULTS]))
 
-    def source(self) -> tuple[torch.Tensor, ...]:
-        """In the order of `sm90.kernels.planner.operands.Source`."""
-        return (
-            *(self.counts, self.bad, self.row_offsets, self.kv_lens),
-            *(self.cols, self.token_counts, self.starts, self.rows),
-        )
+    def source(self) -> PlannerSource:
+        """What the planner's kernels read of it."""
+        return PlannerSource(*(getattr(self, name) for name in PlannerSource._fields))
 
     def trimmed(self) -> Layout:
         """The last update as a `Layout` of its own. Waits for the device."""
@@ -114,25 +113,24 @@ class DevicePager:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.max_tokens = max_tokens
-        filled = {
-            "counts": zeros(PagerCount.SIZE),
-            "bad": zeros(max_batch),
-            "row_offsets": zeros(max_batch + 1),
-            "kv_lens": zeros(max_batch),
-            "cols": zeros(max_entries),
-            "token_counts": zeros(max_entries),
-            "starts": zeros(max_entries),
-            "rows": zeros(max_entries),
-            "staging_ids": zeros(max_entries),
-        }
-        self._filled = tuple(filled.values())
-        self.layout = DeviceLayout(page_tokens, num_pages, **filled)
-        self._scratch = (
-            zeros(max(max_tokens, 1)),
-            zeros(max(max_tokens, 1)),
-            zeros(Ranges.LINES, max_batch),
-            torch.full((num_pages,), FREE, dtype=torch.long, device=device),
-            zeros(Tiles.LINES, SCAN_THREADS, dtype=torch.long),
+        self._filled = PagerResult(
+            counts=zeros(PagerCount.SIZE),
+            bad=zeros(max_batch),
+            row_offsets=zeros(max_batch + 1),
+            kv_lens=zeros(max_batch),
+            cols=zeros(max_entries),
+            token_counts=zeros(max_entries),
+            starts=zeros(max_entries),
+            rows=zeros(max_entries),
+            staging_ids=zeros(max_entries),
+        )
+        self.layout = DeviceLayout(page_tokens, num_pages, **self._filled._asdict())
+        self._scratch = PagerMemory(
+            changes=zeros(max(max_tokens, 1)),
+            pieces=zeros(max(max_tokens, 1)),
+            ranges=zeros(Ranges.LINES, max_batch),
+            slots=torch.full((num_pages,), FREE, dtype=torch.long, device=device),
+            tiles=zeros(Tiles.LINES, SCAN_THREADS, dtype=torch.long),
         )
 
     def update(
@@ -225,14 +223,18 @@ class DevicePager:
             )
         from flashcore.sm90.launch.pager import make_layout
 
-        make_layout(
-            config,
-            (pages, begins, ends, resident),
-            self._filled,
-            self._scratch,
-            layout.page_tokens,
-            layout.num_pages,
+        operands = Pager(
+            pages=pages,
+            begins=begins,
+            ends=ends,
+            resident=resident,
+            layout=self._filled,
+            scratch=self._scratch,
+            page_tokens=layout.page_tokens,
+            num_pages=layout.num_pages,
+            num_sms=sm_count(layout.cols.device),
         )
+        make_layout(config, operands)
         return layout
 
     def _bitmap(self, resident: torch.Tensor | None) -> str:

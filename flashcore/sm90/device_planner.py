@@ -14,6 +14,7 @@ import torch
 
 from flashcore import validate
 from flashcore.contract.counts import Count, Fault, Seen
+from flashcore.contract.operands import Planner, PlannerProblem, PlannerResult
 from flashcore.contract.work import DIRECT
 from flashcore.dispatch import device_path, resident_ctas
 from flashcore.names import known
@@ -29,6 +30,7 @@ from flashcore.planner.device_plan import (
 )
 from flashcore.planner.folding import Costs, Fold, check_fold
 from flashcore.planner.types import Plan
+from flashcore.sm90.available import sm_count
 from flashcore.sm90.config import planner as config
 from flashcore.sm90.config.paged import unserved_dims
 from flashcore.sm90.device_pager import DeviceLayout, unit_stride
@@ -129,7 +131,6 @@ class DevicePlanner:
         c = fill_defaults(capacities, num_q_heads, num_kv_heads, tile_m, workers, short)
         self.capacities = c
         filled = planned_tensors(c, device)
-        self._names = tuple(filled)
         self.plan = DevicePlan(
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
@@ -141,7 +142,7 @@ class DevicePlanner:
             max_q=c.max_q,
             num_pages=num_pages,
             itemsize=itemsize,
-            **filled,
+            **filled._asdict(),
             **workspace_tensors(c.max_partials, num_q_heads, v_head_dim, workspace, device),
         )
         if scratch is None:
@@ -163,13 +164,25 @@ class DevicePlanner:
             Seen.SIZE, dtype=torch.int32, device="cpu", pin_memory=p.cols.is_cuda
         )
         self.seen = self._seen.numpy().data
-        self._filled = tuple(getattr(p, name) for name in self._names)
-        self._problem = (
-            *(p.page_tokens, p.num_pages, p.num_kv_heads, p.num_q_heads // p.num_kv_heads),
-            *(p.tile_m, *costs, int(bool(self._fold))),
-            *(workers, split.MIN_SPLIT_TOKENS, split.LONG_SPLIT_TOKENS, unit),
-            *(short, long, chunks.FEW_QUERIES),
-            self._seen.data_ptr(),
+        self._filled = PlannerResult(*(getattr(p, name) for name in PlannerResult._fields))
+        self._problem = PlannerProblem(
+            page_tokens=p.page_tokens,
+            num_pages=p.num_pages,
+            kv_heads=p.num_kv_heads,
+            group_size=p.problem.group_size,
+            tile_m=p.tile_m,
+            kv_token_cost=costs.kv_token,
+            partial_token_cost=costs.partial_token,
+            least_gain=costs.least_gain,
+            fold=int(bool(self._fold)),
+            num_workers=workers,
+            min_split_tokens=split.MIN_SPLIT_TOKENS,
+            long_split_tokens=split.LONG_SPLIT_TOKENS,
+            split_unit=unit,
+            chunk_pages=short,
+            long_chunk_pages=long,
+            few_queries=chunks.FEW_QUERIES,
+            seen=self._seen.data_ptr(),
         )
 
     def variant(
@@ -315,16 +328,17 @@ class DevicePlanner:
             )
         from flashcore.sm90.launch.planner import make_plan
 
-        make_plan(
-            self._configs[layout is not None],
-            page_table,
-            seq_lens,
-            q_lens,
-            None if layout is None else layout.source(),
-            self._filled,
-            self._lent,
-            self._problem,
+        operands = Planner(
+            page_table=page_table,
+            seq_lens=seq_lens,
+            q_lens=q_lens,
+            source=None if layout is None else layout.source(),
+            plan=self._filled,
+            scratch=self._lent,
+            problem=self._problem,
+            num_sms=sm_count(q_lens.device),
         )
+        make_plan(self._configs[layout is not None], operands)
         return self.plan
 
     def trimmed(self, batch: int) -> Plan:

@@ -10,6 +10,7 @@ from math import prod
 import torch
 
 from flashcore.contract import scratch as lines
+from flashcore.contract.operands import PlannerMemory
 from flashcore.planner.device_plan import Capacities
 
 
@@ -43,22 +44,25 @@ class PlannerScratch:
         }
         self.chunks = chunks
         shapes = _shapes(max_batch, max_entries, max_segments, num_pages, chunks)
-        self.slots, *matrices = (
-            torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes
-        )
-        self.entries, self.segments, self.groups, self.rows, self.members, self.classes = matrices
         tiles = (lines.Tiles.LINES, lines.SCAN_THREADS)
-        self.tiles = torch.zeros(tiles, dtype=torch.int64, device=device)
+        self.memory = PlannerMemory(
+            **{
+                name: torch.zeros(shape, dtype=torch.int32, device=device)
+                for name, shape in shapes.items()
+            },
+            tiles=torch.zeros(tiles, dtype=torch.int64, device=device),
+        )
         self.reset()
 
     def reset(self) -> None:
         """Put back what updates rely on, on the current stream and without waiting: after the
         memory has been given back and taken again, which leaves anything in it. Launches alone, so
         it can be called between updates at any time."""
-        self.slots.zero_()
-        self.slots[:, lines.Slots.FIRST].fill_(lines.UNUSED)
-        self.rows[lines.Rows.PAGE_FAULT].zero_()
-        self.tiles.zero_()
+        memory = self.memory
+        memory.slots.zero_()
+        memory.slots[:, lines.Slots.FIRST].fill_(lines.UNUSED)
+        memory.rows[lines.Rows.PAGE_FAULT].zero_()
+        memory.tiles.zero_()
 
     @staticmethod
     def bytes_of(
@@ -66,10 +70,10 @@ class PlannerScratch:
     ) -> int:
         """What `PlannerScratch` of these arguments takes."""
         shapes = _shapes(max_batch, max_entries, max_segments, num_pages, chunks)
-        return 4 * sum(map(prod, shapes)) + 8 * lines.Tiles.LINES * lines.SCAN_THREADS
+        return 4 * sum(map(prod, shapes.values())) + 8 * lines.Tiles.LINES * lines.SCAN_THREADS
 
-    def lent(self, c: Capacities, num_pages: int, chunks: bool) -> tuple[torch.Tensor, ...]:
-        """In the order of the kernels' `operands.Scratch`, for a planner of these capacities.
+    def lent(self, c: Capacities, num_pages: int, chunks: bool) -> PlannerMemory:
+        """What the kernels of a planner of these capacities are given.
 
         Raises ValueError where the scratch is too small for it."""
         for name, most in self.limits.items():
@@ -78,24 +82,21 @@ class PlannerScratch:
                 raise ValueError(f"scratch has {name} {most}, the planner's is {wanted}")
         if chunks and not self.chunks:
             raise ValueError("scratch of a batch_invariant planner must be made with chunks=True")
-        entries = self.entries if chunks else self.entries[: lines.Entries.LINES]
-        return (
-            *(self.slots, entries, self.segments, self.groups),
-            *(self.rows, self.members, self.classes, self.tiles),
-        )
+        entries = self.memory.entries
+        return self.memory._replace(entries=entries if chunks else entries[: lines.Entries.LINES])
 
 
 def _shapes(
     max_batch: int, max_entries: int, max_segments: int, num_pages: int, chunks: bool
-) -> tuple[tuple[int, int], ...]:
-    """Of the int32 tensors, as `PlannerScratch` names them."""
+) -> dict[str, tuple[int, int]]:
+    """Of the int32 tensors, as `PlannerMemory` names them."""
     of_entries = lines.Entries.LINES_OF_CHUNKS if chunks else lines.Entries.LINES
-    return (
-        (num_pages, lines.Slots.LINES),
-        (of_entries, max_entries),
-        (lines.Segments.LINES, max_segments),
-        (lines.Groups.LINES, max_segments),
-        (lines.Rows.LINES, max_batch),
-        (lines.Sort.LINES, max_segments),
-        (lines.Sort.LINES_OF_CLASSES, 2 * max_segments),
-    )
+    return {
+        "slots": (num_pages, lines.Slots.LINES),
+        "entries": (of_entries, max_entries),
+        "segments": (lines.Segments.LINES, max_segments),
+        "found": (lines.Groups.LINES, max_segments),
+        "rows": (lines.Rows.LINES, max_batch),
+        "members": (lines.Sort.LINES, max_segments),
+        "classes": (lines.Sort.LINES_OF_CLASSES, 2 * max_segments),
+    }

@@ -25,7 +25,9 @@ class PagerEmulation:
         layout = vars(pager.layout)
         self.p = {n: t.numpy() for n, t in layout.items() if isinstance(t, torch.Tensor)}
         self.page_tokens, self.num_pages = pager.layout.page_tokens, pager.layout.num_pages
-        self.changes, self.pieces, self.ranges, self.slots, _ = (t.numpy() for t in pager._scratch)
+        memory = pager._scratch
+        self.changes, self.pieces = memory.changes.numpy(), memory.pieces.numpy()
+        self.ranges, self.slots = memory.ranges.numpy(), memory.slots.numpy()
         self.rng = np.random.default_rng(seed)
 
     def any_order(self, n: int) -> Iterator[int]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from flashcore.contract.counts import INVALID, Count, Fault, Seen, Stat
+from flashcore.contract.operands import PlannerSource
 from flashcore.contract.reasons import Reason
 from flashcore.contract.scratch import Entries as E
 from flashcore.contract.scratch import Groups as G
@@ -42,7 +43,7 @@ class Emulation(EntriesEmulation):
     def update_from_layout(self, layout: DeviceLayout, q_lens: torch.Tensor) -> None:
         self.poison()
         self.batch = len(q_lens)
-        self.adopt([t.numpy() for t in layout.source()], q_lens.numpy())
+        self.adopt(PlannerSource(*(t.numpy() for t in layout.source())), q_lens.numpy())
         self.finish_update()
 
     def poison(self) -> None:

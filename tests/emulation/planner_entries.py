@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from flashcore.contract.counts import Count, Fault, PagerCount, Stat
+from flashcore.contract.operands import PlannerSource
 from flashcore.contract.scratch import UNUSED, Rows, Slots
 from flashcore.contract.scratch import Entries as E
 from flashcore.contract.scratch import Groups as G
@@ -36,14 +37,18 @@ class EntriesEmulation:
         self.c = planner.capacities
         tensors = {n: t for n, t in vars(planner.plan).items() if isinstance(t, torch.Tensor)}
         self.p = {name: tensor.numpy() for name, tensor in tensors.items()}
-        lent = (t.numpy() for t in planner._lent)
-        self.slots, self.entries, self.segs, self.found, self.rows, _, _, self.tiles = lent
+        memory = planner._lent
+        self.slots, self.entries = memory.slots.numpy(), memory.entries.numpy()
+        self.segs, self.found = memory.segments.numpy(), memory.found.numpy()
+        self.rows, self.tiles = memory.rows.numpy(), memory.tiles.numpy()
         self.seen = planner._seen.numpy()
-        (
-            self.page_tokens, self.num_pages, self.kv_heads, self.group_size, self.tile_m,
-            self.kv_token, self.partial_token, self.least_gain, self.fold, self.workers,
-            self.least, self.long, self.unit, *self.chunk_numbers, _,
-        ) = planner._problem  # fmt: skip
+        m = planner._problem
+        self.page_tokens, self.num_pages, self.tile_m = m.page_tokens, m.num_pages, m.tile_m
+        self.kv_heads, self.group_size = m.kv_heads, m.group_size
+        self.kv_token, self.partial_token = m.kv_token_cost, m.partial_token_cost
+        self.least_gain, self.fold, self.workers = m.least_gain, m.fold, m.num_workers
+        self.least, self.long, self.unit = m.min_split_tokens, m.long_split_tokens, m.split_unit
+        self.chunk_numbers = m.chunk_pages, m.long_chunk_pages, m.few_queries
         self.rng = np.random.default_rng(seed)
 
     def any_order(self, n: int) -> Iterator[int]:
@@ -99,7 +104,7 @@ class EntriesEmulation:
             if column == 0:
                 self.entries[E.PREVIOUS, e] = -1
 
-    def adopt(self, source: list[np.ndarray], q_lens: np.ndarray) -> None:
+    def adopt(self, source: PlannerSource, q_lens: np.ndarray) -> None:
         p, c = self.p, self.c
         counts, bad, row_offsets, kv_lens, cols, token_counts, starts, rows = source
         there, queries = int(counts[PagerCount.BATCH]), 0

@@ -266,7 +266,7 @@ def test_many_more_segments_than_fit() -> None:
         max_segments=rows,
     )  # fmt: skip
     planner = planner_for(batch, capacities, "cuda", num_workers=132)
-    held = planner.scratch.segments
+    held = planner.scratch.memory.segments
     assert held.shape == (lines.Segments.LINES, rows)
     for _ in range(3):
         planner.update(*inputs(batch, "cuda"))

@@ -18,8 +18,8 @@ _STAND_INS: dict[str, dict[str, Any]] = {
     "flashcore.sm90.device_planner": {
         "device_path": lambda device: Path("hopper", ""),
         "_workers": lambda workers, *_: workers or 2 * _SMS,
+        "sm_count": lambda device: _SMS,
     },
-    "flashcore.sm90.launch.planner": {"sm_count": lambda device: _SMS},
     "flashcore.sm90.launch.paged": {
         "sm_count": lambda device: _SMS,
         "scheduler_scratch": lambda index: torch.zeros(2, dtype=torch.int32),

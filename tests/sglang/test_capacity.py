@@ -477,7 +477,7 @@ def test_views_share_what_must_be_reset(monkeypatch: pytest.MonkeyPatch) -> None
     planners = [p for view in backend._views for p in (view.decode, *view._prefill.values())]
     scratch = {id(planner._planner.scratch) for planner in planners}
     assert len(scratch) == 1
-    slots = planners[0]._planner.scratch.slots
+    slots = planners[0]._planner.scratch.memory.slots
     slots.fill_(7)
     planners[-1]._planner.reset()
     assert slots[0].tolist() == [2**31 - 1, 0, 0, 0]

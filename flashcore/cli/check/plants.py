@@ -12,8 +12,10 @@ from typing import Any
 
 from flashcore.cli.check.judge import Finding, SelfTest, Setting
 from flashcore.cli.check.swap import functions_from
+from flashcore.contract.operands import Dense, Paged
 from flashcore.jit.kernel import Kernel
 
+ATTENTION: dict[str, Any] = {"dense": Dense, "paged": Paged}
 _DECODE = "paged, decode on a shared prefix"
 
 
@@ -30,28 +32,27 @@ class Plant:
 
 def _scale(family: str, right: Any) -> Any:
     """Scores 2 % too large."""
-    place = {"dense": -6, "paged": -5}.get(family)
-    if place is None:
+    operands = ATTENTION.get(family)
+    if operands is None:
         return None
 
     def wrong(*arguments: Any) -> None:
-        changed = list(arguments)
-        changed[place] *= 1.02
-        right(*changed)
+        given = operands(*arguments)
+        right(*given._replace(softmax_scale=given.softmax_scale * 1.02))
 
     return wrong
 
 
 def _window(family: str, right: Any) -> Any:
     """The left bound one key too near."""
-    place = {"dense": -4, "paged": -3}.get(family)
-    if place is None:
+    operands = ATTENTION.get(family)
+    if operands is None:
         return None
 
     def wrong(*arguments: Any) -> None:
-        changed = list(arguments)
-        changed[place] -= changed[place] > 0
-        right(*changed)
+        given = operands(*arguments)
+        left = given.window_left
+        right(*given._replace(window_left=left - (left > 0)))
 
     return wrong
 
@@ -103,7 +104,7 @@ def _race(family: str, right: Any) -> Any:
         right(*arguments)
         calls[0] += 1
         if calls[0] % 2:
-            arguments[3].view(-1)[:1].add_(0.01)
+            Dense(*arguments).out.view(-1)[:1].add_(0.01)
 
     return wrong
 

@@ -4,39 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from flashcore.contract.operands import Dense
 from flashcore.sm90.compile.fake import compiled, element_of, vector
 from flashcore.sm90.config.dense import DenseConfig, illegal_reason
 
 
 def compile_dense(config: DenseConfig, options: str = "") -> Any:
-    """Compile dense attention for `config`; the result exports with `export_to_c`.
-
-    Call arguments, in order: q, k, v, out, lse or None, cu_seqlens_q or None, cu_seqlens_k or
-    None, sinks or None, scheduler_scratch or None, softmax_scale, softcap, window_left,
-    window_right, max_seqlen_q, num_ctas. The stream is the caller's current one.
-    """
+    """Compile dense attention for `config`; the result exports with `export_to_c` and is called
+    with `contract.operands.Dense`, one by one, on the caller's current stream. ValueError where
+    `config` cannot run."""
     reason = illegal_reason(config)
     if reason is not None:
         raise ValueError(reason)
 
-    from cutlass import Float32, Int32
-
     from flashcore.sm90.kernels.attention.dense.kernel import DenseAttention
 
-    return compiled(
-        DenseAttention(config),
-        *_dense_tensors(config),
-        Float32(1.0),
-        Float32(0.0),
-        Int32(-1),
-        Int32(-1),
-        Int32(1),
-        Int32(1),
-        options=options,
-    )
+    return compiled(DenseAttention(config), *_operands(config), options=options)
 
 
-def _dense_tensors(config: DenseConfig) -> tuple[Any, ...]:
+def _operands(config: DenseConfig) -> Dense:
     """Fake tensors with the extents and strides a launch may bring."""
     import cutlass.cute as cute
     from cutlass import Float32, Int32
@@ -64,14 +50,20 @@ def _dense_tensors(config: DenseConfig) -> tuple[Any, ...]:
         stride: tuple[Any, ...] = (*(cute.sym_int64() for _ in range(len(shape) - 1)), 1)
         lse = make_fake_tensor(Float32, shape, stride, assumed_align=4)
     bounds = cute.sym_int()
-    return (
-        packed_or_not(seqlen_q, heads),
-        packed_or_not(seqlen_k, kv_heads),
-        packed_or_not(seqlen_k, kv_heads),
-        packed_or_not(seqlen_q, heads),
-        lse,
-        vector(Int32, bounds) if config.varlen else None,
-        vector(Int32, bounds) if config.varlen else None,
-        vector(Float32, heads) if config.sinks else None,
-        vector(Int32, 2) if config.dynamic else None,
+    return Dense(
+        q=packed_or_not(seqlen_q, heads),
+        k=packed_or_not(seqlen_k, kv_heads),
+        v=packed_or_not(seqlen_k, kv_heads),
+        out=packed_or_not(seqlen_q, heads),
+        lse=lse,
+        cu_seqlens_q=vector(Int32, bounds) if config.varlen else None,
+        cu_seqlens_k=vector(Int32, bounds) if config.varlen else None,
+        sinks=vector(Float32, heads) if config.sinks else None,
+        counter=vector(Int32, 2) if config.dynamic else None,
+        softmax_scale=Float32(1.0),
+        softcap=Float32(0.0),
+        window_left=Int32(-1),
+        window_right=Int32(-1),
+        max_seqlen_q=Int32(1),
+        num_ctas=Int32(1),
     )

@@ -23,11 +23,7 @@ from flashcore.contract.counts import INVALID
 from flashcore.sm90.config.paged import MergeConfig
 from flashcore.sm90.kernels.attention.parts.device_counts import plan_fits
 from flashcore.sm90.kernels.attention.parts.softmax import LN2, LOG2_E
-
-try:
-    from cutlass.memory import SmemAllocator
-except ImportError:  # before 4.8
-    from cutlass.utils import SmemAllocator
+from flashcore.sm90.kernels.dsl import SmemAllocator
 
 WARPS = 8
 LANES = 32
@@ -59,26 +55,27 @@ class Merge:
     @cute.jit
     def __call__(
         self,
-        mO: cute.Tensor,  # (total_q, heads, dim)
-        mLSE: cute.Tensor,  # fp32 (total_q, heads)
-        mPartialO: cute.Tensor,  # fp32 (partial tokens, heads, dim)
-        mPartialLSE: cute.Tensor,  # fp32 (partial tokens, heads)
-        mOffsets: cute.Tensor,  # int32 (total_q + 1,)
-        mList: cute.Tensor,  # int32 (partials,), DIRECT is negative
-        mSinks: cute.Tensor | None,  # fp32 (heads,)
-        mCounts: cute.Tensor | None,  # int32 (Count.SIZE,) of a plan made on the device
-        tree_width: Int32,  # longest query that the plan may have
+        out: cute.Tensor,  # these as in `contract.operands.Merge`
+        lse: cute.Tensor,
+        partial_out: cute.Tensor,
+        partial_lse: cute.Tensor,
+        merge_offsets: cute.Tensor,
+        merge_partials: cute.Tensor,
+        sinks: cute.Tensor | None,
+        counts: cute.Tensor | None,
+        tree_width: Int32,
         stream,
     ):
-        rows = mO.shape[0] * self.units(mO.shape[1])
+        rows = out.shape[0] * self.units(out.shape[1])
         self.kernel(
-            mO, mLSE, mPartialO, mPartialLSE, mOffsets, mList, mSinks, mCounts, tree_width
+            out, lse, partial_out, partial_lse, merge_offsets, merge_partials, sinks, counts,
+            tree_width,
         ).launch(
             grid=[cute.ceil_div(rows * self.config.warps_per_row, WARPS), 1, 1],
             block=[WARPS * LANES, 1, 1],
             stream=stream,
             use_pdl=True,
-        )
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(

@@ -86,6 +86,7 @@ class DenseLaunch:
         if self.function is None:
             return _without_keys(out, lse, sinks)
         scratch = scheduler_scratch(self.device.index) if self.needs_scratch else None
+        # As `contract.operands.Dense` has them.
         self.function(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, scratch, *self.scalars)
         return out, lse
 

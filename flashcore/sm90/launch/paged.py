@@ -118,6 +118,7 @@ class PagedLaunch:
             if tree_mask.stride(1) != 1:
                 tree_mask = tree_mask.clone(memory_format=torch.contiguous_format)
             mask, width = tree_mask.view(torch.uint8), tree_mask.shape[1]
+        # As `contract.operands` has them; built by their names they would cost a microsecond.
         if self.attend is not None:
             self.attend(
                 q,

@@ -1,38 +1,25 @@
-"""Launch the planner's kernels on torch tensors.
+"""Launch the planner's kernels.
 
 Five launches, with chunks seven, on torch's current stream, nothing read back, so a call can be
 captured in a CUDA graph once the kernel is loaded. Arguments are taken as already checked
-(`planner.device`).
+(`sm90.device_planner`).
 """
 
 from __future__ import annotations
 
-import torch
-
+from flashcore.contract.operands import Planner
 from flashcore.jit.cache import shared_cache
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.load import CompiledFunction
-from flashcore.sm90.available import sm_count
 from flashcore.sm90.config.planner import PlannerConfig
 from flashcore.sm90.families import PLANNER
 
 _functions: dict[PlannerConfig, CompiledFunction] = {}
 
 
-def make_plan(
-    config: PlannerConfig,
-    page_table: torch.Tensor | None,
-    seq_lens: torch.Tensor | None,
-    q_lens: torch.Tensor,
-    layout: tuple[torch.Tensor, ...] | None,
-    plan: tuple[torch.Tensor, ...],
-    scratch: tuple[torch.Tensor, ...],
-    problem: tuple[int, ...],
-) -> None:
-    """Fill `plan` from a page table or a layout; the tuples are `Source`, `Plan`, `Scratch` and
-    `Problem` of `kernels.planner_operands`."""
-    sms = sm_count(q_lens.device)
-    load_planner(config)(page_table, seq_lens, q_lens, layout, plan, scratch, problem, sms)
+def make_plan(config: PlannerConfig, operands: Planner) -> None:
+    """Fill `operands.plan` from a page table or a layout."""
+    load_planner(config)(*operands)
 
 
 def load_planner(config: PlannerConfig) -> CompiledFunction:

@@ -10,57 +10,59 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from flashcore.contract.counts import INVALID, Count
+from flashcore.contract.operands import PlannerMemory as Scratch
+from flashcore.contract.operands import PlannerProblem as Problem
+from flashcore.contract.operands import PlannerResult as Plan
 from flashcore.contract.scratch import Rows, Sort
 from flashcore.contract.scratch import Segments as S
 from flashcore.contract.work import DIRECT, FIELDS, Group, Work
 from flashcore.sm90.kernels.planner.block import first_and_stride, last_at_most
 from flashcore.sm90.kernels.planner.groups import queries_of, row_blocks
-from flashcore.sm90.kernels.planner.operands import Plan, Problem, Scratch
 
 
 @cute.jit
 def emit_gathered(plan: Plan, scratch: Scratch):
     """q_tokens and q_positions."""
     first, stride = first_and_stride()
-    members = plan.mCounts[int(Count.MEMBERS)]
-    begins = scratch.mSegments[S.MEMBER_BEGIN, None]
-    for i in cutlass.range(first, plan.mCounts[int(Count.GATHERED)], stride, unroll=1):
+    members = plan.counts[int(Count.MEMBERS)]
+    begins = scratch.segments[S.MEMBER_BEGIN, None]
+    for i in cutlass.range(first, plan.counts[int(Count.GATHERED)], stride, unroll=1):
         member = last_at_most(begins, Int32(0), members, i)
-        row = plan.mMemberRows[member]
+        row = plan.member_rows[member]
         token = i - begins[member]
-        own = plan.mKvLens[row] - queries_of(plan, row)
-        plan.mQTokens[i] = plan.mQOffsets[row] + token
-        plan.mQPositions[i] = own + token - plan.mMemberStarts[member]
+        own = plan.kv_lens[row] - queries_of(plan, row)
+        plan.q_tokens[i] = plan.q_offsets[row] + token
+        plan.q_positions[i] = own + token - plan.member_starts[member]
 
 
 @cute.jit
 def emit_tokens(plan: Plan, scratch: Scratch, batch: Int32):
     """q_index and merge_offsets. Places past the last query token have empty lists."""
     first, stride = first_and_stride()
-    total = plan.mCounts[int(Count.TOTAL_Q)]
-    for q in cutlass.range(first, plan.mMergeOffsets.shape[0], stride, unroll=1):
-        begin, token = plan.mCounts[int(Count.MERGE)], Int32(0)
+    total = plan.counts[int(Count.TOTAL_Q)]
+    for q in cutlass.range(first, plan.merge_offsets.shape[0], stride, unroll=1):
+        begin, token = plan.counts[int(Count.MERGE)], Int32(0)
         if q < total:
-            row = last_at_most(plan.mQOffsets, Int32(0), batch, q)
-            token = q - plan.mQOffsets[row]
+            row = last_at_most(plan.q_offsets, Int32(0), batch, q)
+            token = q - plan.q_offsets[row]
             begin = (
-                scratch.mRows[Rows.MERGE_BEGIN, row] + token * scratch.mRows[Rows.LIST_LENGTH, row]
+                scratch.rows[Rows.MERGE_BEGIN, row] + token * scratch.rows[Rows.LIST_LENGTH, row]
             )
-        plan.mMergeOffsets[q] = begin
-        if q < plan.mQIndex.shape[0]:
-            plan.mQIndex[q] = token
+        plan.merge_offsets[q] = begin
+        if q < plan.q_index.shape[0]:
+            plan.q_index[q] = token
 
 
 @cute.jit
 def emit_merge(plan: Plan, scratch: Scratch, batch: Int32):
     """merge_partials."""
     first, stride = first_and_stride()
-    segments, rows = scratch.mSegments, scratch.mRows
+    segments, rows = scratch.segments, scratch.rows
     begins, splits_before = rows[Rows.MERGE_BEGIN, None], segments[S.SPLITS_BEFORE, None]
-    for i in cutlass.range(first, plan.mCounts[int(Count.MERGE)], stride, unroll=1):
+    for i in cutlass.range(first, plan.counts[int(Count.MERGE)], stride, unroll=1):
         row = last_at_most(begins, Int32(0), batch, i)
         partial = Int32(INVALID)
-        if plan.mBad[row] == 0:
+        if plan.bad[row] == 0:
             length = rows[Rows.LIST_LENGTH, row]
             place = i - begins[row]
             token = place // length
@@ -68,28 +70,28 @@ def emit_merge(plan: Plan, scratch: Scratch, batch: Int32):
             place = place - token * length + splits_before[k]
             k = last_at_most(splits_before, k, rows[Rows.END_SEGMENT, row], place)
             h = segments[S.KEPT_GROUP, k]
-            partial = plan.mGroups[h, int(Group.PARTIAL)]
+            partial = plan.groups[h, int(Group.PARTIAL)]
             if partial != DIRECT:
                 split = place - splits_before[k]
-                gathered = segments[S.Q_BEGIN, k] + token - plan.mGroups[h, int(Group.Q_BEGIN)]
-                partial = partial + split * plan.mGroups[h, int(Group.NUM_Q)] + gathered
-        plan.mMerge[i] = partial
+                gathered = segments[S.Q_BEGIN, k] + token - plan.groups[h, int(Group.Q_BEGIN)]
+                partial = partial + split * plan.groups[h, int(Group.NUM_Q)] + gathered
+        plan.merge_partials[i] = partial
 
 
 @cute.jit
 def emit_work(plan: Plan, scratch: Scratch, problem: Problem):
     """The work list."""
     first, stride = first_and_stride()
-    classes = 2 * plan.mCounts[int(Count.GROUPS)]
-    values = 2 * plan.mCounts[int(Count.CLASSES)] + Sort.VALUE
-    begins = scratch.mClasses[Sort.ITEM_BEGIN, None]
-    for i in cutlass.range(first, plan.mCounts[int(Count.ITEMS)], stride, unroll=1):
+    classes = 2 * plan.counts[int(Count.GROUPS)]
+    values = 2 * plan.counts[int(Count.CLASSES)] + Sort.VALUE
+    begins = scratch.classes[Sort.ITEM_BEGIN, None]
+    for i in cutlass.range(first, plan.counts[int(Count.ITEMS)], stride, unroll=1):
         place = last_at_most(begins, Int32(0), classes, i)
-        which = scratch.mClasses[values, place]
+        which = scratch.classes[values, place]
         h = which >> 1
         words = cute.make_rmem_tensor(const_expr(FIELDS), Int32)
         group = cute.make_tensor(
-            (plan.mGroups.iterator + h * FIELDS).align(16), cute.make_layout(FIELDS)
+            (plan.groups.iterator + h * FIELDS).align(16), cute.make_layout(FIELDS)
         )
         cute.autovec_copy(group, words)
         blocks = row_blocks(problem, words[int(Group.NUM_Q)])
@@ -98,7 +100,7 @@ def emit_work(plan: Plan, scratch: Scratch, problem: Problem):
         if (which & 1) == 1:
             split = words[int(Group.NUM_SPLITS)] - 1
         item = item_of_group(problem, words, h, split, index, blocks)
-        at = (plan.mWork.iterator + i * FIELDS).align(16)
+        at = (plan.work.iterator + i * FIELDS).align(16)
         cute.autovec_copy(item, cute.make_tensor(at, cute.make_layout(FIELDS)))
 
 

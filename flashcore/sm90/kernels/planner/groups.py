@@ -10,6 +10,9 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 from flashcore.contract.counts import Count
+from flashcore.contract.operands import PlannerMemory as Scratch
+from flashcore.contract.operands import PlannerProblem as Problem
+from flashcore.contract.operands import PlannerResult as Plan
 from flashcore.contract.reasons import Reason
 from flashcore.contract.scratch import Entries as E
 from flashcore.contract.scratch import Groups as G
@@ -25,13 +28,12 @@ from flashcore.sm90.kernels.planner.block import (
     block_sums,
 )
 from flashcore.sm90.kernels.planner.layout import is_active
-from flashcore.sm90.kernels.planner.operands import Plan, Problem, Scratch
 
 
 @cute.jit
 def queries_of(plan: Plan, row: Int32):
     """Query tokens of a sequence."""
-    return plan.mQOffsets[row + 1] - plan.mQOffsets[row]
+    return plan.q_offsets[row + 1] - plan.q_offsets[row]
 
 
 @cute.jit
@@ -43,11 +45,11 @@ def row_blocks(problem: Problem, queries: Int32):
 @cute.jit
 def segment_end(plan: Plan, scratch: Scratch, s: Int32, num_segments: Int32):
     """Entry after segment s, and whether its row ends with it."""
-    row = scratch.mSegments[S.ROW, s]
-    end, last = plan.mRowOffsets[row + 1], Int32(1)
+    row = scratch.segments[S.ROW, s]
+    end, last = plan.row_offsets[row + 1], Int32(1)
     if s + 1 < num_segments:
-        if scratch.mSegments[S.ROW, s + 1] == row:
-            end, last = scratch.mSegments[S.ENTRY, s + 1], Int32(0)
+        if scratch.segments[S.ROW, s + 1] == row:
+            end, last = scratch.segments[S.ENTRY, s + 1], Int32(0)
     return end, last
 
 
@@ -55,15 +57,15 @@ def segment_end(plan: Plan, scratch: Scratch, s: Int32, num_segments: Int32):
 def collect_groups(plan: Plan, scratch: Scratch, problem: Problem, num_segments: Int32):
     """Sums over the members of each group, and the groups before it."""
     tid, _, _ = cute.arch.thread_idx()
-    segments, found = scratch.mSegments, scratch.mFound
+    segments, found = scratch.segments, scratch.found
     for s in cutlass.range(tid, num_segments, GROUP_THREADS, unroll=1):
         entry, row, owner = segments[S.ENTRY, s], segments[S.ROW, s], segments[S.OWNER, s]
-        g = scratch.mEntries[E.GROUP, owner]
+        g = scratch.entries[E.GROUP, owner]
         end, last = segment_end(plan, scratch, s, num_segments)
         before = Int32(-1)
         if s > 0:
             if segments[S.ROW, s - 1] == row:
-                before = scratch.mEntries[E.GROUP, segments[S.OWNER, s - 1]]
+                before = scratch.entries[E.GROUP, segments[S.OWNER, s - 1]]
         segments[S.GROUP, s] = g
         add_to(found, G.MEMBERS, g, Int32(1))
         add_to(found, G.QUERIES, g, queries_of(plan, row))
@@ -73,7 +75,7 @@ def collect_groups(plan: Plan, scratch: Scratch, problem: Problem, num_segments:
         if last == 1:
             found[G.ENDS, g] = Int32(1)
         if owner == entry:
-            tokens = (end - 1 - entry) * problem.page_tokens + plan.mTokenCounts[end - 1]
+            tokens = (end - 1 - entry) * problem.page_tokens + plan.token_counts[end - 1]
             found[G.ENTRIES, g] = end - entry
             found[G.TOKENS, g] = tokens
 
@@ -93,15 +95,15 @@ def add_to(matrix: cute.Tensor, line: cutlass.Constexpr[int], index: Int32, valu
 @cute.jit
 def parent_of(scratch: Scratch, g: Int32):
     """The group just before a group in all of its members, or -1."""
-    low = scratch.mFound[G.LOW, g]
-    return low if low == scratch.mFound[G.HIGH, g] else Int32(-1)
+    low = scratch.found[G.LOW, g]
+    return low if low == scratch.found[G.HIGH, g] else Int32(-1)
 
 
 @cute.jit
 def find_parents(scratch: Scratch, problem: Problem, num_found: Int32):
     """Parent of each group; what it has of children."""
     tid, _, _ = cute.arch.thread_idx()
-    found = scratch.mFound
+    found = scratch.found
     for g in cutlass.range(tid, num_found, GROUP_THREADS, unroll=1):
         parent = parent_of(scratch, g)
         found[G.PARENT, g] = parent
@@ -115,7 +117,7 @@ def find_parents(scratch: Scratch, problem: Problem, num_found: Int32):
 def find_strays(scratch: Scratch, num_segments: Int32):
     """Mark groups that some following group has not as its parent."""
     tid, _, _ = cute.arch.thread_idx()
-    segments, found = scratch.mSegments, scratch.mFound
+    segments, found = scratch.segments, scratch.found
     for s in cutlass.range(tid, num_segments - 1, GROUP_THREADS, unroll=1):
         if segments[S.ROW, s] == segments[S.ROW, s + 1]:
             g = segments[S.GROUP, s]
@@ -130,7 +132,7 @@ def judge_groups(plan: Plan, scratch: Scratch, problem: Problem, kv_cost: Int32,
     Returns, of this thread's groups, what those that are worth it save, and how many are undecided.
     """
     tid, _, _ = cute.arch.thread_idx()
-    found = scratch.mFound
+    found = scratch.found
     gains, undecided = Int64(0), Int64(0)
     for g in cutlass.range(tid, num_found, GROUP_THREADS, unroll=1):
         members, tokens, children = found[G.MEMBERS, g], found[G.TOKENS, g], found[G.CHILDREN, g]
@@ -155,17 +157,17 @@ def judge_groups(plan: Plan, scratch: Scratch, problem: Problem, kv_cost: Int32,
                 gains = gains + (saves if state == State.WORTH else Int64(0))
                 undecided = undecided + (Int64(1) if state == State.UNDECIDED else Int64(0))
         found[G.STATE, g] = state
-        plan.mDecisions[g, 0] = tokens
-        plan.mDecisions[g, 1] = members
-        plan.mDecisions[g, 2] = children
-        plan.mDecisions[g, 3] = reason
+        plan.decisions[g, 0] = tokens
+        plan.decisions[g, 1] = members
+        plan.decisions[g, 2] = children
+        plan.decisions[g, 3] = reason
     return gains, undecided
 
 
 @cute.jit
 def gain(scratch: Scratch, problem: Problem, kv_cost: Int32, g: Int32, tokens: Int32):
     """What a group saves of reading `tokens` again, less what its partial results cost."""
-    found = scratch.mFound
+    found = scratch.found
     queries = found[G.QUERIES, g]
     blocks = found[G.CHILD_BLOCKS, g] - row_blocks(problem, queries)
     again = Int64(blocks) * Int64(kv_cost) * Int64(tokens)
@@ -182,7 +184,7 @@ def fold_groups(
 
     Returns what the groups that could be folded and are not save together."""
     tid, _, _ = cute.arch.thread_idx()
-    found = scratch.mFound
+    found = scratch.found
     gains = Int64(0)
     for base in cutlass.range(0, num_found, GROUP_THREADS, unroll=1):
         g = base + tid
@@ -210,7 +212,7 @@ def decide(
 ):  # fmt: skip
     """Take over what a folded parent leaves; then fold or keep a group that may be folded. Returns
     what it saves if it is kept, else 0."""
-    found = scratch.mFound
+    found = scratch.found
     extra = Int32(0)
     if above == State.FOLDED:
         extra = found[G.TOKENS, parent] + found[G.EXTRA_TOKENS, parent]
@@ -223,7 +225,7 @@ def decide(
             state = Int32(State.WORTH)
             if saves <= 0:
                 saves, state = Int64(0), Int32(State.FOLDED)
-                plan.mDecisions[g, 3] = Int32(Reason.FOLDED)
+                plan.decisions[g, 3] = Int32(Reason.FOLDED)
             found[G.STATE, g] = state
     return saves
 
@@ -232,7 +234,7 @@ def decide(
 def number_groups(scratch: Scratch, num_found: Int32, shared: Shared):
     """New numbers of the groups that stay; how many do."""
     tid, _, _ = cute.arch.thread_idx()
-    found = scratch.mFound
+    found = scratch.found
     kept_before = Int32(0)
     for base in cutlass.range(0, num_found, GROUP_THREADS, unroll=1):
         g = base + tid
@@ -257,7 +259,7 @@ def keep_segments(
     The owner of each group writes its run into the group table.
     """
     tid, _, _ = cute.arch.thread_idx()
-    segments, found = scratch.mSegments, scratch.mFound
+    segments, found = scratch.segments, scratch.found
     kept_before = Int32(0)
     for base in cutlass.range(0, num_segments, GROUP_THREADS, unroll=1):
         s = base + tid
@@ -276,16 +278,16 @@ def keep_segments(
             extra = found[G.EXTRA_ENTRIES, g]
             segments[S.KEPT_ROW, place] = row
             segments[S.KEPT_GROUP, place] = h
-            start = scratch.mEntries[E.START, entry]
+            start = scratch.entries[E.START, entry]
             segments[S.KEPT_START, place] = start - found[G.EXTRA_TOKENS, g]
             if segments[S.OWNER, s] == entry:
-                plan.mGroups[h, int(Group.ENTRY)] = entry - extra
-                plan.mGroups[h, int(Group.NUM_ENTRIES)] = found[G.ENTRIES, g] + extra
-                plan.mGroups[h, int(Group.NUM_TOKENS)] = (
+                plan.groups[h, int(Group.ENTRY)] = entry - extra
+                plan.groups[h, int(Group.NUM_ENTRIES)] = found[G.ENTRIES, g] + extra
+                plan.groups[h, int(Group.NUM_TOKENS)] = (
                     found[G.TOKENS, g] + found[G.EXTRA_TOKENS, g]
                 )
-                plan.mGroups[h, int(Group.NUM_Q)] = found[G.QUERIES, g]
-                plan.mMemberOffsets[h] = found[G.MEMBERS, g]
+                plan.groups[h, int(Group.NUM_Q)] = found[G.QUERIES, g]
+                plan.member_offsets[h] = found[G.MEMBERS, g]
     cute.arch.sync_threads()
     return kept_before if folding != 0 else num_segments
 
@@ -327,29 +329,29 @@ def unshare(plan: Plan, scratch: Scratch, problem: Problem, shared: Shared):
     pages, but for the last, are full. Returns how many; each is a segment too. Where there is no
     room for all, there are none, and Count.SEGMENTS says how many there would be."""
     num_stretches = number_stretches(plan, scratch, problem, shared)
-    num_groups = num_stretches if num_stretches <= plan.mMemberRows.shape[0] else Int32(0)
+    num_groups = num_stretches if num_stretches <= plan.member_rows.shape[0] else Int32(0)
     tid, _, _ = cute.arch.thread_idx()
-    segments = scratch.mSegments
+    segments = scratch.segments
     for s in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
         entry, row = segments[S.ENTRY, s], segments[S.ROW, s]
         end, last = segment_end(plan, scratch, s, num_groups)
-        tokens = (end - 1 - entry) * problem.page_tokens + plan.mTokenCounts[end - 1]
+        tokens = (end - 1 - entry) * problem.page_tokens + plan.token_counts[end - 1]
         segments[S.KEPT_ROW, s] = row
         segments[S.KEPT_GROUP, s] = s
-        segments[S.KEPT_START, s] = scratch.mEntries[E.START, entry]
-        scratch.mFound[G.MERGED, s] = Int32(0)
-        plan.mGroups[s, int(Group.ENTRY)] = entry
-        plan.mGroups[s, int(Group.NUM_ENTRIES)] = end - entry
-        plan.mGroups[s, int(Group.NUM_TOKENS)] = tokens
-        plan.mGroups[s, int(Group.NUM_Q)] = queries_of(plan, row)
-        plan.mMemberOffsets[s] = Int32(1)
-        plan.mDecisions[s, 0] = tokens
-        plan.mDecisions[s, 1] = Int32(1)
-        plan.mDecisions[s, 2] = 1 - last
-        plan.mDecisions[s, 3] = Int32(Reason.PRIVATE)
+        segments[S.KEPT_START, s] = scratch.entries[E.START, entry]
+        scratch.found[G.MERGED, s] = Int32(0)
+        plan.groups[s, int(Group.ENTRY)] = entry
+        plan.groups[s, int(Group.NUM_ENTRIES)] = end - entry
+        plan.groups[s, int(Group.NUM_TOKENS)] = tokens
+        plan.groups[s, int(Group.NUM_Q)] = queries_of(plan, row)
+        plan.member_offsets[s] = Int32(1)
+        plan.decisions[s, 0] = tokens
+        plan.decisions[s, 1] = Int32(1)
+        plan.decisions[s, 2] = 1 - last
+        plan.decisions[s, 3] = Int32(Reason.PRIVATE)
     if tid == 0:
-        plan.mCounts[int(Count.SEGMENTS)] = num_stretches
-        plan.mCounts[int(Count.FOUND)] = num_groups
+        plan.counts[int(Count.SEGMENTS)] = num_stretches
+        plan.counts[int(Count.FOUND)] = num_groups
     cute.arch.sync_threads()
     return num_groups
 
@@ -358,21 +360,21 @@ def unshare(plan: Plan, scratch: Scratch, problem: Problem, shared: Shared):
 def number_stretches(plan: Plan, scratch: Scratch, problem: Problem, shared: Shared):
     """First entry and row of each stretch, in the order of entries; how many there are."""
     tid, _, _ = cute.arch.thread_idx()
-    nnz, before = plan.mCounts[int(Count.NNZ)], Int32(0)
+    nnz, before = plan.counts[int(Count.NNZ)], Int32(0)
     for base in cutlass.range(0, nnz, GROUP_THREADS, unroll=1):
         e = base + tid
         begins, row = Int32(0), Int32(0)
         if e < nnz:
-            row = scratch.mEntries[E.ROW, e]
+            row = scratch.entries[E.ROW, e]
             if is_active(plan, scratch, row):
                 begins = Int32(1)
-                if e > plan.mRowOffsets[row]:
-                    if plan.mTokenCounts[e - 1] == problem.page_tokens:
+                if e > plan.row_offsets[row]:
+                    if plan.token_counts[e - 1] == problem.page_tokens:
                         begins = Int32(0)
         number, found = block_counts((begins,), shared.sums)
-        if begins == 1 and before + number[0] < plan.mMemberRows.shape[0]:
-            scratch.mSegments[S.ENTRY, before + number[0]] = e
-            scratch.mSegments[S.ROW, before + number[0]] = row
+        if begins == 1 and before + number[0] < plan.member_rows.shape[0]:
+            scratch.segments[S.ENTRY, before + number[0]] = e
+            scratch.segments[S.ROW, before + number[0]] = row
         before = before + found[0]
     cute.arch.sync_threads()
     return before

@@ -16,14 +16,18 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
 from flashcore.contract.counts import Count, Stat
+from flashcore.contract.operands import PlannerMemory as Scratch
+from flashcore.contract.operands import PlannerProblem as Problem
+from flashcore.contract.operands import PlannerResult as Plan
+from flashcore.contract.operands import PlannerSource as Source
 from flashcore.contract.scratch import SCAN_THREADS, Tiles
 from flashcore.sm90.config.planner import ENTRY_THREADS, GROUP_THREADS, PlannerConfig
+from flashcore.sm90.kernels.dsl import SmemAllocator
 from flashcore.sm90.kernels.planner.adopt import adopt_layout
 from flashcore.sm90.kernels.planner.block import Shared, scan_memory, shared_memory
 from flashcore.sm90.kernels.planner.emit import emit_gathered, emit_merge, emit_tokens, emit_work
 from flashcore.sm90.kernels.planner.groups import find_groups, unshare
 from flashcore.sm90.kernels.planner.layout import build_layout
-from flashcore.sm90.kernels.planner.operands import Plan, Problem, Scratch, Source
 from flashcore.sm90.kernels.planner.owners import compare_chunks, count_chunks
 from flashcore.sm90.kernels.planner.sharing import (
     await_count,
@@ -35,11 +39,6 @@ from flashcore.sm90.kernels.planner.sharing import (
 )
 from flashcore.sm90.kernels.planner.table import cut, place_items, place_members, place_results
 
-try:
-    from cutlass.memory import SmemAllocator
-except ImportError:  # before 4.8
-    from cutlass.utils import SmemAllocator
-
 
 class Planner:
     """The plan of one batch, for one `PlannerConfig`."""
@@ -50,17 +49,17 @@ class Planner:
     @cute.jit
     def __call__(
         self,
-        mTable: cute.Tensor | None,  # (batch, max_pages)
-        mSeqLens: cute.Tensor | None,  # (batch,)
-        mQLens: cute.Tensor,  # (batch,)
-        source: Source | None,  # in place of the first two
+        page_table: cute.Tensor | None,  # these as in `contract.operands.Planner`
+        seq_lens: cute.Tensor | None,
+        q_lens: cute.Tensor,
+        source: Source | None,
         plan: Plan,
         scratch: Scratch,
         problem: Problem,
         num_sms: Int32,
         stream,
     ):
-        entries = plan.mCols.shape[0]
+        entries = plan.cols.shape[0]
         scans = cute.ceil_div(entries, SCAN_THREADS)
         scans = scans if scans < num_sms else num_sms
         visits = cute.ceil_div(entries, ENTRY_THREADS)
@@ -68,9 +67,9 @@ class Planner:
         first = {"block": [SCAN_THREADS, 1, 1], "stream": stream}
         visit = {"block": [ENTRY_THREADS, 1, 1], "stream": stream, "use_pdl": True}
         if const_expr(self.config.from_layout):
-            self.adopt(mQLens, source, plan, scratch).launch(grid=[scans, 1, 1], **first)
+            self.adopt(q_lens, source, plan, scratch).launch(grid=[scans, 1, 1], **first)
         else:
-            self.layout(mTable, mSeqLens, mQLens, plan, scratch, problem).launch(
+            self.layout(page_table, seq_lens, q_lens, plan, scratch, problem).launch(
                 grid=[scans, 1, 1], **first
             )
         self.claim(plan, scratch, problem).launch(grid=[visits, 1, 1], **visit)
@@ -83,8 +82,8 @@ class Planner:
         tile = {"block": [GROUP_THREADS, 1, 1], "stream": stream, "use_pdl": True}
         # Told that one CTA on an SM will do, ptxas takes the registers that it needs.
         roomy = {"min_blocks_per_mp": 1}
-        self.groups(mQLens, plan, scratch, problem).launch(grid=[tiles, 1, 1], **tile, **roomy)
-        self.lists(mQLens, plan, scratch, problem).launch(grid=[num_sms, 4, 1], **visit, **roomy)
+        self.groups(q_lens, plan, scratch, problem).launch(grid=[tiles, 1, 1], **tile, **roomy)
+        self.lists(q_lens, plan, scratch, problem).launch(grid=[num_sms, 4, 1], **visit, **roomy)
 
     @cute.kernel
     def layout(
@@ -143,7 +142,7 @@ class Planner:
         stamp = next_stamp(scratch)
         number_segments(plan, scratch, shared.sums)
         role = self.role(scratch, shared)
-        ready = scratch.mTiles.iterator + (Tiles.CUT * SCAN_THREADS + Tiles.READY)
+        ready = scratch.tiles.iterator + (Tiles.CUT * SCAN_THREADS + Tiles.READY)
         if role < 3:
             if role == 0:
                 self.cut(plan, scratch, problem, shared)
@@ -153,7 +152,7 @@ class Planner:
             elif tid == 0:
                 await_count(ready, stamp, "acquire")
             cute.arch.sync_threads()
-            counts = plan.mCounts
+            counts = plan.counts
             num_groups, num_kept = counts[int(Count.GROUPS)], counts[int(Count.MEMBERS)]
             # The last CTA also has the parts for which there is no other.
             if role == 0:
@@ -169,12 +168,12 @@ class Planner:
         """How many CTAs are not done yet, this one aside; what those that are wrote can be seen."""
         tid, _, _ = cute.arch.thread_idx()
         grid, _, _ = cute.arch.grid_dim()
-        done = scratch.mTiles.iterator + (Tiles.CUT * SCAN_THREADS + Tiles.DONE)
+        done = scratch.tiles.iterator + (Tiles.CUT * SCAN_THREADS + Tiles.DONE)
         cute.arch.sync_threads()
         if tid == 0:
             before = cute.arch.atomic_add(done, Int64(1), sem="acq_rel", scope="gpu").to(Int32)
             if before == grid - 1:
-                scratch.mTiles[Tiles.CUT, Tiles.DONE] = Int64(0)
+                scratch.tiles[Tiles.CUT, Tiles.DONE] = Int64(0)
             shared.bins[0] = grid - 1 - before
         cute.arch.sync_threads()
         role = shared.bins[0]
@@ -185,13 +184,13 @@ class Planner:
     def cut(self, plan: Plan, scratch: Scratch, problem: Problem, shared: Shared):
         """Groups and their splits."""
         tid, _, _ = cute.arch.thread_idx()
-        num_segments, num_found = plan.mCounts[int(Count.SEGMENTS)], plan.mCounts[int(Count.FOUND)]
+        num_segments, num_found = plan.counts[int(Count.SEGMENTS)], plan.counts[int(Count.FOUND)]
         # Where segments or lists do not fit: as if nothing were shared, and then without splits,
         # unless these are promised.
         chunks = const_expr(self.config.chunks)
         attempts = const_expr(2 if chunks else 3)
         attempt, fits, num_groups, num_kept = Int32(1), Int32(0), Int32(0), Int32(0)
-        if num_segments <= plan.mMemberRows.shape[0]:
+        if num_segments <= plan.member_rows.shape[0]:
             attempt = Int32(0)
             num_groups, num_kept = find_groups(
                 plan, scratch, problem, num_segments, num_found, shared
@@ -204,7 +203,7 @@ class Planner:
             fits = cut(plan, scratch, problem, num_groups, num_kept, split, shared, chunks)
             attempt = attempt + 1
         if tid == 0:
-            plan.mStats[int(Stat.UNSHARED)] = Int64(1) if attempt > 1 else Int64(0)
+            plan.stats[int(Stat.UNSHARED)] = Int64(1) if attempt > 1 else Int64(0)
 
     @cute.kernel
     def lists(self, mQLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
@@ -213,7 +212,7 @@ class Planner:
         tid, _, _ = cute.arch.thread_idx()
         first, which, _ = cute.arch.block_idx()
         if which == 0 and first == 0 and tid == 0:
-            scratch.mTiles[Tiles.CUT, Tiles.STAMP] = Int64(next_stamp(scratch))
+            scratch.tiles[Tiles.CUT, Tiles.STAMP] = Int64(next_stamp(scratch))
         if which == 0:
             emit_work(plan, scratch, problem)
         elif which == 1:

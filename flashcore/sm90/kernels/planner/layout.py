@@ -7,10 +7,12 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 from flashcore.contract.counts import Count, Fault, Stat
+from flashcore.contract.operands import PlannerMemory as Scratch
+from flashcore.contract.operands import PlannerProblem as Problem
+from flashcore.contract.operands import PlannerResult as Plan
 from flashcore.contract.scratch import SCAN_THREADS, Rows
 from flashcore.contract.scratch import Entries as E
 from flashcore.sm90.kernels.planner.block import block_reduce, block_scans, last_at_most
-from flashcore.sm90.kernels.planner.operands import Plan, Problem, Scratch
 
 
 @cute.jit
@@ -48,7 +50,7 @@ def scan_rows(
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     batch = mSeqLens.shape[0]
-    max_entries, max_q = plan.mCols.shape[0], plan.mQIndex.shape[0]
+    max_entries, max_q = plan.cols.shape[0], plan.q_index.shape[0]
     pages_before, queries_before, nnz = Int32(0), Int32(0), Int32(0)
     for base in cutlass.range(0, batch, SCAN_THREADS, unroll=1):
         b = base + tid
@@ -64,17 +66,17 @@ def scan_rows(
                     faults = faults | int(Fault.ENTRIES)
                 if queries > 0 and q_end > max_q:
                     faults = faults | int(Fault.QUERIES)
-                plan.mQOffsets[b + 1] = q_end if q_end <= max_q else max_q
-                plan.mKvLens[b] = mSeqLens[b] if faults == 0 else Int32(0)
-                scratch.mRows[Rows.FAULTS, b] = faults
+                plan.q_offsets[b + 1] = q_end if q_end <= max_q else max_q
+                plan.kv_lens[b] = mSeqLens[b] if faults == 0 else Int32(0)
+                scratch.rows[Rows.FAULTS, b] = faults
         pages_before = pages_before + totals[0]
         queries_before = min(queries_before + totals[1], max_q + 1)
     if tid == 0:
         sEnds[0] = Int32(0)
         if bid == 0:
-            plan.mQOffsets[0] = Int32(0)
-            plan.mRowOffsets[0] = Int32(0)
-            plan.mStats[int(Stat.TOKENS_UNIQUE)] = Int64(0)  # the next steps add to it
+            plan.q_offsets[0] = Int32(0)
+            plan.row_offsets[0] = Int32(0)
+            plan.stats[int(Stat.TOKENS_UNIQUE)] = Int64(0)  # the next steps add to it
     return block_reduce((nnz,), ("max",), sums)[0]
 
 
@@ -95,13 +97,13 @@ def fill_entries(
         left = mSeqLens[row] - column * problem.page_tokens
         if page < 0 or page >= problem.num_pages:
             page = Int32(0)
-            scratch.mRows[Rows.PAGE_FAULT, row] = Int32(1)
-        plan.mCols[e] = page
-        plan.mTokenCounts[e] = left if left < problem.page_tokens else problem.page_tokens
-        scratch.mEntries[E.ROW, e] = row
-        scratch.mEntries[E.START, e] = column * problem.page_tokens
+            scratch.rows[Rows.PAGE_FAULT, row] = Int32(1)
+        plan.cols[e] = page
+        plan.token_counts[e] = left if left < problem.page_tokens else problem.page_tokens
+        scratch.entries[E.ROW, e] = row
+        scratch.entries[E.START, e] = column * problem.page_tokens
         if column == 0:
-            scratch.mEntries[E.PREVIOUS, e] = Int32(-1)
+            scratch.entries[E.PREVIOUS, e] = Int32(-1)
 
 
 @cute.jit
@@ -117,15 +119,15 @@ def build_layout(
     if bid == 0:
         for b in cutlass.range(tid, batch, SCAN_THREADS, unroll=1):
             end = sEnds[b + 1]
-            plan.mRowOffsets[b + 1] = end if end < nnz else nnz
+            plan.row_offsets[b + 1] = end if end < nnz else nnz
         if tid == 0:
-            plan.mCounts[int(Count.NNZ)] = nnz
+            plan.counts[int(Count.NNZ)] = nnz
     fill_entries(mTable, mSeqLens, plan, scratch, problem, sEnds, nnz)
 
 
 @cute.jit
 def is_active(plan: Plan, scratch: Scratch, row: Int32):
     """Whether the sequence takes part: it has queries and nothing is wrong with it."""
-    queries = plan.mQOffsets[row + 1] - plan.mQOffsets[row]
-    faults = scratch.mRows[Rows.FAULTS, row] + scratch.mRows[Rows.PAGE_FAULT, row]
+    queries = plan.q_offsets[row + 1] - plan.q_offsets[row]
+    faults = scratch.rows[Rows.FAULTS, row] + scratch.rows[Rows.PAGE_FAULT, row]
     return queries > 0 and faults == 0

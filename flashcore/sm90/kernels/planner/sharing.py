@@ -11,6 +11,9 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
 from flashcore.contract.counts import Count, Stat
+from flashcore.contract.operands import PlannerMemory as Scratch
+from flashcore.contract.operands import PlannerProblem as Problem
+from flashcore.contract.operands import PlannerResult as Plan
 from flashcore.contract.scratch import SCAN_THREADS, UNUSED, Slots, Tiles
 from flashcore.contract.scratch import Entries as E
 from flashcore.contract.scratch import Groups as G
@@ -23,7 +26,6 @@ from flashcore.sm90.kernels.planner.block import (
     warp_sum,
 )
 from flashcore.sm90.kernels.planner.layout import is_active
-from flashcore.sm90.kernels.planner.operands import Plan, Problem, Scratch
 from flashcore.sm90.kernels.planner.owners import chunk_owner, owner_and_uses
 
 
@@ -31,14 +33,14 @@ from flashcore.sm90.kernels.planner.owners import chunk_owner, owner_and_uses
 def claim_pages(plan: Plan, scratch: Scratch, problem: Problem, chunks: cutlass.Constexpr[bool]):
     """Each entry enters itself in the slot of its page."""
     first, stride = first_and_stride()
-    for e in cutlass.range(first, plan.mCounts[int(Count.NNZ)], stride, unroll=1):
-        scratch.mEntries[E.BROKEN, e] = Int32(0)
+    for e in cutlass.range(first, plan.counts[int(Count.NNZ)], stride, unroll=1):
+        scratch.entries[E.BROKEN, e] = Int32(0)
         if const_expr(chunks):
-            scratch.mEntries[E.DIFFERS, e] = Int32(0)
-            scratch.mEntries[E.CHUNK_USES, e] = Int32(0)
-        if is_active(plan, scratch, scratch.mEntries[E.ROW, e]):
-            tokens = plan.mTokenCounts[e]
-            slot = scratch.mSlots.iterator + plan.mCols[e] * Slots.LINES
+            scratch.entries[E.DIFFERS, e] = Int32(0)
+            scratch.entries[E.CHUNK_USES, e] = Int32(0)
+        if is_active(plan, scratch, scratch.entries[E.ROW, e]):
+            tokens = plan.token_counts[e]
+            slot = scratch.slots.iterator + plan.cols[e] * Slots.LINES
             cute.arch.atomic_min(slot + Slots.FIRST, e, sem="relaxed", scope="gpu")
             cute.arch.atomic_add(slot + Slots.USES, Int32(1), sem="relaxed", scope="gpu")
             cute.arch.atomic_max(slot + Slots.LONGEST, tokens, sem="relaxed", scope="gpu")
@@ -60,8 +62,8 @@ def mark_breaks(
     tid, _, _ = cute.arch.thread_idx()
     first, stride = first_and_stride()
     unique = Int64(0)
-    for e in cutlass.range(first, plan.mCounts[int(Count.NNZ)], stride, unroll=1):
-        row = scratch.mEntries[E.ROW, e]
+    for e in cutlass.range(first, plan.counts[int(Count.NNZ)], stride, unroll=1):
+        row = scratch.entries[E.ROW, e]
         owner, uses = Int32(-1), Int32(0)
         if is_active(plan, scratch, row):
             owner, uses, tokens = owner_and_uses(plan, scratch, e)
@@ -69,17 +71,17 @@ def mark_breaks(
             if const_expr(chunks):
                 owner, uses = chunk_owner(plan, scratch, problem, row, e)
             linked = Int32(0)
-            if e + 1 < plan.mRowOffsets[row + 1]:
+            if e + 1 < plan.row_offsets[row + 1]:
                 next_owner, next_uses, _ = owner_and_uses(plan, scratch, e + 1)
                 if const_expr(chunks):
                     next_owner, next_uses = chunk_owner(plan, scratch, problem, row, e + 1)
-                full = plan.mTokenCounts[e] == problem.page_tokens
+                full = plan.token_counts[e] == problem.page_tokens
                 if full and next_uses == uses and next_owner == owner + 1:
                     linked = Int32(1)
-                scratch.mEntries[E.PREVIOUS, e + 1] = owner
+                scratch.entries[E.PREVIOUS, e + 1] = owner
             if linked == 0:
-                scratch.mEntries[E.BROKEN, owner] = Int32(1)
-        scratch.mEntries[E.OWNER, e] = owner
+                scratch.entries[E.BROKEN, owner] = Int32(1)
+        scratch.entries[E.OWNER, e] = owner
     lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
     unique = warp_sum(unique)
     if lane == 0:
@@ -89,7 +91,7 @@ def mark_breaks(
         for w in cutlass.range_constexpr(1, const_expr(ENTRY_THREADS // 32)):
             unique = unique + wide[w]
         if unique > 0:
-            at = plan.mStats.iterator + int(Stat.TOKENS_UNIQUE)
+            at = plan.stats.iterator + int(Stat.TOKENS_UNIQUE)
             cute.arch.atomic_add(at, unique, sem="relaxed", scope="gpu")
 
 
@@ -101,11 +103,11 @@ def begins_segment(scratch: Scratch, e: Int32, nnz: Int32):
     """
     segment, group = Int32(0), Int32(0)
     if e < nnz:
-        owner, previous = scratch.mEntries[E.OWNER, e], scratch.mEntries[E.PREVIOUS, e]
+        owner, previous = scratch.entries[E.OWNER, e], scratch.entries[E.PREVIOUS, e]
         if owner >= 0:
             segment = Int32(1)
             if previous >= 0:
-                segment = scratch.mEntries[E.BROKEN, previous]
+                segment = scratch.entries[E.BROKEN, previous]
             if segment == 1 and owner == e:
                 group = Int32(1)
     return segment, group
@@ -122,7 +124,7 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     grid, _, _ = cute.arch.grid_dim()
-    nnz = plan.mCounts[int(Count.NNZ)]
+    nnz = plan.counts[int(Count.NNZ)]
     stretch = cute.ceil_div(cute.ceil_div(nnz, grid), GROUP_THREADS) * GROUP_THREADS
     begin = bid * stretch
     segment, group = begins_segment(scratch, begin + tid, nnz)
@@ -134,8 +136,8 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
         all_segments, all_groups = all_segments + more[0], all_groups + more[1]
     segments_before, groups_before = exchange_counts(scratch, all_segments, all_groups, sums)
     if bid == grid - 1 and tid == 0:
-        plan.mCounts[int(Count.SEGMENTS)] = segments_before + all_segments
-        plan.mCounts[int(Count.FOUND)] = groups_before + all_groups
+        plan.counts[int(Count.SEGMENTS)] = segments_before + all_segments
+        plan.counts[int(Count.FOUND)] = groups_before + all_groups
     s, g, tile_segments, tile_groups = places[0], places[1], totals[0], totals[1]
     for offset in cutlass.range(0, stretch, GROUP_THREADS, unroll=1):
         e = begin + offset + tid
@@ -143,13 +145,13 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
             segment, group = begins_segment(scratch, e, nnz)
             places, totals = block_counts((segment, group), sums)
             s, g, tile_segments, tile_groups = places[0], places[1], totals[0], totals[1]
-        there = segments_before + s < plan.mMemberRows.shape[0]
+        there = segments_before + s < plan.member_rows.shape[0]
         if segment == 1 and there:
-            scratch.mSegments[S.ENTRY, segments_before + s] = e
-            scratch.mSegments[S.ROW, segments_before + s] = scratch.mEntries[E.ROW, e]
-            scratch.mSegments[S.OWNER, segments_before + s] = scratch.mEntries[E.OWNER, e]
+            scratch.segments[S.ENTRY, segments_before + s] = e
+            scratch.segments[S.ROW, segments_before + s] = scratch.entries[E.ROW, e]
+            scratch.segments[S.OWNER, segments_before + s] = scratch.entries[E.OWNER, e]
         if group == 1 and there:
-            scratch.mEntries[E.GROUP, e] = groups_before + g
+            scratch.entries[E.GROUP, e] = groups_before + g
             clear_group(scratch, groups_before + g)
         if e < nnz:
             release_page(plan, scratch, e)
@@ -160,7 +162,7 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
 @cute.jit
 def next_stamp(scratch: Scratch):
     """The stamp of this update."""
-    return scratch.mTiles[Tiles.CUT, Tiles.STAMP].to(Int32) + 1
+    return scratch.tiles[Tiles.CUT, Tiles.STAMP].to(Int32) + 1
 
 
 @cute.jit
@@ -169,7 +171,7 @@ def exchange_counts(scratch: Scratch, segments: Int32, groups: Int32, sums: cute
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     stamp = next_stamp(scratch)
-    tiles = scratch.mTiles.iterator
+    tiles = scratch.tiles.iterator
     if tid == 0:
         publish_count(tiles + Tiles.SEGMENTS * SCAN_THREADS + bid, stamp, segments)
         publish_count(tiles + Tiles.GROUPS * SCAN_THREADS + bid, stamp, groups)
@@ -206,7 +208,7 @@ def release_page(plan: Plan, scratch: Scratch, e: Int32):
     words = cute.make_rmem_tensor(const_expr(Slots.LINES), Int32)
     words.fill(0)
     words[Slots.FIRST] = Int32(UNUSED)
-    at = (scratch.mSlots.iterator + plan.mCols[e] * Slots.LINES).align(16)
+    at = (scratch.slots.iterator + plan.cols[e] * Slots.LINES).align(16)
     cute.autovec_copy(words, cute.make_tensor(at, cute.make_layout(Slots.LINES)))
 
 
@@ -215,6 +217,6 @@ def clear_group(scratch: Scratch, g: Int32):
     """Start values of what the next step adds up."""
     for line in cutlass.range_constexpr(G.LINES):
         if const_expr(line in G.ZEROED):
-            scratch.mFound[line, g] = Int32(0)
-    scratch.mFound[G.LOW, g] = Int32(UNUSED)
-    scratch.mFound[G.HIGH, g] = Int32(-1)
+            scratch.found[line, g] = Int32(0)
+    scratch.found[G.LOW, g] = Int32(UNUSED)
+    scratch.found[G.HIGH, g] = Int32(-1)

@@ -12,6 +12,9 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
 from flashcore.contract.counts import Count, Fault, Seen, Stat
+from flashcore.contract.operands import PlannerMemory as Scratch
+from flashcore.contract.operands import PlannerProblem as Problem
+from flashcore.contract.operands import PlannerResult as Plan
 from flashcore.contract.scratch import Entries as E
 from flashcore.contract.scratch import Groups as G
 from flashcore.contract.scratch import Rows, Sort
@@ -36,7 +39,6 @@ from flashcore.sm90.kernels.planner.block import (
 )
 from flashcore.sm90.kernels.planner.groups import queries_of, row_blocks
 from flashcore.sm90.kernels.planner.layout import is_active
-from flashcore.sm90.kernels.planner.operands import Plan, Problem, Scratch
 from flashcore.sm90.kernels.planner.owners import chunk_pages
 
 # What some group is, in `split_share`.
@@ -50,8 +52,8 @@ def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared)
     tid, _, _ = cute.arch.thread_idx()
     total = Int64(0)
     for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
-        blocks = row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)])
-        total = total + Int64(plan.mGroups[h, int(Group.NUM_TOKENS)]) * Int64(token_cost(blocks))
+        blocks = row_blocks(problem, plan.groups[h, int(Group.NUM_Q)])
+        total = total + Int64(plan.groups[h, int(Group.NUM_TOKENS)]) * Int64(token_cost(blocks))
     total = block_sum(total, shared.wide) * Int64(problem.kv_heads)
     workers, found = Int64(problem.num_workers), Int32(0)
     first = run_cost(plan, problem, Int32(0))
@@ -83,9 +85,9 @@ def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared)
 def run_cost(plan: Plan, problem: Problem, h: Int32):
     """`split.run_cost` of one item of a group, 0 past the last group."""
     cost = Int64(0)
-    blocks = Int64(row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)]))
+    blocks = Int64(row_blocks(problem, plan.groups[h, int(Group.NUM_Q)]))
     if blocks > 0:
-        tokens = Int64(plan.mGroups[h, int(Group.NUM_TOKENS)])
+        tokens = Int64(plan.groups[h, int(Group.NUM_TOKENS)])
         cost = tokens * token_cost(blocks) // blocks
     return cost
 
@@ -104,8 +106,8 @@ def cut_groups(
     gathered, partials, items = Int64(0), Int64(0), Int64(0)
     for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
         pages, queries = (
-            Int64(plan.mGroups[h, int(Group.NUM_ENTRIES)]),
-            plan.mGroups[h, int(Group.NUM_Q)],
+            Int64(plan.groups[h, int(Group.NUM_ENTRIES)]),
+            plan.groups[h, int(Group.NUM_Q)],
         )
         blocks = Int64(row_blocks(problem, queries))
         per_split = pages
@@ -117,11 +119,11 @@ def cut_groups(
             per_split = (pages + splits - 1) // splits
             per_split = (per_split + unit - 1) // unit * unit
         if const_expr(chunks):
-            row = scratch.mEntries[E.ROW, plan.mGroups[h, int(Group.ENTRY)]]
+            row = scratch.entries[E.ROW, plan.groups[h, int(Group.ENTRY)]]
             per_split = min(pages, Int64(chunk_pages(plan, problem, row)))
-        plan.mGroups[h, int(Group.SPLIT_ENTRIES)] = per_split.to(Int32)
+        plan.groups[h, int(Group.SPLIT_ENTRIES)] = per_split.to(Int32)
         splits = (pages + per_split - 1) // per_split
-        plan.mGroups[h, int(Group.NUM_SPLITS)] = splits.to(Int32)
+        plan.groups[h, int(Group.NUM_SPLITS)] = splits.to(Int32)
         gathered = gathered + Int64(queries)
         if is_direct(plan, scratch, h) == 0:
             partials = partials + splits * Int64(queries)
@@ -134,7 +136,7 @@ def cut_groups(
 def find_company(scratch: Scratch, num_kept: Int32):
     """Mark groups with a member whose row has other segments: their results are merged."""
     tid, _, _ = cute.arch.thread_idx()
-    segments = scratch.mSegments
+    segments = scratch.segments
     for k in cutlass.range(tid, num_kept, GROUP_THREADS, unroll=1):
         row = segments[S.KEPT_ROW, k]
         company = Int32(0)
@@ -145,14 +147,14 @@ def find_company(scratch: Scratch, num_kept: Int32):
             if segments[S.KEPT_ROW, k + 1] == row:
                 company = Int32(1)
         if company == 1:
-            scratch.mFound[G.MERGED, segments[S.KEPT_GROUP, k]] = Int32(1)
+            scratch.found[G.MERGED, segments[S.KEPT_GROUP, k]] = Int32(1)
 
 
 @cute.jit
 def is_direct(plan: Plan, scratch: Scratch, h: Int32):
     """Whether a group's results are all there is to its query tokens: 0 or 1."""
     direct = Int32(0)
-    if plan.mGroups[h, int(Group.NUM_SPLITS)] == 1 and scratch.mFound[G.MERGED, h] == 0:
+    if plan.groups[h, int(Group.NUM_SPLITS)] == 1 and scratch.found[G.MERGED, h] == 0:
         direct = Int32(1)
     return direct
 
@@ -163,7 +165,7 @@ def tokens_read(plan: Plan, num_groups: Int32):
     tid, _, _ = cute.arch.thread_idx()
     tokens = Int64(0)
     for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
-        tokens = tokens + Int64(plan.mGroups[h, int(Group.NUM_TOKENS)])
+        tokens = tokens + Int64(plan.groups[h, int(Group.NUM_TOKENS)])
     return tokens
 
 
@@ -182,24 +184,24 @@ def place_groups(
         h = base + tid
         members, queries, partial, direct = Int32(0), Int32(0), Int32(0), Int32(0)
         if h < num_groups:
-            members = plan.mMemberOffsets[h]
-            queries = plan.mGroups[h, int(Group.NUM_Q)]
-            splits = plan.mGroups[h, int(Group.NUM_SPLITS)]
+            members = plan.member_offsets[h]
+            queries = plan.groups[h, int(Group.NUM_Q)]
+            splits = plan.groups[h, int(Group.NUM_SPLITS)]
             direct = is_direct(plan, scratch, h)
             if direct == 0:
                 partial = splits * queries
             enter_classes(plan, scratch, problem, h, splits, longest)
         before, totals = block_scans((members, queries, partial), shared.sums)
         if h < num_groups:
-            plan.mMemberOffsets[h] = members_before + before[0]
-            plan.mGroups[h, int(Group.Q_BEGIN)] = queries_before + before[1]
+            plan.member_offsets[h] = members_before + before[0]
+            plan.groups[h, int(Group.Q_BEGIN)] = queries_before + before[1]
             first = partials_before + before[2]
-            plan.mGroups[h, int(Group.PARTIAL)] = first if direct == 0 else Int32(DIRECT)
+            plan.groups[h, int(Group.PARTIAL)] = first if direct == 0 else Int32(DIRECT)
         members_before = members_before + totals[0]
         queries_before = queries_before + totals[1]
         partials_before = partials_before + totals[2]
     if tid == 0:
-        plan.mMemberOffsets[num_groups] = members_before
+        plan.member_offsets[num_groups] = members_before
     cute.arch.sync_threads()
 
 
@@ -210,20 +212,20 @@ def enter_classes(
     """Two classes of work items, to be sorted longest first: class 2 h, the splits of group h but
     the last, and class 2 h + 1, its last split. Items of a class have one length and stay together.
     """
-    full = plan.mGroups[h, int(Group.SPLIT_ENTRIES)] * problem.page_tokens
-    last = plan.mGroups[h, int(Group.NUM_TOKENS)] - (splits - 1) * full
+    full = plan.groups[h, int(Group.SPLIT_ENTRIES)] * problem.page_tokens
+    last = plan.groups[h, int(Group.NUM_TOKENS)] - (splits - 1) * full
     full = full if splits > 1 else last
     weight = order_weight(plan, problem, h)
-    scratch.mClasses[Sort.KEY, 2 * h] = longest - weight * full
-    scratch.mClasses[Sort.VALUE, 2 * h] = 2 * h
-    scratch.mClasses[Sort.KEY, 2 * h + 1] = longest - weight * last
-    scratch.mClasses[Sort.VALUE, 2 * h + 1] = 2 * h + 1
+    scratch.classes[Sort.KEY, 2 * h] = longest - weight * full
+    scratch.classes[Sort.VALUE, 2 * h] = 2 * h
+    scratch.classes[Sort.KEY, 2 * h + 1] = longest - weight * last
+    scratch.classes[Sort.VALUE, 2 * h + 1] = 2 * h + 1
 
 
 @cute.jit
 def order_weight(plan: Plan, problem: Problem, h: Int32):
     """How often a token of this group's items counts in the order of the work list."""
-    blocks = row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)])
+    blocks = row_blocks(problem, plan.groups[h, int(Group.NUM_Q)])
     return Int32(LONGEST_FIRST) if blocks > 1 else Int32(1)
 
 
@@ -234,9 +236,9 @@ def run_lengths(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared)
     tid, _, _ = cute.arch.thread_idx()
     longest, shortest = Int32(0), Int32(2**31 - 1)
     for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
-        full = plan.mGroups[h, int(Group.SPLIT_ENTRIES)] * problem.page_tokens
-        splits = plan.mGroups[h, int(Group.NUM_SPLITS)]
-        last = plan.mGroups[h, int(Group.NUM_TOKENS)] - (splits - 1) * full
+        full = plan.groups[h, int(Group.SPLIT_ENTRIES)] * problem.page_tokens
+        splits = plan.groups[h, int(Group.NUM_SPLITS)]
+        last = plan.groups[h, int(Group.NUM_TOKENS)] - (splits - 1) * full
         weight = order_weight(plan, problem, h)
         longest, shortest = max(longest, weight * full), min(shortest, weight * last)
     found = block_reduce((longest, shortest), ("max", "min"), shared.sums)
@@ -251,20 +253,20 @@ def place_classes(
     """Sort the classes, whose keys are at most `largest`; first work item of each. Returns the
     buffer they are in."""
     tid, _, _ = cute.arch.thread_idx()
-    buffer = sort_pairs(scratch.mClasses, 2 * num_groups, largest, shared)
+    buffer = sort_pairs(scratch.classes, 2 * num_groups, largest, shared)
     items_before = Int32(0)
     for base in cutlass.range(0, 2 * num_groups, GROUP_THREADS, unroll=1):
         i = base + tid
         items = Int32(0)
         if i < 2 * num_groups:
-            which = scratch.mClasses[2 * buffer + Sort.VALUE, i]
+            which = scratch.classes[2 * buffer + Sort.VALUE, i]
             h = which >> 1
-            splits = plan.mGroups[h, int(Group.NUM_SPLITS)]
-            blocks = row_blocks(problem, plan.mGroups[h, int(Group.NUM_Q)])
+            splits = plan.groups[h, int(Group.NUM_SPLITS)]
+            blocks = row_blocks(problem, plan.groups[h, int(Group.NUM_Q)])
             items = (Int32(1) if (which & 1) == 1 else splits - 1) * blocks * problem.kv_heads
         begin, all_items = block_scan(items, shared.sums)
         if i < 2 * num_groups:
-            scratch.mClasses[Sort.ITEM_BEGIN, i] = items_before + begin
+            scratch.classes[Sort.ITEM_BEGIN, i] = items_before + begin
         items_before = items_before + all_items
     cute.arch.sync_threads()
     return buffer
@@ -275,27 +277,27 @@ def place_members(plan: Plan, scratch: Scratch, num_kept: Int32, num_groups: Int
     """Members in the order of groups, within a group in that of segments; their first gathered
     tokens."""
     tid, _, _ = cute.arch.thread_idx()
-    segments = scratch.mSegments
+    segments = scratch.segments
     for k in cutlass.range(tid, num_kept, GROUP_THREADS, unroll=1):
-        scratch.mMembers[Sort.KEY, k] = segments[S.KEPT_GROUP, k]
-        scratch.mMembers[Sort.VALUE, k] = k
+        scratch.members[Sort.KEY, k] = segments[S.KEPT_GROUP, k]
+        scratch.members[Sort.VALUE, k] = k
     cute.arch.sync_threads()
     largest = num_groups - 1 if num_groups > 0 else Int32(0)
-    buffer = sort_pairs(scratch.mMembers, num_kept, largest, shared)
+    buffer = sort_pairs(scratch.members, num_kept, largest, shared)
     queries_before = Int32(0)
     for base in cutlass.range(0, num_kept, GROUP_THREADS, unroll=1):
         i = base + tid
         k, row, queries = Int32(0), Int32(0), Int32(0)
         if i < num_kept:
-            k = scratch.mMembers[2 * buffer + Sort.VALUE, i]
+            k = scratch.members[2 * buffer + Sort.VALUE, i]
             row = segments[S.KEPT_ROW, k]
             queries = queries_of(plan, row)
         begin, all_queries = block_scan(queries, shared.sums)
         if i < num_kept:
             segments[S.Q_BEGIN, k] = queries_before + begin
             segments[S.MEMBER_BEGIN, i] = queries_before + begin
-            plan.mMemberRows[i] = row
-            plan.mMemberStarts[i] = segments[S.KEPT_START, k]
+            plan.member_rows[i] = row
+            plan.member_starts[i] = segments[S.KEPT_START, k]
         queries_before = queries_before + all_queries
     cute.arch.sync_threads()
 
@@ -304,14 +306,14 @@ def place_members(plan: Plan, scratch: Scratch, num_kept: Int32, num_groups: Int
 def place_splits(plan: Plan, scratch: Scratch, num_kept: Int32, shared: Shared):
     """Splits before each segment, and the stretch of segments of each row; how many splits."""
     tid, _, _ = cute.arch.thread_idx()
-    segments, rows = scratch.mSegments, scratch.mRows
+    segments, rows = scratch.segments, scratch.rows
     splits_before = Int32(0)
     for base in cutlass.range(0, num_kept, GROUP_THREADS, unroll=1):
         k = base + tid
         splits, row = Int32(0), Int32(0)
         if k < num_kept:
             row = segments[S.KEPT_ROW, k]
-            splits = plan.mGroups[segments[S.KEPT_GROUP, k], int(Group.NUM_SPLITS)]
+            splits = plan.groups[segments[S.KEPT_GROUP, k], int(Group.NUM_SPLITS)]
             before, after = Int32(-1), Int32(-1)
             if k > 0:
                 before = segments[S.KEPT_ROW, k - 1]
@@ -337,7 +339,7 @@ def place_lists(
     """Length of each sequence's merge lists and where they begin; sequences with a fault get lists
     of one element. Returns the elements of all lists, the longest query, and all faults."""
     tid, _, _ = cute.arch.thread_idx()
-    rows = scratch.mRows
+    rows = scratch.rows
     elements_before, longest, faults = Int32(0), Int32(0), Int32(0)
     for base in cutlass.range(0, batch, GROUP_THREADS, unroll=1):
         b = base + tid
@@ -353,8 +355,8 @@ def place_lists(
             elif end > first:
                 after = num_splits
                 if end < num_kept:
-                    after = scratch.mSegments[S.SPLITS_BEFORE, end]
-                length = after - scratch.mSegments[S.SPLITS_BEFORE, first]
+                    after = scratch.segments[S.SPLITS_BEFORE, end]
+                length = after - scratch.segments[S.SPLITS_BEFORE, first]
             elements = length * queries
         begin, all_elements = block_scan(elements, shared.sums)
         if b < batch:
@@ -370,7 +372,7 @@ def close_row(
     plan: Plan, scratch: Scratch, problem: Problem, b: Int32, queries: Int32, failed: Int32
 ):
     """Write what is wrong with a sequence, and leave PAGE_FAULT as the next update wants it."""
-    rows = scratch.mRows
+    rows = scratch.rows
     fault = rows[Rows.FAULTS, b]
     if rows[Rows.PAGE_FAULT, b] != 0:
         fault = fault | int(Fault.PAGE)
@@ -378,10 +380,10 @@ def close_row(
     if failed != 0 and queries > 0:
         fault = fault | int(Fault.PLAN)
     if fault != 0:
-        plan.mKvLens[b] = Int32(0)
+        plan.kv_lens[b] = Int32(0)
         if problem.seen != 0:
             seen_words(problem)[int(Seen.SEQUENCE)] = b
-    plan.mBad[b] = fault
+    plan.bad[b] = fault
     return fault
 
 
@@ -397,13 +399,13 @@ def clear_rows(plan: Plan, scratch: Scratch, batch: Int32):
     """No sequence has segments yet. Returns KV tokens of this thread's sequences that take part, in
     64 bits."""
     tid, _, _ = cute.arch.thread_idx()
-    rows = scratch.mRows
+    rows = scratch.rows
     tokens = Int64(0)
     for b in cutlass.range(tid, batch, GROUP_THREADS, unroll=1):
         rows[Rows.FIRST_SEGMENT, b] = Int32(0)
         rows[Rows.END_SEGMENT, b] = Int32(0)
         if is_active(plan, scratch, b):
-            tokens = tokens + Int64(plan.mKvLens[b])
+            tokens = tokens + Int64(plan.kv_lens[b])
     return tokens
 
 
@@ -425,21 +427,21 @@ def cut(
         plan, scratch, problem, num_groups, share, shared, chunks
     )
     fits = Int32(1)
-    if plan.mCounts[int(Count.SEGMENTS)] > plan.mMemberRows.shape[0]:
+    if plan.counts[int(Count.SEGMENTS)] > plan.member_rows.shape[0]:
         fits = Int32(0)
-    if gathered > Int64(plan.mQTokens.shape[0]) or items > Int64(plan.mWork.shape[0]):
+    if gathered > Int64(plan.q_tokens.shape[0]) or items > Int64(plan.work.shape[0]):
         fits = Int32(0)
     # Merge lists have at most one element besides for each query token, and room for it.
-    if partials > Int64(plan.mMerge.shape[0]) - Int64(plan.mQIndex.shape[0]):
+    if partials > Int64(plan.merge_partials.shape[0]) - Int64(plan.q_index.shape[0]):
         fits = Int32(0)
     if tid == 0:
         there = Int64(fits)
-        plan.mCounts[int(Count.GROUPS)] = num_groups
-        plan.mCounts[int(Count.MEMBERS)] = num_kept
-        plan.mCounts[int(Count.GATHERED)] = (gathered * there).to(Int32)
-        plan.mCounts[int(Count.PARTIALS)] = (partials * there).to(Int32)
-        plan.mCounts[int(Count.ITEMS)] = (items * there).to(Int32)
-        plan.mCounts[int(Count.FITS)] = fits
+        plan.counts[int(Count.GROUPS)] = num_groups
+        plan.counts[int(Count.MEMBERS)] = num_kept
+        plan.counts[int(Count.GATHERED)] = (gathered * there).to(Int32)
+        plan.counts[int(Count.PARTIALS)] = (partials * there).to(Int32)
+        plan.counts[int(Count.ITEMS)] = (items * there).to(Int32)
+        plan.counts[int(Count.FITS)] = fits
     return fits
 
 
@@ -451,7 +453,7 @@ def place_items(plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int3
     place_groups(plan, scratch, num_groups, longest, problem, shared)
     buffer = place_classes(plan, scratch, problem, num_groups, longest - shortest, shared)
     if tid == 0:
-        plan.mCounts[int(Count.CLASSES)] = buffer
+        plan.counts[int(Count.CLASSES)] = buffer
 
 
 @cute.jit
@@ -465,7 +467,7 @@ def place_results(
     mine = (clear_rows(plan, scratch, batch), tokens_read(plan, num_groups))
     tokens = block_sums(mine, shared.wide)
     num_splits = place_splits(plan, scratch, num_kept, shared)
-    fits = plan.mCounts[int(Count.FITS)]
+    fits = plan.counts[int(Count.FITS)]
     merge, longest, faults = place_lists(
         plan, scratch, problem, batch, num_kept, num_splits, 1 - fits, shared
     )
@@ -475,12 +477,12 @@ def place_results(
         seen[int(Seen.FAULTS)] = seen[int(Seen.FAULTS)] | faults
     if tid == 0:
         kept = Int64(fits)
-        counts = plan.mCounts
-        counts[int(Count.TOTAL_Q)] = plan.mQOffsets[batch]
+        counts = plan.counts
+        counts[int(Count.TOTAL_Q)] = plan.q_offsets[batch]
         counts[int(Count.MERGE)] = merge
         counts[int(Count.MAX_Q_LEN)] = longest
         counts[int(Count.FAULTS)] = faults
-        stats = plan.mStats
+        stats = plan.stats
         stats[int(Stat.TOKENS_UNIQUE)] = stats[int(Stat.TOKENS_UNIQUE)] * kept
         stats[int(Stat.TOKENS_ONCE)] = tokens[1] * kept
         stats[int(Stat.TOKENS_PER_SEQUENCE)] = tokens[0] * kept

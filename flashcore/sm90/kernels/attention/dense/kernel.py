@@ -36,11 +36,7 @@ from flashcore.sm90.kernels.attention.parts.softmax import (
     rescale,
     soft_cap,
 )
-
-try:
-    from cutlass.memory import SmemAllocator
-except ImportError:  # before 4.8
-    from cutlass.utils import SmemAllocator
+from flashcore.sm90.kernels.dsl import SmemAllocator
 
 
 class DenseAttention:
@@ -58,15 +54,15 @@ class DenseAttention:
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,  # (batch, seqlen_q, heads, dim), varlen: (total_q, heads, dim)
-        mK: cute.Tensor,  # (batch, seqlen_k, kv_heads, dim), varlen: (total_k, kv_heads, dim)
-        mV: cute.Tensor,  # as mK
-        mO: cute.Tensor,  # as mQ
-        mLSE: cute.Tensor | None,  # fp32 (batch, seqlen_q, heads), varlen: (total_q, heads)
-        mCuQ: cute.Tensor | None,  # int32 (batch + 1,)
-        mCuK: cute.Tensor | None,
-        mSinks: cute.Tensor | None,  # fp32 (heads,)
-        mCounter: cute.Tensor | None,  # int32 (2,), zero before and after every launch
+        q: cute.Tensor,  # these as in `contract.operands.Dense`
+        k: cute.Tensor,
+        v: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor | None,
+        cu_seqlens_q: cute.Tensor | None,
+        cu_seqlens_k: cute.Tensor | None,
+        sinks: cute.Tensor | None,
+        counter: cute.Tensor | None,
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -78,9 +74,9 @@ class DenseAttention:
         c = self.config
         sQ_l = matmul.smem_layout(self.dtype, c.tile_m, c.head_dim, c.q_stages)
         sKV_l = matmul.smem_layout(self.dtype, c.tile_n, c.head_dim, c.stages)
-        tma_q, gQ = loads.query_copy(c, loads.query_view(c, mQ), sQ_l)
-        tma_k, gK = loads.key_copy(c, loads.key_view(c, mK), sKV_l)
-        tma_v, gV = loads.key_copy(c, loads.key_view(c, mV), sKV_l)
+        tma_q, gQ = loads.query_copy(c, loads.query_view(c, q), sQ_l)
+        tma_k, gK = loads.key_copy(c, loads.key_view(c, k), sKV_l)
+        tma_v, gV = loads.key_copy(c, loads.key_view(c, v), sKV_l)
         mma_qk = matmul.qk_product(self.dtype, self.warpgroups, c.tile_n)
         mma_pv = matmul.pv_product(self.dtype, self.warpgroups, c.head_dim)
 
@@ -98,13 +94,13 @@ class DenseAttention:
         assert Storage.size_in_bytes() <= SMEM_BYTES_PER_SM90_CTA
         self.Storage = Storage
 
-        heads_q, heads_kv = mQ.shape[-2], mK.shape[-2]
+        heads_q, heads_kv = q.shape[-2], k.shape[-2]
         if const_expr(c.varlen):
-            batch = mCuQ.shape[0] - 1
-            seqlen_q, seqlen_k, total_k = max_seqlen_q, Int32(0), mK.shape[0]
+            batch = cu_seqlens_q.shape[0] - 1
+            seqlen_q, seqlen_k, total_k = max_seqlen_q, Int32(0), k.shape[0]
         else:
-            batch = mQ.shape[0]
-            seqlen_q, seqlen_k, total_k = mQ.shape[1], mK.shape[1], Int32(0)
+            batch = q.shape[0]
+            seqlen_q, seqlen_k, total_k = q.shape[1], k.shape[1], Int32(0)
         m_blocks = cute.ceil_div(seqlen_q * c.pack_gqa, c.tile_m)
         m_blocks = cute.ceil_div(m_blocks, c.cluster_m) * c.cluster_m
         extent = Extent(
@@ -116,7 +112,7 @@ class DenseAttention:
             total_k=Int32(total_k),
         )
         self.kernel(
-            tma_q, gQ, tma_k, gK, tma_v, gV, mO, mLSE, mCuQ, mCuK, mSinks, mCounter,
+            tma_q, gQ, tma_k, gK, tma_v, gV, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, counter,
             extent, Int32(heads_q // heads_kv), softmax_scale, softcap, window_left, window_right,
             sQ_l, sKV_l, mma_qk, mma_pv,
         ).launch(

@@ -1,7 +1,7 @@
 """The persistent tile loop: one warp picks tiles and publishes them to loaders and consumers.
 
 Static order: CTA c takes tiles c, c + grid, ... Dynamic order: an atomic counter hands out tiles,
-longest first; the last CTA to finish zeroes the counter again, so a launch needs no memset.
+longest first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
 from flashcore.sm90.config.dense import DenseConfig
+from flashcore.sm90.kernels.attention.parts import counter
 from flashcore.sm90.kernels.attention.parts.pipelines import producer_state
 
 SLOTS = 1  # tiles published ahead; two spoil longest-first: 0.94 against 1.12 of FA3 (hd 256)
@@ -107,7 +108,8 @@ def schedule(
             m_block = words[0]
         publish(slots, state, words)
         state.advance()
-    reset_counter(config, mCounter)
+    if const_expr(config.dynamic):
+        counter.reset(mCounter)
 
 
 @cute.jit
@@ -121,24 +123,8 @@ def next_index(config: cutlass.Constexpr[DenseConfig], index: Int32, mCounter):
         if const_expr(not config.dynamic):
             index += grid
         else:
-            if cute.arch.lane_idx() == 0:
-                index = grid + cute.arch.atomic_add(
-                    mCounter.iterator, Int32(1), sem="relaxed", scope="gpu"
-                )
-            index = cute.arch.shuffle_sync(index, 0)
+            index = counter.draw(index, mCounter)
     return index
-
-
-@cute.jit
-def reset_counter(config: cutlass.Constexpr[DenseConfig], mCounter):
-    """The last CTA that has drawn its final tile leaves both counters at zero."""
-    if const_expr(config.dynamic):
-        grid, _, _ = cute.arch.grid_dim()
-        if cute.arch.lane_idx() == 0:
-            done = cute.arch.atomic_add(mCounter.iterator + 1, Int32(1), sem="acq_rel", scope="gpu")
-            if done == grid - 1:
-                mCounter[0] = Int32(0)
-                mCounter[1] = Int32(0)
 
 
 @cute.jit

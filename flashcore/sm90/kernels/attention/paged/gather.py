@@ -20,10 +20,11 @@ from flashcore.contract.work import Work
 from flashcore.sm90.config.paged import PagedConfig
 from flashcore.sm90.kernels.attention.paged import work_loop
 from flashcore.sm90.kernels.attention.paged.intervals import Bounds, measure_item
+from flashcore.sm90.kernels.attention.paged.operands import Operands
 from flashcore.sm90.kernels.attention.paged.pages import EVICT_FIRST, VECTOR
 from flashcore.sm90.kernels.attention.paged.work_loop import Item, Slot
+from flashcore.sm90.kernels.attention.parts import counter, pipelines
 from flashcore.sm90.kernels.attention.parts import device_counts as device_plan
-from flashcore.sm90.kernels.attention.parts import pipelines
 
 LANES_PER_ROW = 8
 ROWS_PER_COPY = 4  # of a warp
@@ -206,9 +207,9 @@ def load_items(
     while item.valid >= 0:
         slot_phase ^= 1
         if item.end > item.first:
-            state, skip = load_item(c, mPages, m.mCols, stages, ring, state, item, skip)
+            state, skip = load_item(c, mPages, m.cols, stages, ring, state, item, skip)
         if draws:
-            index = work_loop.next_item(index, m.mCounter)
+            index = counter.draw(index, m.counter)
             publish(c, slot, slot_phase ^ 1, m, window, index, num_items)
         item = work_loop.await_item(slot, slot_phase)
 
@@ -223,7 +224,7 @@ def produce(
     ring_k,
     ring_v,
     slot: Slot,
-    m,  # kernels.paged.Operands
+    m: Operands,
     window: Bounds,
     warp: Int32,
 ):
@@ -242,7 +243,7 @@ def produce(
     cute.arch.cp_async_commit_group()
     cute.arch.cp_async_wait_group(0)
     if warp == 0:
-        work_loop.reset_counter(m.mCounter)
+        counter.reset(m.counter)
 
 
 @cute.jit
@@ -257,9 +258,9 @@ def publish(
 ):
     """Publish item `index` of the work list, or its end."""
     if index < num_items:
-        words = work_loop.work_row(m.mWork, index)
+        words = work_loop.work_row(m.work, index)
         item = measure_item(
-            config, words, Work, m.mPositions, m.mTokens, m.mQIndex, m.mTreePositions, window
+            config, words, Work, m.q_positions, m.q_tokens, m.q_index, m.tree_positions, window
         )
         work_loop.publish_item(slot, phase, item)
     else:

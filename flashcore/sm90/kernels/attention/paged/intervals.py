@@ -9,6 +9,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
 from flashcore.sm90.config.paged import PagedConfig
+from flashcore.sm90.kernels.attention.paged.operands import Operands
 from flashcore.sm90.kernels.attention.paged.work_loop import Item
 
 
@@ -133,6 +134,31 @@ class Rows(NamedTuple):
     high: cute.Tensor
     token: cute.Tensor  # query token
     first_new: cute.Tensor  # key of the tree mask's column 0
+
+
+@cute.jit
+def row_intervals(
+    c: cutlass.Constexpr[PagedConfig],
+    m: Operands,
+    item: Item,
+    window: Bounds,
+    thread_row: Int32,
+) -> Rows:
+    """Intervals of a thread's two rows."""
+    low, high, token, first_new = (cute.make_rmem_tensor(2, Int32) for _ in range(4))
+    for r in cutlass.range_constexpr(2):
+        row = thread_row + 8 * r
+        there = row < item.num_rows
+        gathered = (item.row_begin + (row if there else Int32(0))) // c.group_size
+        position = m.q_positions[gathered] - item.kv_offset
+        token[r] = m.q_tokens[gathered]
+        first_new[r] = Int32(0)
+        if const_expr(c.tree):
+            first_new[r], position = place_in_tree(
+                c, position, token[r], m.q_index, m.tree_positions
+            )
+        low[r], high[r] = row_interval(c, position, first_new[r], item.num_tokens, window)
+    return Rows(low, high, token, first_new)
 
 
 @cute.jit

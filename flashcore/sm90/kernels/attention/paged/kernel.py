@@ -8,8 +8,6 @@ tree's is an interval of keys per row.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
@@ -19,17 +17,18 @@ from flashcore.contract.work import Work
 from flashcore.sm90.config.dense import SMEM_BYTES_PER_SM90_CTA
 from flashcore.sm90.config.paged import PagedConfig, illegal_reason
 from flashcore.sm90.kernels.attention.paged import barriers, gather, nonfinite, pages, work_loop
+from flashcore.sm90.kernels.attention.paged.epilogue import store_rows
 from flashcore.sm90.kernels.attention.paged.intervals import (
     Bounds,
     Rows,
     mask_scores,
     measure_item,
-    place_in_tree,
-    row_interval,
+    row_intervals,
 )
+from flashcore.sm90.kernels.attention.paged.operands import Operands
 from flashcore.sm90.kernels.attention.paged.work_loop import SLOT_WORDS, Item, Slot
+from flashcore.sm90.kernels.attention.parts import counter, matmul, pipelines
 from flashcore.sm90.kernels.attention.parts import device_counts as device_plan
-from flashcore.sm90.kernels.attention.parts import matmul, pipelines
 from flashcore.sm90.kernels.attention.parts.consumer import (
     Fragments,
     Scale,
@@ -37,40 +36,13 @@ from flashcore.sm90.kernels.attention.parts.consumer import (
     here,
     last_product,
 )
-from flashcore.sm90.kernels.attention.parts.epilogue import store_row
 from flashcore.sm90.kernels.attention.parts.softmax import (
     LOG2_E,
-    finalize,
     online_softmax,
-    quad_sum,
     rescale,
     soft_cap,
 )
-
-try:
-    from cutlass.memory import SmemAllocator
-except ImportError:  # before 4.8
-    from cutlass.utils import SmemAllocator
-
-
-class Operands(NamedTuple):
-    """Global tensors of a launch."""
-
-    mQ: cute.Tensor  # (total_q, heads, dim)
-    mO: cute.Tensor  # (total_q, heads, v dim)
-    mLSE: cute.Tensor  # fp32 (total_q, heads)
-    mPartialO: cute.Tensor  # fp32 (partial tokens, heads, v dim)
-    mPartialLSE: cute.Tensor  # fp32 (partial tokens, heads)
-    mCols: cute.Tensor  # int32 (entries,)
-    mWork: cute.Tensor  # int32 (items, FIELDS)
-    mTokens: cute.Tensor  # int32 (gathered,): query token
-    mPositions: cute.Tensor  # int32 (gathered,)
-    mQIndex: cute.Tensor | None  # int32 (total_q,): place in its sequence, for the tree mask
-    mTree: cute.Tensor | None  # uint8 (total_q, width)
-    mTreePositions: cute.Tensor | None  # int32 (total_q,), where a window counts from them
-    mSinks: cute.Tensor | None  # fp32 (heads,)
-    mCounter: cute.Tensor  # int32 (2,), zero before and after every launch
-    mCounts: cute.Tensor | None  # int32 (Count.SIZE,) of a plan made on the device
+from flashcore.sm90.kernels.dsl import SmemAllocator
 
 
 class PagedAttention:
@@ -87,23 +59,23 @@ class PagedAttention:
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mKPages: cute.Tensor,  # (pages, page_tokens, kv_heads, dim)
-        mVPages: cute.Tensor,  # (pages, page_tokens, kv_heads, v dim)
-        mO: cute.Tensor,
-        mLSE: cute.Tensor,
-        mPartialO: cute.Tensor,
-        mPartialLSE: cute.Tensor,
-        mCols: cute.Tensor,
-        mWork: cute.Tensor,
-        mTokens: cute.Tensor,
-        mPositions: cute.Tensor,
-        mQIndex: cute.Tensor | None,
-        mTree: cute.Tensor | None,
-        mTreePositions: cute.Tensor | None,
-        mSinks: cute.Tensor | None,
-        mCounter: cute.Tensor,
-        mCounts: cute.Tensor | None,
+        q: cute.Tensor,  # these as in `contract.operands.Paged`
+        k_pages: cute.Tensor,
+        v_pages: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        partial_out: cute.Tensor,
+        partial_lse: cute.Tensor,
+        cols: cute.Tensor,
+        work: cute.Tensor,
+        q_tokens: cute.Tensor,
+        q_positions: cute.Tensor,
+        q_index: cute.Tensor | None,
+        tree_mask: cute.Tensor | None,
+        tree_positions: cute.Tensor | None,
+        sinks: cute.Tensor | None,
+        counter: cute.Tensor,
+        counts: cute.Tensor | None,
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -116,10 +88,10 @@ class PagedAttention:
         sK_l = matmul.smem_layout(self.dtype, c.tile_n, c.k_columns, c.stages)
         sV_l = matmul.smem_layout(self.dtype, c.tile_n, c.v_columns, c.stages)
         if const_expr(c.kv_load == "tma"):
-            tma_k, gK = pages.page_copy(c, mKPages, sK_l)
-            tma_v, gV = pages.page_copy(c, mVPages, sV_l)
+            tma_k, gK = pages.page_copy(c, k_pages, sK_l)
+            tma_v, gV = pages.page_copy(c, v_pages, sV_l)
         else:
-            tma_k, gK, tma_v, gV = None, mKPages, None, mVPages
+            tma_k, gK, tma_v, gV = None, k_pages, None, v_pages
         mma_qk = matmul.qk_product(self.dtype, self.warpgroups, c.tile_n)
         mma_pv = matmul.pv_product(self.dtype, self.warpgroups, c.v_columns)
 
@@ -136,8 +108,8 @@ class PagedAttention:
         assert Storage.size_in_bytes() <= SMEM_BYTES_PER_SM90_CTA
         self.Storage = Storage
         operands = Operands(
-            mQ, mO, mLSE, mPartialO, mPartialLSE, mCols, mWork, mTokens, mPositions, mQIndex,
-            mTree, mTreePositions, mSinks, mCounter, mCounts,
+            q, out, lse, partial_out, partial_lse, cols, work, q_tokens, q_positions, q_index,
+            tree_mask, tree_positions, sinks, counter, counts,
         )  # fmt: skip
         self.kernel(
             tma_k, gK, tma_v, gV, operands, softmax_scale, softcap,
@@ -175,7 +147,7 @@ class PagedAttention:
                 cpasync.prefetch_descriptor(tma_k)
                 cpasync.prefetch_descriptor(tma_v)
             # The first item is on its way while the barriers are made.
-            words = work_loop.work_row(m.mWork, cute.arch.block_idx()[0])
+            words = work_loop.work_row(m.work, cute.arch.block_idx()[0])
         storage = SmemAllocator().allocate(self.Storage)
         sQ = storage.q.get_tensor(sQ_l.outer, swizzle=sQ_l.inner)
         sK = storage.k.get_tensor(sK_l.outer, swizzle=sK_l.inner)
@@ -267,9 +239,9 @@ class PagedAttention:
             last_entry = entry + (num_tokens - 1) // c.page_tokens
             # On its way while the item is measured: most items begin with their run's last tile.
             guess = (num_tokens - 1) // c.tile_n
-            ids = pages.tile_pages(c, m.mCols, entry, last_entry, guess)
+            ids = pages.tile_pages(c, m.cols, entry, last_entry, guess)
             item = measure_item(
-                c, words, Work, m.mPositions, m.mTokens, m.mQIndex, m.mTreePositions, window
+                c, words, Work, m.q_positions, m.q_tokens, m.q_index, m.tree_positions, window
             )
             work_loop.publish_item(slot, slot_phase, item)
             slot_phase ^= 1
@@ -279,14 +251,14 @@ class PagedAttention:
                 # K runs a tile ahead of V: the consumers need K of tile n - 1 before V of n.
                 last = item.end - 1
                 if last != guess:
-                    ids = pages.tile_pages(c, m.mCols, entry, last_entry, last)
-                ahead = pages.tile_pages(c, m.mCols, entry, last_entry, max(last - 1, 0))
+                    ids = pages.tile_pages(c, m.cols, entry, last_entry, last)
+                ahead = pages.tile_pages(c, m.cols, entry, last_entry, max(last - 1, 0))
                 pages.load_tile(c, k_pages, ids, last, ring_k, k_state)
                 k_state.advance()
                 for i in cutlass.range(last - item.first, unroll=1):
                     n = last - i
                     below = ahead
-                    ahead = pages.tile_pages(c, m.mCols, entry, last_entry, max(n - 2, 0))
+                    ahead = pages.tile_pages(c, m.cols, entry, last_entry, max(n - 2, 0))
                     pages.load_tile(c, k_pages, below, n - 1, ring_k, k_state)
                     k_state.advance()
                     pages.load_tile(c, v_pages, ids, n, ring_v, v_state)
@@ -294,10 +266,10 @@ class PagedAttention:
                     ids = below
                 pages.load_tile(c, v_pages, ids, item.first, ring_v, v_state)
                 v_state.advance()
-            index = work_loop.next_item(index, m.mCounter)
-            work_loop.read_row(m.mWork, min(index, num_items - 1), words)
+            index = counter.draw(index, m.counter)
+            work_loop.read_row(m.work, min(index, num_items - 1), words)
         work_loop.publish_end(slot, slot_phase)
-        work_loop.reset_counter(m.mCounter)
+        counter.reset(m.counter)
         ring_k.producer_tail(k_state)
         ring_v.producer_tail(v_state)
 
@@ -336,7 +308,7 @@ class PagedAttention:
         item = work_loop.await_item(slot, slot_phase)
         while item.valid >= 0:
             slot_phase ^= 1
-            rows = self.row_intervals(m, item, window, thread_row)
+            rows = row_intervals(c, m, item, window, thread_row)
             frag.accO.fill(0.0)
             frag.row_max.fill(-Float32.inf)
             frag.row_sum.fill(0.0)
@@ -374,27 +346,8 @@ class PagedAttention:
                         v_state.advance()
                 last_product(frag, ring_v, v_state)
                 v_state.advance()
-            self.store(frag, m, item, rows, thread_row, lane, scale)
+            store_rows(c, self.dtype, frag, m, item, rows, thread_row, lane, scale)
             item = work_loop.await_item(slot, slot_phase)
-
-    @cute.jit
-    def row_intervals(self, m: Operands, item: Item, window: Bounds, thread_row: Int32) -> Rows:
-        """Intervals of this thread's two rows."""
-        c = self.config
-        low, high, token, first_new = (cute.make_rmem_tensor(2, Int32) for _ in range(4))
-        for r in cutlass.range_constexpr(2):
-            row = thread_row + 8 * r
-            there = row < item.num_rows
-            gathered = (item.row_begin + (row if there else Int32(0))) // c.group_size
-            position = m.mPositions[gathered] - item.kv_offset
-            token[r] = m.mTokens[gathered]
-            first_new[r] = Int32(0)
-            if const_expr(c.tree):
-                first_new[r], position = place_in_tree(
-                    c, position, token[r], m.mQIndex, m.mTreePositions
-                )
-            low[r], high[r] = row_interval(c, position, first_new[r], item.num_tokens, window)
-        return Rows(low, high, token, first_new)
 
     @cute.jit
     def load_queries(self, m: Operands, item: Item, sQ: cute.Tensor, wg: Int32, tid: Int32):
@@ -403,7 +356,7 @@ class PagedAttention:
         if const_expr(self.config.window and self.config.k_columns == 256):
             tid = here(tid)  # no register is left to keep addresses in from item to item
         pages.gather_queries(
-            self.config, m.mQ, m.mTokens, sQ, item.kv_head, item.row_begin, item.num_rows, wg * 64,
+            self.config, m.q, m.q_tokens, sQ, item.kv_head, item.row_begin, item.num_rows, wg * 64,
             tid % 128,
         )  # fmt: skip
         cute.arch.cp_async_commit_group()
@@ -476,7 +429,9 @@ class PagedAttention:
             if all_low > 0 or all_high < c.tile_n:
                 pipelines.await_stage(ring_v, v_state)
                 stage = sV[None, None, v_state.index]
-                nonfinite.clear(c, frag.accO, rows, m.mTree, stage, seen, n * c.tile_n, column, tid)
+                nonfinite.clear(
+                    c, frag.accO, rows, m.tree_mask, stage, seen, n * c.tile_n, column, tid
+                )
         elif begin > 0 or end < c.tile_n:
             pipelines.await_stage(ring_v, v_state)
             pages.clear_rows(c, sV[None, None, v_state.index], begin, end, tid)
@@ -494,48 +449,7 @@ class PagedAttention:
         if const_expr(c.softcap):
             soft_cap(scores, scale.cap_factor)
         if const_expr(masked):
-            mask_scores(c, scores, rows, m.mTree, key)
+            mask_scores(c, scores, rows, m.tree_mask, key)
         return online_softmax(
             scores, frag.row_max, frag.row_sum, frag.alpha, scale.log2, first, c.rescale_log2
         )
-
-    @cute.jit
-    def store(
-        self, frag: Fragments, m: Operands, item: Item, rows: Rows, thread_row: Int32, lane: Int32,
-        scale: Scale,
-    ):  # fmt: skip
-        """Normalise this thread's two rows; write them to the output or to the partial results."""
-        c = self.config
-        out = matmul.acc_rows_cols(frag.accO)
-        columns = const_expr((c.v_head_dim + 31) // 32 * 8)  # of a thread: what `store_row` takes
-        for r in cutlass.range_constexpr(2):
-            row = thread_row + 8 * r
-            packed = item.row_begin + row
-            head = item.kv_head * c.group_size + packed % c.group_size
-            there = row < item.num_rows
-            total = quad_sum(frag.row_sum[r])
-            if item.partial < 0:
-                sink = Float32(0.0)
-                if const_expr(c.sinks):
-                    sink = m.mSinks[head]
-                factor, lse = finalize(frag.row_max[r], total, scale.log2, sink, c.sinks)
-                rO = cute.make_rmem_tensor(columns, self.dtype)
-                for col in cutlass.range_constexpr(columns):
-                    rO[col] = (out[r, col] * factor).to(self.dtype)
-                token = rows.token[r]
-                store_row(cute.recast_tensor(rO, Int32), m.mO[token, head, None], lane % 4, there)
-                if there and lane % 4 == 0:
-                    m.mLSE[token, head] = lse
-            else:
-                factor, lse = finalize(frag.row_max[r], total, scale.log2, Float32(0.0), False)
-                first = item.row_begin // c.group_size
-                partial = item.partial + packed // c.group_size - first
-                if there:
-                    mRow = m.mPartialO[partial, head, None]
-                    for col in cutlass.range_constexpr(0, c.v_head_dim // 4, 2):
-                        pair = cute.make_rmem_tensor(2, Float32)
-                        pair[0], pair[1] = out[r, col] * factor, out[r, col + 1] * factor
-                        at = (mRow.iterator + (4 * col + 2 * (lane % 4))).align(8)
-                        cute.autovec_copy(pair, cute.make_tensor(at, cute.make_layout(2)))
-                    if lane % 4 == 0:
-                        m.mPartialLSE[partial, head] = lse

@@ -63,26 +63,6 @@ def read_row(mWork: cute.Tensor, index: Int32, words: cute.Tensor):
 
 
 @cute.jit
-def next_item(index: Int32, mCounter: cute.Tensor):
-    """The item after `index`: the list is longest first and handed out by a counter."""
-    grid, _, _ = cute.arch.grid_dim()
-    if cute.arch.lane_idx() == 0:
-        index = grid + cute.arch.atomic_add(mCounter.iterator, Int32(1), sem="relaxed", scope="gpu")
-    return cute.arch.shuffle_sync(index, 0)
-
-
-@cute.jit
-def reset_counter(mCounter: cute.Tensor):
-    """The last CTA that has drawn its final item leaves both counters at zero."""
-    grid, _, _ = cute.arch.grid_dim()
-    if cute.arch.lane_idx() == 0:
-        done = cute.arch.atomic_add(mCounter.iterator + 1, Int32(1), sem="acq_rel", scope="gpu")
-        if done == grid - 1:
-            mCounter[0] = Int32(0)
-            mCounter[1] = Int32(0)
-
-
-@cute.jit
 def publish_item(slot: Slot, phase: Int32, item: Item):
     """Write an item once every consumer warp has read the last one."""
     cute.arch.mbarrier_wait(slot.empty, phase)

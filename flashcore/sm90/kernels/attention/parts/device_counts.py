@@ -19,10 +19,10 @@ def plan_fits(mCounts: cute.Tensor, rows: Int32, tree_width: Int32) -> Boolean:
 
 @cute.jit
 def count_items(config: cutlass.Constexpr[PagedConfig], m) -> Int32:
-    """Work items of a launch (m: kernels.paged.Operands), 0 where the plan does not fit."""
-    items = m.mWork.shape[0]
+    """Work items of a launch (m: paged.operands.Operands), 0 where the plan does not fit."""
+    items = m.work.shape[0]
     if const_expr(config.device_counts):
-        width = m.mTree.shape[1] if const_expr(config.tree) else Int32(2**31 - 1)
-        items = min(m.mCounts[int(Count.ITEMS)], items)
-        items = items if plan_fits(m.mCounts, m.mQ.shape[0], width) else Int32(0)
+        width = m.tree_mask.shape[1] if const_expr(config.tree) else Int32(2**31 - 1)
+        items = min(m.counts[int(Count.ITEMS)], items)
+        items = items if plan_fits(m.counts, m.q.shape[0], width) else Int32(0)
     return items
