@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashcore.replay.simulate import Engine, EngineSettings
-from flashcore.replay.step_log import Step
+from flashcore.replay.step_log import Step, StepLog
 from flashcore.replay.trace import HASH_BLOCK_TOKENS, Request
 
 TWO_SHARING_1024 = [Request(0.0, 1280, 3, (10, 11, 12)), Request(0.0, 1280, 3, (10, 11, 13))]
@@ -205,10 +206,69 @@ def test_incremental_counts_equal_a_recount(
     assert computed == engine.totals.prompt_tokens - engine.totals.cached_tokens
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    small_traces(),
+    st.sampled_from([32, 128, 1024]),
+    st.integers(1500, 6000),
+    st.integers(1, 6),
+    st.floats(1.0, 400.0),
+)
+def test_steps_in_one_go_and_runs_in_pieces_are_the_same_steps(
+    requests: list[Request], page_tokens: int, cache_tokens: int, max_batch: int, piece_ms: float
+) -> None:
+    options = EngineSettings(
+        page_tokens=page_tokens,
+        cache_pages=-(-cache_tokens // page_tokens),
+        max_batch=max_batch,
+        prefill_chunk=700,
+    )
+    observed, in_one_go, in_pieces = (Engine(r, options) for r in (requests, requests, []))
+    observed.run(on_step=lambda engine: None)
+    in_one_go.run()
+    end, rest = 0.0, list(requests)
+    while rest or not in_pieces.idle:
+        end += piece_ms
+        while rest and rest[0].arrival_ms < end:
+            in_pieces.submit(rest.pop(0))
+        in_pieces.run(until_ms=end)
+    assert steps(in_one_go) == steps(observed) == steps(in_pieces)
+    assert in_one_go.now_ms == observed.now_ms == in_pieces.now_ms
+    assert in_one_go.totals == observed.totals == in_pieces.totals
+    assert in_one_go.cache.evictions == observed.cache.evictions == in_pieces.cache.evictions
+
+
+def test_steps_in_one_go_are_logged_one_by_one() -> None:
+    requests = [Request(0.0, 100, 100, (1,)), Request(1000.0, 100, 1, (2,))]
+    engine = Engine(requests, EngineSettings())
+    calls: list[int] = []
+    engine.run(on_progress=calls.append)
+    assert len(engine.log) == 100
+    assert len(calls) < 10
+    assert [step.batch for step in steps(engine)].count(2) == 1
+    assert [step.tokens_once for step in steps(engine)][:3] == [100, 101, 102]
+
+
 def test_progress_reports_every_request() -> None:
     done: list[int] = []
     Engine(TWO_SHARING_1024, EngineSettings()).run(on_progress=done.append)
     assert done == [0, 0, 2]
+
+
+def test_a_log_grows_and_is_forgotten() -> None:
+    log = StepLog()
+    for time in range(100):
+        log.append(Step(float(time), *range(8)))
+    log.extend(np.array([100.0, 101.0]), (7, np.array([3, 4]), 0, 0, 0, 0, 0, 9))
+    assert len(log) == 102
+    assert (log[99], log[-1]) == (Step(99.0, *range(8)), Step(101.0, 7, 4, 0, 0, 0, 0, 0, 9))
+    assert log.column("time_ms").tolist() == list(range(102))
+    assert log.column("waiting").tolist() == [1] * 100 + [3, 4]
+    with pytest.raises(IndexError):
+        log[102]
+    log.clear()
+    assert len(log) == 0
+    assert log.column("batch").size == 0
 
 
 def test_csv_has_a_line_for_each_step(tmp_path: Path) -> None:

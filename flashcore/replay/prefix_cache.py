@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,9 +111,10 @@ class PrefixCache:
         if keys and (parent, keys[0]) in self._children:
             raise ValueError(f"key {keys[0]} below page {parent} is cached already; hold it")
         pages = self.take(len(keys))
+        children, edges = self._children, self._edges
         for page, key in zip(pages.tolist(), keys, strict=True):
-            self._children[parent, key] = page
-            self._edges[page] = (parent, key)
+            edges[page] = edge = (parent, key)
+            children[edge] = page
             parent = page
         return pages
 
@@ -124,9 +126,8 @@ class PrefixCache:
         obtainable = self.free_pages + self.evictable_pages
         if count > obtainable:
             raise MemoryError(f"{count} pages wanted, {obtainable} free or evictable")
-        while self.free_pages < count:
-            self._evict_oldest()
-        pages = np.array([self._take_free() for _ in range(count)], np.int32)
+        self._evict_oldest(count - self.free_pages)
+        pages = np.array(self._take_free(count), np.int32)
         self.references[pages] = 1
         return pages
 
@@ -140,14 +141,22 @@ class PrefixCache:
             else:
                 self._freed.append(page)
 
-    def _take_free(self) -> int:
-        if self._freed:
-            return self._freed.pop()
-        self._never_taken += 1
-        return self._never_taken - 1
+    def _take_free(self, count: int) -> list[int]:
+        """Those freed last, then those never taken."""
+        kept = max(len(self._freed) - count, 0)
+        pages = self._freed[: kept - 1 if kept else None : -1]
+        del self._freed[kept:]
+        fresh = self._never_taken
+        self._never_taken += count - len(pages)
+        pages.extend(range(fresh, self._never_taken))
+        return pages
 
-    def _evict_oldest(self) -> None:
-        page, _ = self._unreferenced.popitem(last=False)
-        del self._children[self._edges.pop(page)]
-        self._freed.append(page)
-        self.evictions += 1
+    def _evict_oldest(self, count: int) -> None:
+        if count <= 0:
+            return
+        children, edges, unreferenced = self._children, self._edges, self._unreferenced
+        oldest = list(islice(unreferenced, count))
+        for page in oldest:
+            del unreferenced[page], children[edges.pop(page)]
+        self._freed.extend(oldest)
+        self.evictions += count

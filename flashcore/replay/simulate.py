@@ -2,7 +2,8 @@
 
 A step gives every decoding request one token and spends up to `prefill_chunk` prompt tokens on
 waiting ones, first come first served. It lasts `step_ms` plus its prompt tokens divided by the
-prefill rate; an engine with nothing to run jumps to the next arrival.
+prefill rate; an engine with nothing to run jumps to the next arrival. Unless each step is observed,
+those in which nobody comes, goes or begins a page are taken in one go, to the same figures.
 
 The head of the queue is admitted when the step has prompt tokens to spend, the batch has a place,
 and every page the request may ever need is to be had, free or evictable. The pages of its output
@@ -15,11 +16,13 @@ say what is in them) and are freed at the end; full prompt pages stay until they
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flashcore.replay.counts import BatchPages
 from flashcore.replay.prefix_cache import (
@@ -61,6 +64,9 @@ class EngineSettings:
             raise ValueError(f"time_scale is {self.time_scale}; it must be 0 or above")
 
 
+_FORGET_ARRIVALS = 4096
+
+
 @dataclass(slots=True, eq=False)
 class RunningRequest:
     """An admitted request: `pages` has room for all its pages, in sequence order."""
@@ -89,43 +95,65 @@ class Totals:
     refused: int = 0  # would not fit the whole cache
     prompt_tokens: int = 0  # of the admitted requests
     cached_tokens: int = 0  # of those, not computed because their pages were cached
+    output_tokens: int = 0  # of the completed requests
 
 
 class Engine:
-    """Runs requests, sorted by arrival, to their end."""
+    """Runs requests, sorted by arrival, to their end; more of them may be submitted between."""
 
-    def __init__(self, requests: Sequence[Request], settings: EngineSettings) -> None:
+    def __init__(self, requests: Iterable[Request], settings: EngineSettings) -> None:
         self.settings = settings
         self.cache = PrefixCache(settings.cache_pages)
         self.counts = BatchPages(settings.cache_pages)
         self.totals = Totals()
         self.log = StepLog()
         self.now_ms = 0.0
-        self._requests = requests
-        self._arrivals = np.array([r.arrival_ms for r in requests]) * settings.time_scale
+        self._requests: list[Request] = []
+        self._arrivals: list[float] = []  # theirs, in ms of the simulation
         self._head = 0  # the next request to admit
         self._head_blocked = False  # it did not fit, and nothing was released since
         self._promised_pages = 0  # of running requests' outputs, not yet taken
-        slots = min(settings.max_batch, max(len(requests), 1))
-        self._free_slots = list(range(slots - 1, -1, -1))
+        self._free_slots: list[int] = []  # of those used before
         self._running: dict[int, RunningRequest] = {}  # by slot, in order of admission
-        self._kv_tokens = np.zeros(slots, np.int64)
-        self._tokens_left = np.zeros(slots, np.int64)  # to generate after the first one
+        self._kv_tokens = np.zeros(1, np.int64)  # by slot; longer when more run at once
+        self._tokens_left = np.zeros(1, np.int64)  # to generate after the first one
         self._decoding = np.zeros(0, np.int64)  # slots
         self._prefilled: list[tuple[RunningRequest, int]] = []  # tokens computed in this step
         self._batch_tokens = 0  # sum of _kv_tokens over the running requests
+        for request in requests:
+            self.submit(request)
+
+    def submit(self, request: Request) -> None:
+        """Add a request, which arrives no earlier than those before it."""
+        if self._head > _FORGET_ARRIVALS:
+            del self._requests[: self._head], self._arrivals[: self._head]
+            self._head = 0
+        self._requests.append(request)
+        self._arrivals.append(request.arrival_ms * self.settings.time_scale)
+
+    @property
+    def done(self) -> int:
+        """Requests completed or refused."""
+        return self.totals.completed + self.totals.refused
+
+    @property
+    def idle(self) -> bool:
+        """Whether every request submitted so far is done."""
+        return not self._running and self._head == len(self._requests)
 
     def run(
         self,
         on_step: Callable[[Engine], None] | None = None,
         on_progress: Callable[[int], None] | None = None,
+        until_ms: float = math.inf,
     ) -> StepLog:
-        """Step until every request is completed or refused.
+        """Step until every request is completed or refused, or the next step begins at `until_ms`.
 
+        What arrives before `until_ms` has to be submitted; in pieces or whole, a run is the same.
         `on_step` is called within each step, when its pages are known and before any request
         leaves; `on_progress` after it, with the number of requests that are done.
         """
-        while self._running or self._next_arrival():
+        while self.now_ms < until_ms and (self._running or self._next_arrival()):
             prefill_tokens = self._begin_step()
             if not self._running:
                 continue  # all that had arrived was refused
@@ -136,8 +164,10 @@ class Engine:
             self._leave_finished()
             self.now_ms += self.settings.step_ms
             self.now_ms += prefill_tokens * 1000.0 / self.settings.prefill_tokens_per_s
+            if on_step is None:
+                self._quiet_steps(until_ms)
             if on_progress is not None:
-                on_progress(self.totals.completed + self.totals.refused)
+                on_progress(self.done)
         return self.log
 
     def batch(self) -> Iterator[BatchRow]:
@@ -151,8 +181,58 @@ class Engine:
         """Let an idle engine jump to the next arrival; False when there is none."""
         if self._head == len(self._requests):
             return False
-        self.now_ms = max(self.now_ms, float(self._arrivals[self._head]))
+        self.now_ms = max(self.now_ms, self._arrivals[self._head])
         return True
+
+    def _quiet_steps(self, until_ms: float) -> None:
+        """All steps from now on that decode and do nothing else."""
+        slots = self._decoding
+        if not slots.size or slots.size < len(self._running):
+            return
+        kv_tokens, left = self._kv_tokens[slots], self._tokens_left[slots]
+        before_page_edge = -kv_tokens % self.settings.page_tokens
+        count = int(min(before_page_edge.min(), left.min() - 1))
+        if count < 1:
+            return
+        if not self._head_blocked and self._has_slot() and self._head < len(self._requests):
+            until_ms = min(until_ms, self._arrivals[self._head])
+        # Added one by one, as step for step: a closed form would round differently.
+        times = np.full(count + 1, self.settings.step_ms)
+        times[0] = self.now_ms
+        np.add.accumulate(times, out=times)
+        count = int(np.searchsorted(times[:-1], until_ms))
+        if count < 1:
+            return
+        self._kv_tokens[slots] = kv_tokens + count
+        self._tokens_left[slots] = left - count
+        self._prefilled = []
+        self._record_quiet(times[:count])
+        self.now_ms = float(times[count])
+        self.counts.end_step()
+
+    def _record_quiet(self, times: NDArray[np.float64]) -> None:
+        batch, counts = len(self._running), self.counts
+        arrived = [bisect_right(self._arrivals, time) for time in (times[0], times[-1])]
+        waiting: int | NDArray[np.int64] = arrived[0] - self._head
+        if arrived[0] != arrived[1]:
+            waiting = np.searchsorted(self._arrivals, times, side="right") - self._head
+        per_sequence = self._batch_tokens + batch * np.arange(1, times.size + 1)
+        once = per_sequence - counts.repeated_reads * self.settings.page_tokens
+        columns = (batch, waiting, 0, per_sequence, once, counts.used, counts.shared, 0)
+        self.log.extend(times, columns)
+        self._batch_tokens += batch * times.size
+
+    def _has_slot(self) -> bool:
+        return len(self._running) < self.settings.max_batch
+
+    def _take_slot(self) -> int:
+        if self._free_slots:
+            return self._free_slots.pop()
+        slot = len(self._running)
+        if slot == self._kv_tokens.size:
+            self._kv_tokens = np.resize(self._kv_tokens, 2 * slot)
+            self._tokens_left = np.resize(self._tokens_left, 2 * slot)
+        return slot
 
     def _begin_step(self) -> int:
         """Decode, then prefill and admit; returns the prompt tokens computed."""
@@ -203,7 +283,7 @@ class Engine:
         """Admit the head of the queue if it has arrived and fits; refuse what never will."""
         while (
             not self._head_blocked
-            and self._free_slots
+            and self._has_slot()
             and self._head < len(self._requests)
             and self._arrivals[self._head] <= self.now_ms
         ):
@@ -243,7 +323,7 @@ class Engine:
         cached = min(hit.size * self.settings.page_tokens, request.input_tokens - 1)
         self.totals.prompt_tokens += request.input_tokens
         self.totals.cached_tokens += cached
-        slot = self._free_slots.pop()
+        slot = self._take_slot()
         self._kv_tokens[slot] = cached
         # The last prompt token yields the first output token, so one step less is left.
         self._tokens_left[slot] = max(request.output_tokens - 1, 0)
@@ -261,7 +341,7 @@ class Engine:
 
     def _record(self, prefill_tokens: int) -> None:
         counts = self.counts
-        arrived = int(np.searchsorted(self._arrivals, self.now_ms, side="right"))
+        arrived = bisect_right(self._arrivals, self.now_ms)
         # Only full pages are ever shared, so each repeated read is one of page_tokens tokens.
         repeated_tokens = counts.repeated_reads * self.settings.page_tokens
         self.log.append(
@@ -300,3 +380,4 @@ class Engine:
         self._free_slots.append(row.slot)
         self._head_blocked = False
         self.totals.completed += 1
+        self.totals.output_tokens += row.request.output_tokens

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-from array import array
 from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+_FIRST_CAPACITY = 64  # steps
 
 
 class Step(NamedTuple):
@@ -29,28 +30,57 @@ class StepLog:
     """All steps of a run, column by column; 72 bytes a step."""
 
     def __init__(self) -> None:
-        self._columns: list[array[Any]] = [
-            array("d" if field == "time_ms" else "q") for field in Step._fields
-        ]
+        self._size = 0
+        self._times = np.zeros(_FIRST_CAPACITY)
+        self._counts = np.zeros((_FIRST_CAPACITY, len(Step._fields) - 1), np.int64)
 
     def append(self, step: Step) -> None:
         """Add one step."""
-        for column, value in zip(self._columns, step, strict=True):
-            column.append(value)
+        self._reserve(1)
+        self._times[self._size] = step[0]
+        self._counts[self._size] = step[1:]
+        self._size += 1
+
+    def extend(self, times_ms: NDArray[np.float64], counts: tuple[Any, ...]) -> None:
+        """Add steps: when they start, and each further field, one number for all or an array."""
+        self._reserve(times_ms.size)
+        begin, end = self._size, self._size + times_ms.size
+        self._times[begin:end] = times_ms
+        for column, values in enumerate(counts):
+            self._counts[begin:end, column] = values
+        self._size = end
+
+    def clear(self) -> None:
+        """Forget all steps."""
+        self._size = 0
 
     def __len__(self) -> int:
-        return len(self._columns[0])
+        return self._size
 
     def __getitem__(self, index: int) -> Step:
-        return Step(*(column[index] for column in self._columns))
+        place = range(self._size)[index]
+        return Step(float(self._times[place]), *self._counts[place].tolist())
 
     def column(self, name: str) -> NDArray[Any]:
         """A copy of the column of this field of Step."""
-        return np.array(self._columns[Step._fields.index(name)])
+        place = Step._fields.index(name)
+        return (
+            self._counts[: self._size, place - 1] if place else self._times[: self._size]
+        ).copy()
 
     def write_csv(self, path: str | PathLike[str]) -> None:
         """Write a header and one line a step; OSError when the file cannot be written."""
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(Step._fields)
-            writer.writerows(zip(*self._columns, strict=True))
+            writer.writerows(self[index] for index in range(self._size))
+
+    def _reserve(self, more: int) -> None:
+        needed = self._size + more
+        if needed > self._times.size:
+            capacity = max(needed, 2 * self._times.size)
+            times, counts = self._times, self._counts
+            self._times = np.zeros(capacity)
+            self._counts = np.zeros((capacity, counts.shape[1]), np.int64)
+            self._times[: self._size] = times[: self._size]
+            self._counts[: self._size] = counts[: self._size]
