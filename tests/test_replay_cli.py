@@ -89,6 +89,86 @@ def test_blocks_are_512_unless_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "line 1: hash_ids has 3 ids for input_length 1280" in one_error_line(capsys)
 
 
+FLEET = ("--processes", "1")
+
+
+def test_one_engine_of_a_fleet_is_todays_replay(capsys: pytest.CaptureFixture[str]) -> None:
+    routings = ("--routing", "round-robin,least-loaded,prefix-aware")
+    for options in ((), ("--prefill-chunk", "600", "--cache-pages", "17", "--time-scale", "0.4")):
+        today = run_json(capsys, *options, *FAST)
+        rows = run_json(capsys, "--engines", "1", *routings, *options, *FLEET)["rows"]
+        assert [row["routing"] for row in rows] == routings[1].split(",")
+        for row in rows:
+            common = {name for name in today if name in row} - {"wall_s"}
+            assert len(common) == 16
+            assert {name: today[name] for name in common} == {name: row[name] for name in common}
+            batch = today["per_step"]["batch"]
+            assert {name: row[f"batch_{name}"] for name in batch if name != "min"} == pytest.approx(
+                {name: batch[name] for name in batch if name != "min"}
+            )
+            assert row["waiting_mean"] == pytest.approx(today["per_step"]["waiting"]["mean"])
+
+
+def test_a_fleet_s_report(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--engines", "1,3", "--copies-per-engine", "2", "--system-prompts", "2")
+    report = run_json(capsys, *options, "--per-engine", "--commit", "abc", *FLEET)
+    assert (report["commit"], report["trace_requests"]) == ("abc", 6)
+    assert {"python", "numpy"} == set(report["versions"])
+    assert [(row["engines"], row["requests"]) for row in report["rows"]] == [(1, 12), (3, 36)]
+    assert [len(row["per_engine"]) for row in report["rows"]] == [1, 3]
+    assert sum(engine["requests"] for engine in report["rows"][1]["per_engine"]) == 36
+    assert report["traffic"]["copies_per_engine"] == 2
+    assert report["cost_model"]["token_bytes"] == 32 * 8 * 128 * 2 * 2
+    assert run_json(capsys, *options, "--seed", "1", *FLEET)["rows"] != report["rows"]
+
+
+def test_a_fleet_s_table(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--engines", "2", "--routing", "prefix-aware", "--copies", "1.5", "--per-engine")
+    assert run(SAMPLE, *options, *FLEET) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for text in ("1.5 copies", "prefix-aware", "no. 1", "tokens/s", "16.06 GB of weights"):
+        assert text in out
+
+
+def test_a_fleet_s_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "fleet.png"
+    run_json(capsys, "--engines", "2,1", "--routing", "prefix-aware", "--plot", plot, *FLEET)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--routing", "least-loaded"), "--routing needs --engines"),
+        (("--copies", "2"), "--copies needs --engines"),
+        (("--per-engine",), "--per-engine needs --engines"),
+        (("--engines", "0"), "engines is 0; it must be 1 to 10000"),
+        (("--engines", "2,x"), "--engines: 'x' is no integer"),
+        (("--engines", "2", "--routing", "best"), "routing is 'best'; it must be round-robin, l"),
+        (("--engines", "2", "--routing", ","), "--routing is empty"),
+        (("--engines", "2", "--balance-abs", "-1"), "balance_abs is -1; it must be 0 or above"),
+        (("--engines", "2", "--copies", "0"), "copies is 0.0; it must be above 0"),
+        (("--engines", "2", "--copies-per-engine", "nan"), "copies is nan; it must be above 0"),
+        (("--engines", "2", "--weight-gb", "-1"), "weight_gb is -1.0; it must be 0 or above"),
+        (("--engines", "2", "--bandwidth-tb-s", "0"), "bandwidth_tb_s is 0.0; it must be above 0"),
+        (("--engines", "2", "--processes", "0"), "--processes is 0; it must be 1 to 1024"),
+        (
+            ("--engines", "2", "--system-prompts", "1", "--system-tokens", "9"),
+            "system_tokens is 9; it must be a multiple of 512",
+        ),
+        (("--engines", "2", "--attention"), "--attention is of one engine's replay"),
+        (("--engines", "2", "--steps-csv", "a.csv"), "--steps-csv is of one engine's replay"),
+    ],
+)
+def test_options_of_a_fleet_that_cannot_be_carried_out(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], problem: str
+) -> None:
+    assert run(SAMPLE, *options) == 2
+    assert problem in one_error_line(capsys)
+
+
 def test_table_names_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(SAMPLE, "--cache-tokens", "2000", *FAST) == 0
     out, err = capsys.readouterr()

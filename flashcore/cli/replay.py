@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashcore.cli import replay_fleet
 from flashcore.cli.files import prepare_output, writing
 from flashcore.cli.progress import ProgressBar
 from flashcore.cli.results import head
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--requests", type=_count, metavar="N", help="only the first N requests (default: all)"
     )
     _add_engine_arguments(parser.add_argument_group("engine"))
+    replay_fleet.add_arguments(parser)
     _add_sample_arguments(parser.add_argument_group("timing of layout, plan and attention"))
     _add_output_arguments(parser.add_argument_group("output"))
 
@@ -150,7 +152,10 @@ def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     group.add_argument(
-        "--seed", type=_count_or_zero, default=0, help="of the random tensors (default: 0)"
+        "--seed",
+        type=_count_or_zero,
+        default=0,
+        help="of the random tensors, and of what copies of a trace draw (default: 0)",
     )
 
 
@@ -158,7 +163,10 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object, no table")
     group.add_argument("--commit", help="commit to record where the package is no git checkout")
     group.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw reuse and batch size over time"
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="draw reuse and batch size over time, or of fleets over the number of engines",
     )
     group.add_argument(
         "--steps-csv", type=Path, metavar="FILE", help="write one line for each simulated step"
@@ -180,6 +188,10 @@ def run(args: argparse.Namespace) -> int:
         shape, engine_settings, sample_settings = _settings(args)
         form = TraceFormat(args.block_tokens, args.time_unit)
         trace = read_trace(args.trace, args.requests, form)
+        if args.engines is not None:
+            fleets = replay_fleet.replay_fleets(args, trace, shape, engine_settings)
+            replay_fleet.write_outputs(args, fleets)
+            return 0
         report, engine = _replay(trace, shape, engine_settings, sample_settings, args.progress)
         if args.device == "cuda":
             report = {**head(args.commit), **report}
@@ -192,6 +204,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Find out before the long work what would fail after it."""
+    if args.engines is None:
+        replay_fleet.refuse_without_engines(args)
+    else:
+        replay_fleet.check_outputs(args)
     for option, path in (("--plot", args.plot), ("--steps-csv", args.steps_csv)):
         prepare_output(option, path, [args.trace])
     if args.plot is not None and args.plot == args.steps_csv:

@@ -36,10 +36,16 @@ def read_result(path: Path, needed: set[str]) -> dict[str, Any]:
 
 def head(commit: str | None) -> dict[str, Any]:
     """Of a result: device, driver, versions, commit, date, command."""
-    from flashcore.bench.machine import describe_device, package_versions, source_commit
+    from flashcore.bench.machine import describe_device
+
+    return {**describe_device(), **provenance(commit)}
+
+
+def provenance(commit: str | None) -> dict[str, Any]:
+    """Of a result that no device takes part in: versions, commit, date, command."""
+    from flashcore.bench.machine import package_versions, source_commit
 
     return {
-        **describe_device(),
         "versions": package_versions(),
         "commit": commit or source_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

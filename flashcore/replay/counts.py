@@ -36,6 +36,8 @@ class BatchPages:
 
     def join(self, pages: PageIds) -> None:
         """One more sequence reads these pages; no page may occur twice."""
+        if not pages.size:
+            return
         before = self.readers[pages]
         first = pages[before == 0]
         self.used += first.size
@@ -59,10 +61,11 @@ class BatchPages:
 
     def end_step(self) -> None:
         """Make the pages of this step, and no others, the resident ones."""
-        for left in self._left:
-            self.resident[left[self.readers[left] == 0]] = False
-        for staged in self._staged_now:
-            self.resident[staged] = True
-        self._left.clear()
-        self._staged_now.clear()
+        if self._left:
+            for left in self._left:
+                self.resident[left[self.readers[left] == 0]] = False
+            self._left.clear()
+        if self._staged_now:
+            self.resident[np.concatenate(self._staged_now)] = True
+            self._staged_now.clear()
         self.staged = 0

@@ -86,11 +86,11 @@ def _per_step(log: StepLog) -> dict[str, dict[str, float] | None]:
         for name in ("batch", "waiting", "tokens_per_sequence", "tokens_once", "pages_staged")
     }
     return {
-        "reuse": _distribution(step_reuse(log)),
-        "share_of_pages_shared": _distribution(
+        "reuse": distribution(step_reuse(log)),
+        "share_of_pages_shared": distribution(
             log.column("pages_shared") / log.column("pages_used")
         ),
-        **{name: _distribution(values) for name, values in columns.items()},
+        **{name: distribution(values) for name, values in columns.items()},
     }
 
 
@@ -101,13 +101,13 @@ def _samples(sampler: StepSampler) -> Report:
         "every": settings.every,
         "device": settings.device,
         "heads": f"{settings.num_q_heads}x{settings.num_kv_heads}x{settings.head_dim}",
-        "layout_ms": _distribution(np.array(sampler.layout_ms)),
-        "plan_ms": _distribution(np.array(sampler.plan_ms)),
-        "attention_ms": _distribution(np.array(sampler.attention_ms)),
-        "fa3_ms": _distribution(np.array(sampler.peer_ms)),
-        "speed_over_fa3": _distribution(_ratios(sampler)),
+        "layout_ms": distribution(np.array(sampler.layout_ms)),
+        "plan_ms": distribution(np.array(sampler.plan_ms)),
+        "attention_ms": distribution(np.array(sampler.attention_ms)),
+        "fa3_ms": distribution(np.array(sampler.peer_ms)),
+        "speed_over_fa3": distribution(_ratios(sampler)),
         "fa3_absent": sampler.peer_absent,
-        "plan_reuse": _distribution(np.array(sampler.plan_reuse)),
+        "plan_reuse": distribution(np.array(sampler.plan_reuse)),
         "disagreements": sampler.disagreements,
         "steps": sampler.steps,
     }
@@ -120,7 +120,8 @@ def _ratios(sampler: StepSampler) -> NDArray[np.float64]:
     return ratios
 
 
-def _distribution(values: NDArray[Any]) -> dict[str, float] | None:
+def distribution(values: NDArray[Any]) -> dict[str, float] | None:
+    """Mean, extremes and percentiles; None of nothing."""
     if not values.size:
         return None
     p10, p50, p90, p99 = np.percentile(values, [10, 50, 90, 99]).tolist()

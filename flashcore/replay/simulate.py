@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -96,6 +96,11 @@ class Totals:
     prompt_tokens: int = 0  # of the admitted requests
     cached_tokens: int = 0  # of those, not computed because their pages were cached
     output_tokens: int = 0  # of the completed requests
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(
+            *(getattr(self, one.name) + getattr(other, one.name) for one in fields(Totals))
+        )
 
 
 class Engine:
@@ -254,15 +259,17 @@ class Engine:
         self._kv_tokens[slots] += 1
         self._tokens_left[slots] -= 1
         self._batch_tokens += slots.size
-        for slot in on_page_edge.tolist():
+        if not on_page_edge.size:
+            return
+        pages = self.cache.take(on_page_edge.size)
+        self._promised_pages -= pages.size
+        for slot, page in zip(on_page_edge.tolist(), pages.tolist(), strict=True):
             row = self._running[slot]
-            page = self.cache.take(1)
-            self._promised_pages -= 1
-            row.pages[row.taken] = page[0]
+            row.pages[row.taken] = page
             row.taken += 1
             row.joined += 1
-            self.counts.forget(page)
-            self.counts.join(page)
+        self.counts.forget(pages)
+        self.counts.join(pages)
 
     def _prompt_done(self, row: RunningRequest) -> bool:
         return bool(self._kv_tokens[row.slot] >= row.request.input_tokens)
@@ -360,8 +367,10 @@ class Engine:
 
     def _leave_finished(self) -> None:
         left = self._tokens_left[self._decoding]
-        finished = self._decoding[left == 0].tolist()
-        still = [self._decoding[left > 0]]
+        ends = left == 0
+        finished, still = [], [self._decoding]
+        if ends.any():
+            finished, still = self._decoding[ends].tolist(), [self._decoding[~ends]]
         for row, _ in self._prefilled:
             if self._prompt_done(row):
                 if self._tokens_left[row.slot] == 0:

@@ -64,9 +64,9 @@ class StepLog:
     def column(self, name: str) -> NDArray[Any]:
         """A copy of the column of this field of Step."""
         place = Step._fields.index(name)
-        return (
-            self._counts[: self._size, place - 1] if place else self._times[: self._size]
-        ).copy()
+        column: NDArray[Any] = self._counts[:, place - 1] if place else self._times
+        copy: NDArray[Any] = column[: self._size].copy()
+        return copy
 
     def write_csv(self, path: str | PathLike[str]) -> None:
         """Write a header and one line a step; OSError when the file cannot be written."""
