@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashcore.reference import visible_keys
-from flashcore.sm90.config.paged import choose
+from flashcore.sm90.config.paged import PagedCall, choose
 from flashcore.tree import by_depth
 from tests.mask_cases import Drafts, verify_batch
 from tests.runtime_fixtures import needs_dsl
@@ -75,7 +75,7 @@ def test_what_is_not_finite_goes_to_the_rows_that_see_it(
 ) -> None:
     from tests.mask_kernels_host import DTYPES, clear
 
-    config = choose(dtype, head_dim, 16, 8, tile_m, window=True)
+    config = choose(PagedCall(dtype, head_dim, 16, 8, window=True), tile_m)
     rng = torch.Generator().manual_seed(head_dim + tile_m)
     first_key, tile = 3 * config.tile_n, config.tile_n
     columns = config.v_columns

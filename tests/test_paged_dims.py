@@ -23,7 +23,7 @@ from flashcore.planner.folding import Costs
 from flashcore.problem import Problem
 from flashcore.reference import paged_attention_reference
 from flashcore.sm90.config import paged
-from flashcore.sm90.config.paged import MergeConfig
+from flashcore.sm90.config.paged import MergeConfig, PagedCall
 from flashcore.sm90.families import MERGE, PAGED
 from flashcore.sm90.launch import paged as launch_paged
 from tests.cases import Batch
@@ -59,10 +59,12 @@ SMEM_OF_SM = 233_472
 def test_measured_configurations(
     head_dim: int, page_tokens: int, tile_m: int, expected: tuple[int, int, int]
 ) -> None:
-    c = paged.choose("bf16", head_dim, page_tokens, 4, tile_m)
+    c = paged.choose(PagedCall("bf16", head_dim, page_tokens, 4), tile_m)
     assert (c.tile_n, c.stages, c.ctas_per_sm) == expected
     assert (c.k_columns, c.v_columns, c.k_steps) == (head_dim, head_dim, head_dim // 16)
-    assert c == paged.choose("bf16", head_dim, page_tokens, 4, tile_m, v_head_dim=head_dim)
+    assert c == paged.choose(
+        PagedCall("bf16", head_dim, page_tokens, 4, v_head_dim=head_dim), tile_m
+    )
 
 
 @pytest.mark.parametrize("page_tokens", [1, 64])
@@ -70,7 +72,9 @@ def test_measured_configurations(
 def test_every_pair_of_dims_has_a_kernel(page_tokens: int, tile_m: int) -> None:
     for head_dim in DIMS:
         for v_head_dim in range(8, head_dim + 1, 8):
-            c = paged.choose("bf16", head_dim, page_tokens, 4, tile_m, v_head_dim=v_head_dim)
+            c = paged.choose(
+                PagedCall("bf16", head_dim, page_tokens, 4, v_head_dim=v_head_dim), tile_m
+            )
             assert paged.illegal_reason(c) is None
             assert head_dim <= c.k_columns < head_dim + 64
             assert v_head_dim <= c.v_columns < v_head_dim + 64
@@ -91,7 +95,7 @@ def test_what_is_on_its_way_is_counted_without_padding() -> None:
     """As near to the measured 128 KB of an SM as whole stages come, where they fit."""
     for head_dim in range(72, 257, 8):
         for tile_m in (64, 128):
-            c = paged.choose("bf16", head_dim, 64, 4, tile_m)
+            c = paged.choose(PagedCall("bf16", head_dim, 64, 4), tile_m)
             stage = 4 * c.ctas_per_sm * c.tile_n * head_dim
             larger = replace(c, stages=c.stages + 1)
             off = abs(c.stages * stage - (128 << 10))
@@ -109,11 +113,16 @@ def test_what_is_on_its_way_is_counted_without_padding() -> None:
     ],
 )
 def test_what_has_no_kernel_is_named(
-    recorder: Recorder, head_dim: int, v_head_dim: int | None, message: str
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    head_dim: int,
+    v_head_dim: int | None,
+    message: str,
 ) -> None:
     """By the choice, by the planner of a GPU before it allocates, and by the launch."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=message):
-        paged.choose("bf16", head_dim, 64, 4, 64, v_head_dim=v_head_dim)
+        paged.choose(PagedCall("bf16", head_dim, 64, 4, v_head_dim or 0), 64)
     with pytest.raises(ValueError, match=message):
         flashcore.DevicePlanner(
             flashcore.Capacities(4, 64, 4),
@@ -354,7 +363,9 @@ def test_padded_kernels_pass_the_gates(
     dims: tuple[int, int], page_tokens: int, tile_m: int, rules: tuple[str, ...]
 ) -> None:
     features = dict.fromkeys(rules, True)
-    config = paged.choose("bf16", dims[0], page_tokens, 4, tile_m, v_head_dim=dims[1], **features)
+    config = paged.choose(
+        PagedCall("bf16", dims[0], page_tokens, 4, v_head_dim=dims[1], **features), tile_m
+    )
     verdict = check_kernel(Kernel(PAGED, config), default_folder(), detect_target())
     assert verdict.violations == []
     assert verdict.resources is not None

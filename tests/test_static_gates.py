@@ -25,6 +25,7 @@ from flashcore.jit.inspect import Resources, extract_cubins
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.target import detect_target
 from flashcore.sm90.config import dense, paged
+from flashcore.sm90.config.paged import PagedCall
 from flashcore.sm90.families import DENSE, MERGE, PAGED, PAGER, PLANNER
 from tests.runtime_fixtures import CONSTANT, TILE, ConstantConfig, needs_disassembler, needs_dsl
 from tests.toy_kernels import TileConfig
@@ -136,8 +137,8 @@ def test_code_for_another_gpu_fails() -> None:
 
 def test_load_path_is_told_by_its_opcodes(tmp_path: Path) -> None:
     """Gathered rows need their own proof: Q comes by LDGSTS in every paged kernel."""
-    boxes = paged.choose("bf16", 64, 16, 4, 64)
-    rows = paged.choose("bf16", 64, 8, 4, 64)
+    boxes = paged.choose(PagedCall("bf16", 64, 16, 4), 64)
+    rows = paged.choose(PagedCall("bf16", 64, 8, 4), 64)
     assert (boxes.kv_load, rows.kv_load) == ("tma", "gather")
     of = {c: Kernel(PAGED, c).required_opcodes for c in (boxes, rows)}
     for config, other in ((boxes, rows), (rows, boxes)):
@@ -152,10 +153,10 @@ def test_load_path_is_told_by_its_opcodes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        paged.choose("bf16", 128, 64, 4, 64),
-        paged.choose("bf16", 128, 1, 4, 64),
-        paged.choose("bf16", 64, 64, 8, 64, window=True, sinks=True),
-        paged.choose("bf16", 256, 64, 2, 64, window=True, softcap=True),
+        paged.choose(PagedCall("bf16", 128, 64, 4), 64),
+        paged.choose(PagedCall("bf16", 128, 1, 4), 64),
+        paged.choose(PagedCall("bf16", 64, 64, 8, window=True, sinks=True), 64),
+        paged.choose(PagedCall("bf16", 256, 64, 2, window=True, softcap=True), 64),
     ],
 )
 def test_all_copies_of_the_softmax_use_the_same_products(config: paged.PagedConfig) -> None:
@@ -171,9 +172,9 @@ def test_all_copies_of_the_softmax_use_the_same_products(config: paged.PagedConf
 @pytest.mark.parametrize(
     ("config", "masked_copies"),
     [
-        (paged.choose("bf16", 64, 64, 8, 64, window=True, sinks=True), 3),
-        (paged.choose("bf16", 256, 64, 2, 64, window=True, softcap=True), 3),
-        (paged.choose("bf16", 128, 64, 4, 64), 0),
+        (paged.choose(PagedCall("bf16", 64, 64, 8, window=True, sinks=True), 64), 3),
+        (paged.choose(PagedCall("bf16", 256, 64, 2, window=True, softcap=True), 64), 3),
+        (paged.choose(PagedCall("bf16", 128, 64, 4), 64), 0),
     ],
 )
 def test_a_window_has_one_vote_for_each_masked_copy(

@@ -30,7 +30,10 @@ MANY = {
     "reference.attention_reference",
     "reference.paged_attention_reference",
     "sm90.device_planner.DevicePlanner.__init__",
-    # the contract of transformers
+    # the contracts of vLLM and of transformers
+    "integrations.vllm.backend.FlashcoreBackend.supports_combination",
+    "integrations.vllm.impl.FlashcoreImpl.__init__",
+    "integrations.vllm.impl.FlashcoreImpl.forward",
     "integrations.transformers.attention.attention_forward",
     "integrations.transformers.mask.attention_spans",
     # the contract of Triton
@@ -38,7 +41,6 @@ MANY = {
     # the specification, as plain as it can be
     "reference.sequence_attention",
     # should take a value of `problem`, or their command's options, whole
-    "sm90.config.paged.choose",
     "sm90.shipped._problem",
     "serving.kernels.kernels_for",
     "bench.serve.families.run_families",

@@ -16,7 +16,7 @@ from flashcore.jit.cache import KernelCache
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.prebuild import prebuild
 from flashcore.sm90.config import planner
-from flashcore.sm90.config.paged import choose, choose_merge
+from flashcore.sm90.config.paged import PagedCall, choose, choose_merge
 from flashcore.sm90.families import MERGE, PAGED
 from flashcore.sm90.launch.planner import PLANNER
 
@@ -29,7 +29,7 @@ def kernels() -> list[Kernel]:
     for p in paged_problems():
         group = p.q_heads // p.kv_heads
         for tile_m in (64, 128):
-            config = choose("bf16", p.head_dim, p.page_tokens, group, tile_m)
+            config = choose(PagedCall("bf16", p.head_dim, p.page_tokens, group), tile_m)
             found.append(Kernel(PAGED, config))
     return list(dict.fromkeys(found))
 

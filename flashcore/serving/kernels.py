@@ -101,21 +101,20 @@ def kernels_for(
     are, whose tiles have one height.
     """
     tiles = (WARPGROUP_ROWS,) if batch_invariant else (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS)
+    call = paged.PagedCall(
+        dtype,
+        head_dim,
+        page_tokens,
+        num_q_heads // num_kv_heads,
+        v_head_dim or 0,
+        causal=causal,
+        window=windowed,
+        softcap=softcap,
+        sinks=sinks,
+        device_counts=True,
+    )
     attention = [
-        paged.choose(
-            dtype,
-            head_dim,
-            page_tokens,
-            num_q_heads // num_kv_heads,
-            tile_m,
-            v_head_dim=v_head_dim,
-            causal=causal,
-            window=windowed,
-            softcap=softcap,
-            sinks=sinks,
-            tree=with_tree,
-            device_counts=True,
-        )
+        paged.choose(call._replace(tree=with_tree), tile_m)
         for with_tree in ((False, True) if tree else (False,))
         for tile_m in tiles
         if not (with_tree and tile_m > WARPGROUP_ROWS)  # verify runs with decode's tile

@@ -6,10 +6,12 @@ word here. Other configurations are legal too and are compiled when they are fir
 
 from __future__ import annotations
 
+from typing import Any
+
 from flashcore.jit.kernel import Kernel
 from flashcore.sm90.config import paged
 from flashcore.sm90.config.dense import DTYPES, HEAD_DIMS, DenseConfig, DenseProblem, choose
-from flashcore.sm90.config.paged import MergeConfig, PagedConfig
+from flashcore.sm90.config.paged import MergeConfig, PagedCall, PagedConfig
 from flashcore.sm90.config.pager import PagerConfig
 from flashcore.sm90.config.planner import PlannerConfig
 from flashcore.sm90.families import DENSE, MERGE, PAGED, PAGER, PLANNER
@@ -90,7 +92,10 @@ def _problem(
 
 def _paged_configs() -> list[PagedConfig]:
     """Decode and prefill tiles for every head_dim; page sizes and features for models' own."""
-    pick = paged.choose
+
+    def pick(dtype: str, dim: int, page: int, group: int, m: int, **of_call: Any) -> PagedConfig:
+        return paged.choose(PagedCall(dtype, dim, page, group, **of_call), m)
+
     configs = [pick("bf16", dim, 64, 4, m) for dim in PAGED_DIMS for m in (64, 128)]
     configs += [pick("fp16", dim, 64, 4, 64) for dim in PAGED_DIMS]
     configs += [pick("bf16", 128, page, 4, 64) for page in (16, 128)]

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcore.cli.check.judge import TORCH_DTYPES, Finding, SelfTest, Setting, judge
-from flashcore.sm90.config.paged import PagedConfig, choose
+from flashcore.sm90.config.paged import PagedCall, PagedConfig, choose
 from flashcore.sm90.families import PAGED
 from flashcore.sm90.shipped import shipped_kernels
 
@@ -114,19 +114,19 @@ def _width(config: PagedConfig) -> dict[str, Any]:
 
 def _config(case: PagedCase, device_counts: bool) -> PagedConfig:
     """Of the kernel that the case is for, planned on the GPU or by the host."""
-    return choose(
+    call = PagedCall(
         case.dtype,
         case.head_dim,
         case.page_tokens,
         case.heads[0] // case.heads[1],
-        case.tile_m,
-        v_head_dim=case.value_dim,
+        case.value_dim,
         window=case.window is not None,
         softcap=case.softcap > 0,
         sinks=case.sinks,
         tree=case.tree,
         device_counts=device_counts,
     )
+    return choose(call, case.tile_m)
 
 
 def launch(case: PagedCase, setting: Setting) -> Launched:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 from flashcore.sm90.config.dense import (
     DTYPES,
@@ -155,42 +156,44 @@ def illegal_reason(config: PagedConfig) -> str | None:
     return next((reason for ok, reason in rules if not ok), None)
 
 
-def choose(
-    dtype: str,
-    head_dim: int,
-    page_tokens: int,
-    group_size: int,
-    tile_m: int,
-    *,
-    v_head_dim: int | None = None,
-    causal: bool = True,
-    window: bool = False,
-    softcap: bool = False,
-    sinks: bool = False,
-    tree: bool = False,
-    device_counts: bool = False,
-) -> PagedConfig:
-    """The config for a plan's tile_m; ValueError where there is no kernel.
+class PagedCall(NamedTuple):
+    """What of a call decides on its attention kernel, besides the plan's tile; as in `PagedConfig`.
 
-    v_head_dim: head_dim where not given.
+    v_head_dim: head_dim where it is 0. causal has no say under a tree mask.
     """
-    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+
+    dtype: str
+    head_dim: int
+    page_tokens: int
+    group_size: int
+    v_head_dim: int = 0
+    causal: bool = True
+    window: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    tree: bool = False
+    device_counts: bool = False
+
+
+def choose(call: PagedCall, tile_m: int) -> PagedConfig:
+    """The config of `call` with a plan's tile_m; ValueError where there is no kernel."""
+    head_dim, v_head_dim = call.head_dim, call.v_head_dim or call.head_dim
     if unserved := unserved_dims(head_dim, v_head_dim):
         raise ValueError(unserved)
     if tile_m not in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS):
         raise ValueError(f"tile_m must be 64 or 128, got {tile_m}")
     warpgroups = tile_m // WARPGROUP_ROWS
     ctas = ctas_per_sm(head_dim, tile_m, v_head_dim)
-    kv_load = "gather" if page_tokens <= LONGEST_GATHERED_PAGE else "tma"
+    kv_load = "gather" if call.page_tokens <= LONGEST_GATHERED_PAGE else "tma"
     # Wider tiles have fewer waits, as long as two stages of them are no more than is wanted.
     key_bytes = 2 * (head_dim + v_head_dim)
     tile_n = 128 if ctas * 2 * 128 * key_bytes <= KV_BYTES_PER_SM else 64
     config = PagedConfig(
-        dtype=dtype,
+        dtype=call.dtype,
         head_dim=head_dim,
         v_head_dim=v_head_dim,
-        page_tokens=page_tokens,
-        group_size=group_size,
+        page_tokens=call.page_tokens,
+        group_size=call.group_size,
         num_consumer_warpgroups=warpgroups,
         tile_n=tile_n,
         stages=_stages(kv_load, head_dim, v_head_dim, tile_m, tile_n, ctas),
@@ -199,12 +202,12 @@ def choose(
         consumer_registers=232 if ctas == 1 else 200,
         evict_first=tile_m == WARPGROUP_ROWS,
         ctas_per_sm=ctas,
-        causal=causal and not tree,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        tree=tree,
-        device_counts=device_counts,
+        causal=call.causal and not call.tree,
+        window=call.window,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        tree=call.tree,
+        device_counts=call.device_counts,
     )
     reason = illegal_reason(config)
     if reason is not None:

@@ -25,6 +25,7 @@ from flashcore.problem import NO_EXTRAS, Extras, KVPool, Rules
 from flashcore.sm90.available import sm_count
 from flashcore.sm90.config.paged import (
     MergeConfig,
+    PagedCall,
     PagedConfig,
     choose,
     choose_device_merge,
@@ -258,13 +259,12 @@ def paged_attention(
 def _config(
     q: torch.Tensor, kv: KVPool, planned: Planned, rules: Rules, extras: Extras
 ) -> PagedConfig:
-    return _choose(
+    call = PagedCall(
         DTYPE_NAMES[q.dtype],
         q.shape[2],
         kv.k.shape[1],
         q.shape[1] // kv.k.shape[2],
-        planned.numbers.tile_m,
-        v_head_dim=kv.v.shape[3],
+        kv.v.shape[3],
         causal=rules.causal,
         window=rules.windowed,
         softcap=rules.softcap > 0,
@@ -272,6 +272,7 @@ def _config(
         tree=extras.tree_mask is not None,
         device_counts=planned.counts is not None,
     )
+    return _choose(call, planned.numbers.tile_m)
 
 
 def _merge_config(
