@@ -13,9 +13,17 @@ import flashcore
 from flashcore import api, dispatch, ops
 from flashcore.cli import replay
 from flashcore.cli.main import main
+from flashcore.jit.kernel import Kernel
 from flashcore.remembered import Remembered
-from flashcore.sm90 import available
+from flashcore.serving import warmup
+from flashcore.serving.capacity import Room
+from flashcore.serving.kernels import Kind, Variant, wanted
+from flashcore.serving.planners import KernelPlanner
+from flashcore.serving.shapes import Model, Shape
+from flashcore.sm90 import available, device_planner
 from flashcore.sm90.launch import dense as launch
+from flashcore.sm90.launch import paged as launch_paged
+from flashcore.sm90.launch import planner as launch_planner
 from tests.test_paged_attention import shared_batch
 
 WHY = "A100 has compute capability 8.0"
@@ -181,6 +189,47 @@ def test_a_device_plan_cannot_be_run_by_torch_operators(monkeypatch: pytest.Monk
     monkeypatch.setattr(ops, "device_path", lambda device: dispatch.Path("none", WHY))
     with pytest.raises(NotImplementedError, match=f"DevicePlan, .*{WHY}"):
         flashcore.paged_attention(q, pool, pool, planner.plan)
+
+
+def test_an_engine_s_plans_are_read_by_kernels_whatever_the_program_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are made by kernels; the program may still have torch operators for its own calls."""
+    launched: list[str] = []
+
+    class Cache:
+        def function(self, kernel: Kernel) -> Callable[..., None]:
+            return lambda *arguments: launched.append(kernel.family.name)
+
+    for module in (launch_paged, launch_planner):
+        monkeypatch.setattr(module, "shared_cache", Cache)
+        monkeypatch.setattr(module, "_functions", {})
+    for module in (launch_paged, device_planner):
+        monkeypatch.setattr(module, "sm_count", lambda device: 132)
+    for module in (ops, device_planner):
+        monkeypatch.setattr(module, "device_path", lambda device: dispatch.Path("hopper", ""))
+    monkeypatch.setattr(launch_paged, "lasting_stream", lambda index: 0)
+    monkeypatch.setenv(dispatch.VARIABLE, "eager")
+    model = Model(Shape(8, 2, 64), None, -1, 16, 0, torch.bfloat16, torch.device("cpu"))
+    kind = Kind(Shape(8, 2, 64), False, (Variant(),))
+    pool = torch.zeros(8 * 16, 2, 64, dtype=torch.bfloat16)
+    cache = warmup.Cache(pool, pool.clone(), torch.zeros(1, 1).int(), None, -1, torch.zeros(10**6))
+    warmup.run_all(model, kind, cache, wanted(model, [kind], 4, False), False)
+    assert launched.count("planner") and launched.count("paged") == launched.count("merge") > 0
+    launched.clear()
+    device_plan = flashcore.DevicePlanner(
+        flashcore.Capacities(1, 8, 1),
+        num_pages=8,
+        num_q_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        page_tokens=16,
+        device="cpu",
+    )
+    q, pages = torch.zeros(1, 8, 64, dtype=torch.bfloat16), pool.view(8, 16, 2, 64)
+    planner = KernelPlanner(device_plan, Room(1, 8, 1))
+    planner.attend(device_plan.plan, q, pages, pages.clone(), causal=True)
+    assert launched == ["paged", "merge"]
 
 
 def test_a_cpu_is_served_by_torch_operators_without_a_word(

@@ -180,7 +180,8 @@ class KernelPlanner:
         v: torch.Tensor,
         **rules: Any,
     ) -> torch.Tensor:
-        out: torch.Tensor = flashcore.paged_attention(q, k, v, plan, **rules)
+        # Whatever the program prefers elsewhere: only kernels read a plan made by kernels.
+        out: torch.Tensor = flashcore.paged_attention(q, k, v, plan, impl="auto", **rules)
         return out
 
     def stats(self) -> torch.Tensor:

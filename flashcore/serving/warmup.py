@@ -141,6 +141,7 @@ def _attend(
         tree_mask=mask if with_tree else None,
         tree_positions=torch.ones(count, dtype=torch.int32, device=device) if positions else None,
         out=q.new_empty(count, shape.num_q_heads, shape.v_head_dim),
+        impl="auto",
     )
 
 
