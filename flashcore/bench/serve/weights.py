@@ -1,9 +1,9 @@
 """Made-up weights of unit gain for any model, by the names and shapes of its parameters.
 
-SGLang's dummy weights are all below 1e-3: every logit is next to zero, and every token weighs the
-same in attention. These keep activations near unit scale, let attention scores deviate by a given
-amount and logits by 3, so that an error in attention shows in the log-probabilities. They are the
-same every time, on every rank that holds the same part of a parameter, and for every backend.
+The engines' dummy weights are all below 1e-3: every logit is next to zero, and every token weighs
+the same in attention. These keep activations near unit scale, let attention scores deviate by a
+given amount and logits by 3, so that an error in attention shows in the log-probabilities. They are
+the same every time, on every rank that holds the same part of a parameter, and for every backend.
 """
 
 from __future__ import annotations
@@ -33,6 +33,16 @@ def install(score_deviation: float) -> None:
     for module in (weight_utils, loader):
         if hasattr(module, "initialize_dummy_weights"):
             module.initialize_dummy_weights = fill_instead
+
+
+def install_in_vllm(score_deviation: float) -> None:
+    """The same for vLLM's load format `dummy`."""
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    def load_instead(self: Any, model: nn.Module, model_config: Any) -> None:
+        fill(model, score_deviation)
+
+    DummyModelLoader.load_weights = load_instead
 
 
 def fill(model: nn.Module, score_deviation: float) -> None:
@@ -74,9 +84,9 @@ def _fill_one(name: str, tensor: torch.Tensor, module: nn.Module, config: Any, g
         _normal(tensor, 1.0, _generator(name, tensor, module))
     else:
         _normal(tensor, _deviation(name, tensor, config), _generator(name, tensor, module))
-        rows = getattr(module, "q_proj_shard_size", None)
-        if rows is not None and gain != 1.0:  # q, then k, then v
-            tensor[: rows + module.kv_proj_shard_size] *= gain
+        rows = _rows_of_q_and_k(module)
+        if rows and gain != 1.0:
+            tensor[:rows] *= gain
 
 
 def _deviation(name: str, tensor: torch.Tensor, config: Any) -> float:
@@ -104,19 +114,34 @@ def _attention_gains(model: nn.Module, score_deviation: float) -> dict[str, floa
     gains = {}
     for prefix, parent in model.named_modules():
         children = dict(parent.named_children())
-        attention = [
-            child
-            for child in children.values()
-            if hasattr(child, "scaling") and hasattr(child, "qk_head_dim")
-        ]
-        if not attention:
+        units = [unit for child in children.values() if (unit := _score_unit(child))]
+        if not units:
             continue
-        unit = float(attention[0].scaling) * math.sqrt(int(attention[0].qk_head_dim))
-        gain = math.sqrt(score_deviation / unit)
+        gain = math.sqrt(score_deviation / units[0])
         norms = [name for name in children if name.startswith(("q_", "k_")) and "norm" in name]
-        for name in norms or [n for n, c in children.items() if hasattr(c, "q_proj_shard_size")]:
+        for name in norms or [n for n, c in children.items() if _rows_of_q_and_k(c)]:
             gains[f"{prefix}.{name}" if prefix else name] = gain
     return gains
+
+
+def _score_unit(module: Any) -> float:
+    """Deviation of the scores of an attention layer whose q and k are of unit scale; 0 for another
+    module. SGLang's layers have the scale themselves, vLLM's implementations of them."""
+    if hasattr(module, "scaling") and hasattr(module, "qk_head_dim"):
+        return float(module.scaling) * math.sqrt(int(module.qk_head_dim))
+    impl: Any = getattr(module, "impl", None)
+    if hasattr(impl, "scale") and hasattr(impl, "head_size"):
+        return float(impl.scale) * math.sqrt(int(impl.head_size))
+    return 0.0
+
+
+def _rows_of_q_and_k(module: Any) -> int:
+    """Of a projection to q, then k, then v; 0 for another module."""
+    if hasattr(module, "q_proj_shard_size"):  # SGLang
+        return int(module.q_proj_shard_size + module.kv_proj_shard_size)
+    if hasattr(module, "num_kv_head_replicas"):  # vLLM
+        return int((module.num_heads + module.num_kv_heads) * module.head_size)
+    return 0
 
 
 def _normal(tensor: torch.Tensor, deviation: float, generator: torch.Generator) -> None:
