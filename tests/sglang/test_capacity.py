@@ -26,7 +26,8 @@ from flashcore.serving.counters import FaultLog
 from flashcore.serving.shapes import Limits, Model, NotServed, Shape
 from flashcore.serving.views import Memory, Need, View
 from flashcore.sm90.planner_scratch import PlannerScratch
-from tests.sglang import cases, fake_kernels
+from tests import fake_kernels
+from tests.sglang import cases
 from tests.sglang.batches import (
     Engine,
     Request,

@@ -15,9 +15,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from flashcore.integrations.sglang.register import register
 from flashcore.integrations.sglang.speculation import drafts_are_trees
 from flashcore.sm90.families import MERGE, PAGED, PLANNER
-from tests.sglang import cases, fake_kernels
+from tests import fake_kernels
+from tests.fake_kernels import FakeKernels
+from tests.sglang import cases
 from tests.sglang.batches import Engine, Request, Setup, attend, make_engine, make_forward
-from tests.sglang.fake_kernels import FakeKernels
 
 register()
 
