@@ -464,7 +464,7 @@ def test_missing_kernels_are_compiled_together_first(
     first, second = shipped_kernels()[:2]
 
     class Cache:
-        folder, target = tmp_path, None
+        folder, target, no_folder = tmp_path, None, None
 
         def origin(self, kernel: Kernel) -> str | None:
             return "from the wheel" if kernel is first else None

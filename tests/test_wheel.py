@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from flashcore.cli import info
+from flashcore.cli.info import _kernels
+from flashcore.jit import cache as cache_module
 from flashcore.jit import packaged
 from flashcore.jit.cache import FROM_PACKAGE, KernelCache
+from flashcore.jit.folder import NoCacheError
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.target import Target, detect_target
 from flashcore.sm90.families import PAGER
@@ -142,6 +145,37 @@ def test_the_package_comes_before_the_cache(install: Callable[..., Path], tmp_pa
     # A folder that was asked for holds what is asked of it.
     other = KernelCache.open(tmp_path / "other")
     assert other.origin(SEVEN) is None
+
+
+@needs_loader
+@pytest.mark.parametrize("why", ["no such place", "no home"])
+def test_without_a_cache_folder_the_package_s_kernels_are_enough(
+    install: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """As in a read-only container, or under a user id that nobody has."""
+    install(SEVEN)
+    if why == "no home":
+        monkeypatch.delenv("FLASHCORE_CACHE_DIR")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", _no_home)
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(cache_module, "_shared", None)
+    cache = cache_module.shared_cache()
+    assert cache.function(SEVEN)() == 7
+    assert cache.origin(EIGHT) is None
+    with pytest.raises(NoCacheError, match=r"no place to compile it to: .*FLASHCORE_CACHE_DIR"):
+        cache.function(EIGHT)
+    assert _kernels()["cache"].startswith("none: " if why == "no home" else "0 in ")
+    monkeypatch.setattr(packaged, "FOLDER", tmp_path / "nothing")
+    monkeypatch.setattr(cache_module, "_shared", None)
+    with pytest.raises(NoCacheError, match="FLASHCORE_CACHE_DIR"):
+        cache_module.shared_cache()
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 @needs_loader

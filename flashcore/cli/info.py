@@ -69,11 +69,14 @@ def _kernels() -> dict[str, str]:
     if packaged is not None:
         built = packaged.target
         installed = f"{packaged.count()} for {built.arch}, CuTe DSL {built.dsl} {built.toolkit}"
-    folder = default_folder()
-    count = sum(1 for _ in folder.glob("*.so")) if folder.is_dir() else 0
+    try:
+        folder = default_folder()
+        cached = f"{sum(1 for _ in folder.glob('*.so')) if folder.is_dir() else 0} in {folder}"
+    except OSError as error:
+        cached = f"none: {error}"
     return {
         "installed": installed,
-        "cache": f"{count} in {folder}",
+        "cache": cached,
         "compiler": "installed" if compiler_installed() else "not installed",
     }
 

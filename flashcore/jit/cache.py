@@ -13,7 +13,13 @@ from pathlib import Path
 
 from flashcore.jit.build import BuildError, build_entry
 from flashcore.jit.entry import Entry, read_entry, unpack
-from flashcore.jit.folder import default_folder, exclusive_lock, open_folder, publish
+from flashcore.jit.folder import (
+    NoCacheError,
+    default_folder,
+    exclusive_lock,
+    open_folder,
+    publish,
+)
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.load import CompiledFunction, load_function
 from flashcore.jit.packaged import Packaged, open_packaged
@@ -28,12 +34,14 @@ class KernelCache:
     """The kernels compiled for one target, in one folder, and those that came with the package.
 
     `compiled` counts what this object compiled itself, `loaded` holds the functions it has handed
-    out: asking again for the same kernel costs a dictionary look-up.
+    out: asking again for the same kernel costs a dictionary look-up. `no_folder` says why there is
+    no folder: then there are the package's kernels and no others.
     """
 
     folder: Path
     target: Target
     packaged: Packaged | None = None
+    no_folder: NoCacheError | None = None
     compiled: int = 0
     loaded: dict[Kernel, CompiledFunction] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -50,6 +58,15 @@ class KernelCache:
             return cls(open_folder(folder), target)
         return cls(open_folder(default_folder()), target, open_packaged(target)[0])
 
+    @classmethod
+    def of_package(cls, no_folder: NoCacheError) -> KernelCache:
+        """Only what came with the package; raises `no_folder` where that is nothing."""
+        target = detect_target()
+        packaged = open_packaged(target)[0]
+        if packaged is None:
+            raise no_folder
+        return cls(packaged.folder, target, packaged, no_folder)
+
     def path(self, kernel: Kernel) -> Path:
         """Where the entry of `kernel` is or would be."""
         return self.folder / f"{kernel.key(self.target)}.so"
@@ -57,13 +74,17 @@ class KernelCache:
     def entry(self, kernel: Kernel) -> Entry | None:
         """The valid entry of `kernel`, None when it is missing, corrupt or another kernel's."""
         packaged = None if self.packaged is None else self.packaged.entry(kernel)
-        return packaged or read_entry(self.path(kernel))
+        return packaged or self._own(kernel)
+
+    def _own(self, kernel: Kernel) -> Entry | None:
+        """The valid entry in the folder."""
+        return None if self.no_folder else read_entry(self.path(kernel))
 
     def origin(self, kernel: Kernel) -> str | None:
         """Where the entry of `kernel` is, in words; None where there is none."""
         if self.packaged is not None and self.packaged.entry(kernel) is not None:
             return FROM_PACKAGE
-        return None if read_entry(self.path(kernel)) is None else f"from {self.folder}"
+        return None if self._own(kernel) is None else f"from {self.folder}"
 
     def ensure(self, kernel: Kernel) -> Entry:
         """The entry of `kernel`, compiled first if need be; of many processes one compiles."""
@@ -88,7 +109,7 @@ class KernelCache:
                 raise
             except (OSError, RuntimeError, AttributeError):
                 pass  # does not load here: as if it were not there
-        entry = read_entry(self.path(kernel)) or self._compile(kernel, replace=False)
+        entry = self._own(kernel) or self._compile(kernel, replace=False)
         try:
             return self._open(self.path(kernel), entry)
         except MissingRuntimeError:
@@ -101,6 +122,11 @@ class KernelCache:
         return load_function(path, entry.facts["symbol"], self.target.toolkit)
 
     def _compile(self, kernel: Kernel, *, replace: bool) -> Entry:
+        if self.no_folder is not None:
+            raise NoCacheError(
+                f"the kernel {kernel.describe()!r} is not among those installed with flashcore, "
+                f"and there is no place to compile it to: {self.no_folder}"
+            )
         path = self.path(kernel)
         with exclusive_lock(path.with_suffix(".lock")):
             # Another process may have compiled it while this one waited for the lock.
@@ -123,9 +149,15 @@ _shared_guard = threading.Lock()
 
 
 def shared_cache() -> KernelCache:
-    """The cache of this process: the user's folder, this machine's target; opened on first use."""
+    """The cache of this process: the user's folder, this machine's target; opened on first use.
+
+    Where there is no such folder, as in a read-only container, the package's kernels are enough.
+    """
     global _shared
     with _shared_guard:
         if _shared is None:
-            _shared = KernelCache.open()
+            try:
+                _shared = KernelCache.open()
+            except NoCacheError as no_folder:
+                _shared = KernelCache.of_package(no_folder)
         return _shared

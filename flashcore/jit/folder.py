@@ -26,15 +26,28 @@ class UnsafeCacheError(PermissionError):
     """The cache folder could be written by another user, or cannot be used at all."""
 
 
+class NoCacheError(UnsafeCacheError):
+    """There is no cache folder and none can be made; nobody else's doing."""
+
+
 def default_folder() -> Path:
-    """$FLASHCORE_CACHE_DIR, else flashcore under the user's cache folder (XDG)."""
+    """$FLASHCORE_CACHE_DIR, else flashcore under the user's cache folder (XDG).
+
+    Raises NoCacheError for a user without a home folder, as in a container under a made-up id.
+    """
     chosen = os.environ.get(ENVIRONMENT)
     if chosen:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification says that a relative path there must be ignored.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "flashcore"
+    if os.path.isabs(base):
+        return Path(base) / "flashcore"
+    try:
+        return Path.home() / ".cache" / "flashcore"
+    except RuntimeError:
+        raise NoCacheError(
+            f"user {os.geteuid()} has no home folder for the cache; set {ENVIRONMENT} to a folder"
+        ) from None
 
 
 def open_folder(folder: Path) -> Path:
@@ -52,7 +65,7 @@ def open_folder(folder: Path) -> Path:
         found = resolved.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         reason = getattr(error, "strerror", None) or error
-        raise UnsafeCacheError(
+        raise NoCacheError(
             f"cache folder {folder} cannot be used ({reason}); "
             f"set {ENVIRONMENT} to a folder of your own"
         ) from error

@@ -41,14 +41,19 @@ def _available(index: int) -> tuple[bool, str]:
         return False, str(error)
     if find_spec("tvm_ffi") is None:
         return False, f"apache-tvm-ffi is not installed; {INSTALL_HINT}"
-    if find_spec("cutlass") is None and not (
-        any(default_folder().glob("*.so")) or open_packaged(target)[0]
-    ):
+    if find_spec("cutlass") is None and not (open_packaged(target)[0] or _some_are_cached()):
         return False, f"no kernel is compiled yet and the CuTe DSL is missing; {INSTALL_HINT}"
     return (
         True,
         f"{name}: kernels for {target.arch} through CuTe DSL {target.dsl} ({target.toolkit})",
     )
+
+
+def _some_are_cached() -> bool:
+    try:
+        return any(default_folder().glob("*.so"))
+    except OSError:  # no folder, or one that cannot be read
+        return False
 
 
 @lru_cache(maxsize=64)

@@ -136,7 +136,7 @@ def _verdict(ran: int, failed: list[str], skipped: int, setting: Setting, second
 def _prepare(tests: list[SelfTest], setting: Setting) -> list[str]:
     """Compile together what the tests will ask for and is not there; say where kernels are from.
 
-    Returns the tests that cannot run, where there is no compiler.
+    Returns the tests that cannot run, where there is no compiler or no place for what it makes.
     """
     from flashcore.cli.check.swap import kernels_of
     from flashcore.jit.build import compiler_installed
@@ -150,7 +150,7 @@ def _prepare(tests: list[SelfTest], setting: Setting) -> list[str]:
     places = Counter(origin or "not compiled yet" for origin in origins.values())
     print(f"{len(origins)} kernels: " + ", ".join(f"{n} {where}" for where, n in places.items()))
     missing = [kernel for kernel, origin in origins.items() if origin is None]
-    if missing and compiler_installed():
+    if missing and compiler_installed() and cache.no_folder is None:
         _compile(cache, missing)
         missing = []
     sys.stdout.flush()
