@@ -29,6 +29,11 @@ def planner_for(batch: Batch, capacities: Capacities, device: str, **options: An
     )
 
 
+def always_a_chain(planner: DevicePlanner, batch: int, layout: Any) -> Any:
+    """In place of `DevicePlanner._config`: the chain of kernels for small batches too."""
+    return planner._chain if layout is None else planner._chain_from_layout
+
+
 def inputs(batch: Batch, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     lens = (torch.tensor(n, dtype=torch.int32) for n in (batch.kv_lens, batch.q_lens))
     return (batch.page_table.to(device), *(n.to(device) for n in lens))

@@ -95,6 +95,7 @@ def test_layouts_are_refused():
 
 def test_a_kernel_of_its_own():
     assert choose(7, chunks=True) == PlannerConfig(1024, chunks=True)
-    assert planner()._configs[0].chunks
+    assert planner()._chain.chunks
+    assert planner()._small.chunks
     with pytest.raises(ValueError, match="page_tokens must divide 1024"):
         planner(page_tokens=48)

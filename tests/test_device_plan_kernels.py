@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
+from flashcore.dispatch import Path
 from flashcore.jit.folder import default_folder
 from flashcore.jit.gates import check_kernel
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.target import detect_target
 from flashcore.planner.device_plan import Capacities
-from flashcore.sm90.config.planner import ROW_CAPACITIES, PlannerConfig, choose, illegal_reason
+from flashcore.sm90.config.planner import (
+    ROW_CAPACITIES,
+    SMALL_BATCH,
+    PlannerConfig,
+    choose,
+    choose_small,
+    illegal_reason,
+)
 from flashcore.sm90.device_planner import DevicePlanner
 from flashcore.sm90.families import PLANNER
 from tests.runtime_fixtures import needs_disassembler, needs_dsl
@@ -24,6 +34,8 @@ from tests.runtime_fixtures import needs_disassembler, needs_dsl
         *(PlannerConfig(rows) for rows in ROW_CAPACITIES),
         PlannerConfig(1024, True),
         PlannerConfig(1024, chunks=True),
+        choose_small(),
+        choose_small(chunks=True),
     ],
 )
 def test_nothing_spills(config: PlannerConfig) -> None:
@@ -38,6 +50,27 @@ def test_smallest_kernel_is_chosen() -> None:
     with pytest.raises(ValueError, match="max_batch must be at most 57344, got 57345"):
         choose(57_345)
     assert "row_capacity 7 is not one of" in str(illegal_reason(PlannerConfig(7)))
+    assert "not one of (64,)" in str(illegal_reason(PlannerConfig(1024, small=True)))
+    assert "chain of kernels" in str(illegal_reason(PlannerConfig(64, True, small=True)))
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_one_kernel_for_few_sequences(chunks: bool) -> None:
+    """And few query tokens; a chain of kernels for more, and for layouts made on the device."""
+    lens = torch.zeros(SMALL_BATCH + 1, dtype=torch.int32)
+    table = torch.zeros(SMALL_BATCH + 1, 8, dtype=torch.int32)
+    taken = []
+    for max_q, batch in ((1024, SMALL_BATCH), (1024, SMALL_BATCH + 1), (1025, SMALL_BATCH)):
+        made = planner(max_batch=70, max_entries=999, max_q=max_q, batch_invariant=chunks)
+        with (
+            mock.patch(
+                "flashcore.sm90.device_planner.device_path", return_value=Path("hopper", "")
+            ),
+            mock.patch("flashcore.sm90.launch.planner.make_plan") as launch,
+        ):
+            made.update(table[:batch], lens[:batch], lens[:batch])
+            taken.append(launch.call_args.args[0])
+    assert taken == [choose_small(chunks), choose(70, chunks=chunks), choose(70, chunks=chunks)]
 
 
 def planner(**changes: int) -> DevicePlanner:

@@ -126,8 +126,11 @@ def kernels_for(
     # Prefill planners are made for few sequences and grow, to twice as many as can run.
     most = planner.ROW_CAPACITIES[-1]
     plans = [
-        planner.choose(rows, chunks=batch_invariant)
-        for rows in (64, max_batch, min(2 * max_batch, most))
+        planner.choose_small(chunks=batch_invariant),
+        *(
+            planner.choose(rows, chunks=batch_invariant)
+            for rows in (64, max_batch, min(2 * max_batch, most))
+        ),
     ]
     kernels = [
         *(Kernel(PAGED, config) for config in attention),

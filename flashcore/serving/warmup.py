@@ -19,6 +19,7 @@ from flashcore.serving.kernels import Kind, Variant
 from flashcore.serving.page_tables import PageTables, Slots
 from flashcore.serving.shapes import Model, Shape
 from flashcore.sm90.config import paged
+from flashcore.sm90.config.planner import SMALL_QUERIES, PlannerConfig
 from flashcore.sm90.families import PAGED, PLANNER
 
 _ENTRIES = 64  # of a planner for nothing
@@ -55,15 +56,15 @@ def run_all(model: Model, kind: Kind, cache: Cache, kernels: list[Kernel], tree:
 
     tree: verify forwards have tree masks.
     """
-    rows = [kernel.config.row_capacity for kernel in kernels if kernel.family is PLANNER]
+    planners = [kernel.config for kernel in kernels if kernel.family is PLANNER]
     tables = _fill_tables(model, cache, max(1, model.draft_tokens))
-    for capacity in rows:
-        _planner(model, kind, cache, 64, capacity).update(
+    for config in planners:
+        _planner(model, kind, cache, 64, config).update(
             tables.pages, tables.seq_lens, tables.q_lens
         )
     tiles = {k.config.tile_m for k in kernels if k.family is PAGED}
     for tile_m in sorted(tiles):
-        plan = _planner(model, kind, cache, tile_m, min(rows)).update(
+        plan = _planner(model, kind, cache, tile_m, planners[0]).update(
             tables.pages, tables.seq_lens, tables.q_lens
         )
         for variant in kind.variants:
@@ -83,11 +84,13 @@ def _token_counts(heads: int) -> list[int]:
 
 
 def _planner(
-    model: Model, kind: Kind, cache: Cache, tile_m: int, max_batch: int
+    model: Model, kind: Kind, cache: Cache, tile_m: int, config: PlannerConfig
 ) -> flashcore.DevicePlanner:
+    """One that takes the kernels of `config` for a sequence."""
     shape = kind.shape
+    max_q = SMALL_QUERIES if config.small else SMALL_QUERIES + 1
     return flashcore.DevicePlanner(
-        flashcore.Capacities(max_batch=max_batch, max_entries=_ENTRIES, max_q=_ENTRIES),
+        flashcore.Capacities(config.row_capacity, max_entries=_ENTRIES, max_q=max_q),
         num_pages=1,
         num_q_heads=shape.num_q_heads,
         num_kv_heads=shape.num_kv_heads,

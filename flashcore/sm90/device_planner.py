@@ -118,10 +118,9 @@ class DevicePlanner:
         validate.positive_int("num_pages", num_pages, maximum=_MOST_PAGES)
         chunked = bool(batch_invariant)
         # First, since it names the limit on sequences.
-        self._configs = (
-            config.choose(capacities.max_batch, chunks=chunked),
-            config.choose(capacities.max_batch, from_layout=True),
-        )
+        self._chain = config.choose(capacities.max_batch, chunks=chunked)
+        self._chain_from_layout = config.choose(capacities.max_batch, from_layout=True)
+        self._small = config.choose_small(chunks=chunked)
         self._num_workers, self._fold = num_workers, fold
         workers = _workers(num_workers, device, head_dim, tile_m, v_head_dim)
         if workspace is not None and not capacities.max_partials:
@@ -338,8 +337,15 @@ class DevicePlanner:
             problem=self._problem,
             num_sms=sm_count(q_lens.device),
         )
-        make_plan(self._configs[layout is not None], operands)
+        make_plan(self._config(q_lens.numel(), layout), operands)
         return self.plan
+
+    def _config(self, batch: int, layout: DeviceLayout | None) -> config.PlannerConfig:
+        """The kernels that take the least time for so many sequences."""
+        if layout is not None:
+            return self._chain_from_layout
+        few_queries = self.capacities.max_q <= config.SMALL_QUERIES
+        return self._small if few_queries and batch <= config.SMALL_BATCH else self._chain
 
     def trimmed(self, batch: int) -> Plan:
         """The last update as a `Plan` of its own. Waits for the device."""

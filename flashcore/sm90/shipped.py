@@ -13,7 +13,7 @@ from flashcore.sm90.config import paged
 from flashcore.sm90.config.dense import DTYPES, HEAD_DIMS, DenseConfig, DenseProblem, choose
 from flashcore.sm90.config.paged import MergeConfig, PagedCall, PagedConfig
 from flashcore.sm90.config.pager import PagerConfig
-from flashcore.sm90.config.planner import PlannerConfig
+from flashcore.sm90.config.planner import PlannerConfig, choose_small
 from flashcore.sm90.families import DENSE, MERGE, PAGED, PAGER, PLANNER
 
 _LONG = 4096  # tokens: many tiles, in every dimension
@@ -29,6 +29,7 @@ def shipped_kernels() -> list[Kernel]:
         *(Kernel(MERGE, config) for config in _merge_configs()),
         *(Kernel(PLANNER, PlannerConfig(1024, from_layout)) for from_layout in (False, True)),
         Kernel(PLANNER, PlannerConfig(1024, chunks=True)),
+        *(Kernel(PLANNER, choose_small(chunks)) for chunks in (False, True)),
         *(Kernel(PAGER, PagerConfig(tokens, "words")) for tokens in (False, True)),
         *(Kernel(PAGER, PagerConfig(tokens, "none")) for tokens in (False, True)),
     ]

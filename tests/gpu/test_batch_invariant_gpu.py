@@ -16,10 +16,11 @@ from flashcore.planner import chunks
 from flashcore.reference import paged_attention_reference
 from flashcore.sm90.available import available
 from flashcore.sm90.config.paged import MergeConfig
+from flashcore.sm90.device_planner import DevicePlanner
 from flashcore.sm90.launch import paged as launch_paged
 from tests.cases import Batch, hide_unused, picked, prefix_tree
 from tests.compare import assert_close
-from tests.device_plan_cases import assert_same_plan, inputs, planner_for
+from tests.device_plan_cases import always_a_chain, assert_same_plan, inputs, planner_for
 from tests.gpu.test_paged_gpu import rules
 
 pytestmark = pytest.mark.skipif(
@@ -252,6 +253,23 @@ def test_planned_on_the_device(rule: str) -> None:
         )
         results = (x[: len(tokens)].cpu().split(chosen.q_lens) for x in (out, lse))
         assert_same_bits(list(zip(*results, strict=True)), single, rows)
+
+
+@pytest.mark.parametrize("page_tokens", [16, 128])
+def test_planned_by_either_kernels(page_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few query tokens: one kernel for all steps, in shared memory or not, and the chain."""
+    batch = family(10, page_tokens, 128, longest_q=4, sequences=24)
+    capacities = flashcore.Capacities(40, 40 * batch.page_table.shape[1], 200)
+    planner = planner_for(batch, capacities, "cuda", batch_invariant=True, fold=False)
+    rng = np.random.default_rng(7)
+    for number in range(24):
+        if number == 16:
+            monkeypatch.setattr(DevicePlanner, "_config", always_a_chain)
+        chosen = picked(batch, rows := rng.integers(0, 24, int(rng.integers(1, 40))).tolist())
+        chosen.page_table = batch.page_table[rows]
+        planner.update(*inputs(chosen, "cuda"))
+        expected = chosen.plan(batch_invariant=True, fold=False)
+        assert_same_plan(planner.trimmed(len(rows)).to("cpu"), expected)
 
 
 def test_same_bits_every_time() -> None:

@@ -20,6 +20,7 @@ from flashcore.sm90.device_planner import DevicePlanner
 from flashcore.sm90.planner_scratch import PlannerScratch
 from tests.cases import ABSURD_PAGE, Batch, hide_unused, prefix_tree, small_scale
 from tests.device_plan_cases import (
+    always_a_chain,
     assert_same_plan,
     assert_same_stats,
     inputs,
@@ -38,6 +39,13 @@ PAGE_TOKENS = 16
 CAPACITIES = Capacities(
     ROWS, max_entries=ROWS * COLUMNS, max_q=256, max_gathered=12_000, max_partials=12_000
 )
+
+
+@pytest.fixture(autouse=True, params=["small", "chain"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of a few sequences by one kernel, as ever; and by the chain that large ones take."""
+    if request.param == "chain":
+        monkeypatch.setattr(DevicePlanner, "_config", always_a_chain)
 
 
 def random_batch(seed: int, rows: int = ROWS, columns: int = COLUMNS) -> Batch:

@@ -31,6 +31,7 @@ def compile_planner(config: PlannerConfig, options: str = "") -> Any:
     from cutlass import Int32, Int64
 
     from flashcore.sm90.kernels.planner.kernel import Planner
+    from flashcore.sm90.kernels.planner.small import SmallPlanner
 
     batch = cute.sym_int()
     from_layout = config.from_layout
@@ -46,7 +47,8 @@ def compile_planner(config: PlannerConfig, options: str = "") -> Any:
         problem=PlannerProblem(**numbers),
         num_sms=Int32(1),
     )
-    return compiled(Planner(config), *operands, options=options)
+    planner = SmallPlanner(config) if config.small else Planner(config)
+    return compiled(planner, *operands, options=options)
 
 
 def _source() -> PlannerSource:

@@ -1,8 +1,8 @@
 """Launch the planner's kernels.
 
-Five launches, with chunks seven, on torch's current stream, nothing read back, so a call can be
-captured in a CUDA graph once the kernel is loaded. Arguments are taken as already checked
-(`sm90.device_planner`).
+Five launches, with chunks seven, of a small batch one, on torch's current stream, nothing read
+back, so a call can be captured in a CUDA graph once the kernel is loaded. Arguments are taken as
+already checked (`sm90.device_planner`).
 """
 
 from __future__ import annotations

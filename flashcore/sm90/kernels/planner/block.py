@@ -1,5 +1,5 @@
-"""What the threads of one CTA can do together: scans, sums, a stable sort; and how CTAs of
-ENTRY_THREADS share a list.
+"""What the threads of one CTA can do together: scans, sums, a stable sort; and how threads share a
+list.
 
 Every thread of the CTA takes part in what is named block_*, every lane of a warp in what is named
 warp_*. warp_idx is itself a shuffle of the whole warp: never under a condition on the lane.
@@ -15,7 +15,6 @@ from cutlass import Int32, Int64, const_expr
 
 from flashcore.contract.scratch import Sort
 from flashcore.sm90.config.planner import (
-    ENTRY_THREADS,
     GROUP_THREADS,
     RADIX_BINS,
     RADIX_BITS,
@@ -34,13 +33,20 @@ class Shared(NamedTuple):
     warp_bins: cute.Tensor  # int32 (RADIX_BINS * warps,), bins of a warp together
 
 
+class Part(NamedTuple):
+    """This thread's part of a list."""
+
+    first: Int32  # element
+    stride: Int32  # to its next
+
+
 @cute.jit
-def first_and_stride():
-    """First element of this thread of ENTRY_THREADS, and the distance to its next."""
+def part_of_grid(threads: cutlass.Constexpr[int]) -> Part:
+    """Where all CTAs along x share a list."""
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     grid, _, _ = cute.arch.grid_dim()
-    return bid * ENTRY_THREADS + tid, grid * ENTRY_THREADS
+    return Part(bid * threads + tid, grid * threads)
 
 
 @cute.jit

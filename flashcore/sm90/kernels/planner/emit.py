@@ -16,17 +16,16 @@ from flashcore.contract.operands import PlannerResult as Plan
 from flashcore.contract.scratch import Rows, Sort
 from flashcore.contract.scratch import Segments as S
 from flashcore.contract.work import DIRECT, FIELDS, Group, Work
-from flashcore.sm90.kernels.planner.block import first_and_stride, last_at_most
+from flashcore.sm90.kernels.planner.block import Part, last_at_most
 from flashcore.sm90.kernels.planner.groups import queries_of, row_blocks
 
 
 @cute.jit
-def emit_gathered(plan: Plan, scratch: Scratch):
+def emit_gathered(plan: Plan, scratch: Scratch, part: Part):
     """q_tokens and q_positions."""
-    first, stride = first_and_stride()
     members = plan.counts[int(Count.MEMBERS)]
     begins = scratch.segments[S.MEMBER_BEGIN, None]
-    for i in cutlass.range(first, plan.counts[int(Count.GATHERED)], stride, unroll=1):
+    for i in cutlass.range(part.first, plan.counts[int(Count.GATHERED)], part.stride, unroll=1):
         member = last_at_most(begins, Int32(0), members, i)
         row = plan.member_rows[member]
         token = i - begins[member]
@@ -36,11 +35,10 @@ def emit_gathered(plan: Plan, scratch: Scratch):
 
 
 @cute.jit
-def emit_tokens(plan: Plan, scratch: Scratch, batch: Int32):
+def emit_tokens(plan: Plan, scratch: Scratch, batch: Int32, part: Part):
     """q_index and merge_offsets. Places past the last query token have empty lists."""
-    first, stride = first_and_stride()
     total = plan.counts[int(Count.TOTAL_Q)]
-    for q in cutlass.range(first, plan.merge_offsets.shape[0], stride, unroll=1):
+    for q in cutlass.range(part.first, plan.merge_offsets.shape[0], part.stride, unroll=1):
         begin, token = plan.counts[int(Count.MERGE)], Int32(0)
         if q < total:
             row = last_at_most(plan.q_offsets, Int32(0), batch, q)
@@ -54,12 +52,11 @@ def emit_tokens(plan: Plan, scratch: Scratch, batch: Int32):
 
 
 @cute.jit
-def emit_merge(plan: Plan, scratch: Scratch, batch: Int32):
+def emit_merge(plan: Plan, scratch: Scratch, batch: Int32, part: Part):
     """merge_partials."""
-    first, stride = first_and_stride()
     segments, rows = scratch.segments, scratch.rows
     begins, splits_before = rows[Rows.MERGE_BEGIN, None], segments[S.SPLITS_BEFORE, None]
-    for i in cutlass.range(first, plan.counts[int(Count.MERGE)], stride, unroll=1):
+    for i in cutlass.range(part.first, plan.counts[int(Count.MERGE)], part.stride, unroll=1):
         row = last_at_most(begins, Int32(0), batch, i)
         partial = Int32(INVALID)
         if plan.bad[row] == 0:
@@ -79,13 +76,12 @@ def emit_merge(plan: Plan, scratch: Scratch, batch: Int32):
 
 
 @cute.jit
-def emit_work(plan: Plan, scratch: Scratch, problem: Problem):
+def emit_work(plan: Plan, scratch: Scratch, problem: Problem, part: Part):
     """The work list."""
-    first, stride = first_and_stride()
     classes = 2 * plan.counts[int(Count.GROUPS)]
     values = 2 * plan.counts[int(Count.CLASSES)] + Sort.VALUE
     begins = scratch.classes[Sort.ITEM_BEGIN, None]
-    for i in cutlass.range(first, plan.counts[int(Count.ITEMS)], stride, unroll=1):
+    for i in cutlass.range(part.first, plan.counts[int(Count.ITEMS)], part.stride, unroll=1):
         place = last_at_most(begins, Int32(0), classes, i)
         which = scratch.classes[values, place]
         h = which >> 1

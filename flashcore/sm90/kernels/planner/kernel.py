@@ -24,10 +24,16 @@ from flashcore.contract.scratch import SCAN_THREADS, Tiles
 from flashcore.sm90.config.planner import ENTRY_THREADS, GROUP_THREADS, PlannerConfig
 from flashcore.sm90.kernels.dsl import SmemAllocator
 from flashcore.sm90.kernels.planner.adopt import adopt_layout
-from flashcore.sm90.kernels.planner.block import Shared, scan_memory, shared_memory
+from flashcore.sm90.kernels.planner.block import (
+    Part,
+    Shared,
+    part_of_grid,
+    scan_memory,
+    shared_memory,
+)
 from flashcore.sm90.kernels.planner.emit import emit_gathered, emit_merge, emit_tokens, emit_work
 from flashcore.sm90.kernels.planner.groups import find_groups, unshare
-from flashcore.sm90.kernels.planner.layout import build_layout
+from flashcore.sm90.kernels.planner.layout import fill_entries, scan_rows
 from flashcore.sm90.kernels.planner.owners import compare_chunks, count_chunks
 from flashcore.sm90.kernels.planner.sharing import (
     await_count,
@@ -101,7 +107,9 @@ class Planner:
             Int32, cute.make_layout(const_expr(self.config.row_capacity + 1))
         )
         cute.arch.griddepcontrol_launch_dependents()
-        build_layout(mTable, mSeqLens, mQLens, plan, scratch, problem, ends, sums)
+        nnz = scan_rows(mTable, mSeqLens, mQLens, plan, scratch, problem, ends, sums)
+        part = part_of_grid(SCAN_THREADS)
+        fill_entries(mTable, mSeqLens, plan, scratch, problem, ends, nnz, part)
 
     @cute.kernel
     def adopt(self, mQLens: cute.Tensor, source: Source, plan: Plan, scratch: Scratch):
@@ -112,35 +120,42 @@ class Planner:
     @cute.kernel
     def claim(self, plan: Plan, scratch: Scratch, problem: Problem):
         self.take_over()
-        claim_pages(plan, scratch, problem, self.config.chunks)
+        claim_pages(plan, scratch, problem, part_of_grid(ENTRY_THREADS), self.config.chunks)
 
     @cute.kernel
     def compare(self, plan: Plan, scratch: Scratch, problem: Problem):
         self.take_over()
-        compare_chunks(plan, scratch, problem)
+        compare_chunks(plan, scratch, problem, part_of_grid(ENTRY_THREADS))
 
     @cute.kernel
     def count(self, plan: Plan, scratch: Scratch, problem: Problem):
         self.take_over()
-        count_chunks(plan, scratch, problem)
+        count_chunks(plan, scratch, problem, part_of_grid(ENTRY_THREADS))
 
     @cute.kernel
     def link(self, plan: Plan, scratch: Scratch, problem: Problem):
         self.take_over()
         warps = const_expr(ENTRY_THREADS // 32)
         wide = SmemAllocator().allocate_tensor(Int64, cute.make_layout(warps))
-        mark_breaks(plan, scratch, problem, wide, self.config.chunks)
+        part = part_of_grid(ENTRY_THREADS)
+        mark_breaks(plan, scratch, problem, part, wide, self.config.chunks)
 
     @cute.kernel
     def groups(self, mQLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem):
+        self.take_over()
+        shared = shared_memory(SmemAllocator())
+        self.number_and_cut(mQLens.shape[0], plan, scratch, problem, shared)
+
+    @cute.jit
+    def number_and_cut(
+        self, batch: Int32, plan: Plan, scratch: Scratch, problem: Problem, shared: Shared
+    ):
         """All CTAs number the segments. The last to be done finds and cuts the groups, then the
         last three place everything side by side. Nobody waits for a CTA that may not run yet."""
-        self.take_over()
         tid, _, _ = cute.arch.thread_idx()
         grid, _, _ = cute.arch.grid_dim()
-        shared = shared_memory(SmemAllocator())
         stamp = next_stamp(scratch)
-        number_segments(plan, scratch, shared.sums)
+        number_segments(plan, scratch, grid, shared.sums)
         role = self.role(scratch, shared)
         ready = scratch.tiles.iterator + (Tiles.CUT * SCAN_THREADS + Tiles.READY)
         if role < 3:
@@ -152,16 +167,22 @@ class Planner:
             elif tid == 0:
                 await_count(ready, stamp, "acquire")
             cute.arch.sync_threads()
-            counts = plan.counts
-            num_groups, num_kept = counts[int(Count.GROUPS)], counts[int(Count.MEMBERS)]
-            # The last CTA also has the parts for which there is no other.
-            if role == 0:
-                place_items(plan, scratch, problem, num_groups, shared)
-            if role == 1 or grid < 2:
-                place_members(plan, scratch, num_kept, num_groups, shared)
-            if role == 2 or (role == 0 and grid < 3):
-                batch = mQLens.shape[0]
-                place_results(plan, scratch, problem, batch, num_groups, num_kept, shared)
+            self.place(batch, plan, scratch, problem, role, grid, shared)
+
+    @cute.jit
+    def place(
+        self, batch: Int32, plan: Plan, scratch: Scratch, problem: Problem, role: Int32,
+        ctas: Int32, shared: Shared,
+    ):  # fmt: skip
+        """This CTA's third of step 6; the last CTA's also what there is no other for."""
+        counts = plan.counts
+        num_groups, num_kept = counts[int(Count.GROUPS)], counts[int(Count.MEMBERS)]
+        if role == 0:
+            place_items(plan, scratch, problem, num_groups, shared)
+        if role == 1 or ctas < 2:
+            place_members(plan, scratch, num_kept, num_groups, shared)
+        if role == 2 or (role == 0 and ctas < 3):
+            place_results(plan, scratch, problem, batch, num_groups, num_kept, shared)
 
     @cute.jit
     def role(self, scratch: Scratch, shared: Shared):
@@ -213,14 +234,21 @@ class Planner:
         first, which, _ = cute.arch.block_idx()
         if which == 0 and first == 0 and tid == 0:
             scratch.tiles[Tiles.CUT, Tiles.STAMP] = Int64(next_stamp(scratch))
+        self.emit(which, mQLens.shape[0], plan, scratch, problem, part_of_grid(ENTRY_THREADS))
+
+    @cute.jit
+    def emit(
+        self, which: Int32, batch: Int32, plan: Plan, scratch: Scratch, problem: Problem, part: Part
+    ):
+        """This thread's part of one of the four lists of step 7."""
         if which == 0:
-            emit_work(plan, scratch, problem)
+            emit_work(plan, scratch, problem, part)
         elif which == 1:
-            emit_merge(plan, scratch, mQLens.shape[0])
+            emit_merge(plan, scratch, batch, part)
         elif which == 2:
-            emit_gathered(plan, scratch)
+            emit_gathered(plan, scratch, part)
         else:
-            emit_tokens(plan, scratch, mQLens.shape[0])
+            emit_tokens(plan, scratch, batch, part)
 
     @cute.jit
     def take_over(self):

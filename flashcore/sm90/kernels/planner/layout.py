@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, const_expr
 
 from flashcore.contract.counts import Count, Fault, Stat
 from flashcore.contract.operands import PlannerMemory as Scratch
 from flashcore.contract.operands import PlannerProblem as Problem
 from flashcore.contract.operands import PlannerResult as Plan
-from flashcore.contract.scratch import SCAN_THREADS, Rows
 from flashcore.contract.scratch import Entries as E
-from flashcore.sm90.kernels.planner.block import block_reduce, block_scans, last_at_most
+from flashcore.contract.scratch import Rows
+from flashcore.sm90.kernels.planner.block import Part, block_reduce, block_scans, last_at_most
 
 
 @cute.jit
@@ -50,9 +50,10 @@ def scan_rows(
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
     batch = mSeqLens.shape[0]
+    threads = const_expr(32 * cute.size(sums, mode=[1]))
     max_entries, max_q = plan.cols.shape[0], plan.q_index.shape[0]
     pages_before, queries_before, nnz = Int32(0), Int32(0), Int32(0)
-    for base in cutlass.range(0, batch, SCAN_THREADS, unroll=1):
+    for base in cutlass.range(0, batch, threads, unroll=1):
         b = base + tid
         pages, queries, faults = row_need(mTable, mSeqLens, mQLens, b, problem, max_q)
         before, totals = block_scans((pages, queries), sums)
@@ -77,20 +78,25 @@ def scan_rows(
             plan.q_offsets[0] = Int32(0)
             plan.row_offsets[0] = Int32(0)
             plan.stats[int(Stat.TOKENS_UNIQUE)] = Int64(0)  # the next steps add to it
-    return block_reduce((nnz,), ("max",), sums)[0]
+    nnz = block_reduce((nnz,), ("max",), sums)[0]
+    if bid == 0:
+        for b in cutlass.range(tid, batch, threads, unroll=1):
+            end = sEnds[b + 1]
+            plan.row_offsets[b + 1] = end if end < nnz else nnz
+        if tid == 0:
+            plan.counts[int(Count.NNZ)] = nnz
+    return nnz
 
 
 @cute.jit
 def fill_entries(
     mTable: cute.Tensor, mSeqLens: cute.Tensor, plan: Plan, scratch: Scratch, problem: Problem,
-    sEnds: cute.Tensor, nnz: Int32,
+    sEnds: cute.Tensor, nnz: Int32, part: Part,
 ):  # fmt: skip
-    """Pages and token counts. An id out of range becomes page 0 of a sequence marked as bad."""
-    tid, _, _ = cute.arch.thread_idx()
-    bid, _, _ = cute.arch.block_idx()
-    grid, _, _ = cute.arch.grid_dim()
+    """Pages and token counts, by CTAs that need not meet. An id out of range becomes page 0 of a
+    sequence marked as bad."""
     batch = mSeqLens.shape[0]
-    for e in cutlass.range(bid * SCAN_THREADS + tid, nnz, grid * SCAN_THREADS, unroll=1):
+    for e in cutlass.range(part.first, nnz, part.stride, unroll=1):
         row = last_at_most(sEnds, Int32(0), batch, e)
         column = e - sEnds[row]
         page = mTable[row, column]
@@ -104,25 +110,6 @@ def fill_entries(
         scratch.entries[E.START, e] = column * problem.page_tokens
         if column == 0:
             scratch.entries[E.PREVIOUS, e] = Int32(-1)
-
-
-@cute.jit
-def build_layout(
-    mTable: cute.Tensor, mSeqLens: cute.Tensor, mQLens: cute.Tensor, plan: Plan, scratch: Scratch,
-    problem: Problem, sEnds: cute.Tensor, sums: cute.Tensor,
-):  # fmt: skip
-    """Entries of all sequences, row after row, by a grid of CTAs that need not meet."""
-    tid, _, _ = cute.arch.thread_idx()
-    bid, _, _ = cute.arch.block_idx()
-    batch = mSeqLens.shape[0]
-    nnz = scan_rows(mTable, mSeqLens, mQLens, plan, scratch, problem, sEnds, sums)
-    if bid == 0:
-        for b in cutlass.range(tid, batch, SCAN_THREADS, unroll=1):
-            end = sEnds[b + 1]
-            plan.row_offsets[b + 1] = end if end < nnz else nnz
-        if tid == 0:
-            plan.counts[int(Count.NNZ)] = nnz
-    fill_entries(mTable, mSeqLens, plan, scratch, problem, sEnds, nnz)
 
 
 @cute.jit

@@ -17,7 +17,7 @@ from flashcore.contract.operands import PlannerProblem as Problem
 from flashcore.contract.operands import PlannerResult as Plan
 from flashcore.contract.scratch import Entries as E
 from flashcore.contract.scratch import Slots
-from flashcore.sm90.kernels.planner.block import first_and_stride
+from flashcore.sm90.kernels.planner.block import Part
 from flashcore.sm90.kernels.planner.groups import add_to, queries_of
 from flashcore.sm90.kernels.planner.layout import is_active
 
@@ -76,10 +76,9 @@ def owning_chunk(plan: Plan, scratch: Scratch, problem: Problem, row: Int32, e: 
 
 
 @cute.jit
-def compare_chunks(plan: Plan, scratch: Scratch, problem: Problem):
+def compare_chunks(plan: Plan, scratch: Scratch, problem: Problem, part: Part):
     """Each entry compares its page with the one that stands there in its chunk's twin."""
-    first, stride = first_and_stride()
-    for e in cutlass.range(first, plan.counts[int(Count.NNZ)], stride, unroll=1):
+    for e in cutlass.range(part.first, plan.counts[int(Count.NNZ)], part.stride, unroll=1):
         row = scratch.entries[E.ROW, e]
         if is_active(plan, scratch, row):
             begin, twin = twin_of_chunk(plan, scratch, problem, row, e)
@@ -90,10 +89,9 @@ def compare_chunks(plan: Plan, scratch: Scratch, problem: Problem):
 
 
 @cute.jit
-def count_chunks(plan: Plan, scratch: Scratch, problem: Problem):
+def count_chunks(plan: Plan, scratch: Scratch, problem: Problem, part: Part):
     """Each chunk's first entry counts as a use of its owner."""
-    first, stride = first_and_stride()
-    for e in cutlass.range(first, plan.counts[int(Count.NNZ)], stride, unroll=1):
+    for e in cutlass.range(part.first, plan.counts[int(Count.NNZ)], part.stride, unroll=1):
         row = scratch.entries[E.ROW, e]
         if is_active(plan, scratch, row):
             begin, owner = owning_chunk(plan, scratch, problem, row, e)

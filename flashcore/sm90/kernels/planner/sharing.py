@@ -18,22 +18,18 @@ from flashcore.contract.scratch import SCAN_THREADS, UNUSED, Slots, Tiles
 from flashcore.contract.scratch import Entries as E
 from flashcore.contract.scratch import Groups as G
 from flashcore.contract.scratch import Segments as S
-from flashcore.sm90.config.planner import ENTRY_THREADS, GROUP_THREADS
-from flashcore.sm90.kernels.planner.block import (
-    block_counts,
-    block_reduce,
-    first_and_stride,
-    warp_sum,
-)
+from flashcore.sm90.config.planner import GROUP_THREADS
+from flashcore.sm90.kernels.planner.block import Part, block_counts, block_reduce, warp_sum
 from flashcore.sm90.kernels.planner.layout import is_active
 from flashcore.sm90.kernels.planner.owners import chunk_owner, owner_and_uses
 
 
 @cute.jit
-def claim_pages(plan: Plan, scratch: Scratch, problem: Problem, chunks: cutlass.Constexpr[bool]):
+def claim_pages(
+    plan: Plan, scratch: Scratch, problem: Problem, part: Part, chunks: cutlass.Constexpr[bool]
+):
     """Each entry enters itself in the slot of its page."""
-    first, stride = first_and_stride()
-    for e in cutlass.range(first, plan.counts[int(Count.NNZ)], stride, unroll=1):
+    for e in cutlass.range(part.first, plan.counts[int(Count.NNZ)], part.stride, unroll=1):
         scratch.entries[E.BROKEN, e] = Int32(0)
         if const_expr(chunks):
             scratch.entries[E.DIFFERS, e] = Int32(0)
@@ -52,7 +48,7 @@ def claim_pages(plan: Plan, scratch: Scratch, problem: Problem, chunks: cutlass.
 
 @cute.jit
 def mark_breaks(
-    plan: Plan, scratch: Scratch, problem: Problem, wide: cute.Tensor,
+    plan: Plan, scratch: Scratch, problem: Problem, part: Part, wide: cute.Tensor,
     chunks: cutlass.Constexpr[bool],
 ):  # fmt: skip
     """Each entry finds its owner, and breaks the owner's run where it does not go on like it.
@@ -60,9 +56,8 @@ def mark_breaks(
     wide: int64 of shared memory for each warp, in which tokens of distinct pages are added up.
     """
     tid, _, _ = cute.arch.thread_idx()
-    first, stride = first_and_stride()
     unique = Int64(0)
-    for e in cutlass.range(first, plan.counts[int(Count.NNZ)], stride, unroll=1):
+    for e in cutlass.range(part.first, plan.counts[int(Count.NNZ)], part.stride, unroll=1):
         row = scratch.entries[E.ROW, e]
         owner, uses = Int32(-1), Int32(0)
         if is_active(plan, scratch, row):
@@ -88,7 +83,7 @@ def mark_breaks(
         wide[warp] = unique
     cute.arch.sync_threads()
     if tid == 0:
-        for w in cutlass.range_constexpr(1, const_expr(ENTRY_THREADS // 32)):
+        for w in cutlass.range_constexpr(1, const_expr(cute.size(wide))):
             unique = unique + wide[w]
         if unique > 0:
             at = plan.stats.iterator + int(Stat.TOKENS_UNIQUE)
@@ -114,8 +109,8 @@ def begins_segment(scratch: Scratch, e: Int32, nnz: Int32):
 
 
 @cute.jit
-def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
-    """Segments and groups in the order of entries.
+def number_segments(plan: Plan, scratch: Scratch, ctas: Int32, sums: cute.Tensor):
+    """Segments and groups in the order of entries, by so many CTAs.
 
     Every CTA counts its stretch of the entries, tells the others, and waits for those before it,
     which were started no later than itself. All are counted, and those written for which there is
@@ -123,9 +118,8 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
     """
     tid, _, _ = cute.arch.thread_idx()
     bid, _, _ = cute.arch.block_idx()
-    grid, _, _ = cute.arch.grid_dim()
     nnz = plan.counts[int(Count.NNZ)]
-    stretch = cute.ceil_div(cute.ceil_div(nnz, grid), GROUP_THREADS) * GROUP_THREADS
+    stretch = ((nnz - 1) // (ctas * GROUP_THREADS) + 1) * GROUP_THREADS
     begin = bid * stretch
     segment, group = begins_segment(scratch, begin + tid, nnz)
     places, totals = block_counts((segment, group), sums)
@@ -135,7 +129,7 @@ def number_segments(plan: Plan, scratch: Scratch, sums: cute.Tensor):
         more = block_reduce((more_segments, more_groups), ("add", "add"), sums)
         all_segments, all_groups = all_segments + more[0], all_groups + more[1]
     segments_before, groups_before = exchange_counts(scratch, all_segments, all_groups, sums)
-    if bid == grid - 1 and tid == 0:
+    if bid == ctas - 1 and tid == 0:
         plan.counts[int(Count.SEGMENTS)] = segments_before + all_segments
         plan.counts[int(Count.FOUND)] = groups_before + all_groups
     s, g, tile_segments, tile_groups = places[0], places[1], totals[0], totals[1]
