@@ -42,7 +42,14 @@ CASES = {
         "test_dims[112-112-64-64-everything-40]",
         "test_dims[192-128-1-64-causal-40]",
     ),
-    "device_plan": ("test_same_plan[True-40]", "test_same_plan[always-0]", "test_capacities"),
+    "device_plan": (
+        "test_same_plan[small-True-40]",  # one kernel: shared memory, and a cluster
+        "test_same_plan[chain-True-40]",
+        "test_same_plan[chain-always-0]",
+        "test_capacities[small]",
+        "test_capacities[chain]",
+    ),
+    "batch_invariant": ("test_planned_by_either_kernels[128]",),
     "device_pager": (
         "test_token_maps[words]",
         "test_token_maps[bool]",
