@@ -66,6 +66,7 @@ def test_one_kernel_for_few_sequences(chunks: bool) -> None:
             mock.patch(
                 "flashcore.sm90.device_planner.device_path", return_value=Path("hopper", "")
             ),
+            mock.patch("flashcore.sm90.device_planner.sm_count", return_value=132),
             mock.patch("flashcore.sm90.launch.planner.make_plan") as launch,
         ):
             made.update(table[:batch], lens[:batch], lens[:batch])
@@ -107,7 +108,7 @@ def test_inputs_are_checked() -> None:
         planner().update(table.long(), lens, lens)
     with pytest.raises(ValueError, match="has 3 rows, max_batch is 2"):
         planner(max_batch=2).update(table, lens, lens)
-    with pytest.raises(ValueError, match=r"one length per row of page_table \(3\), got 3 and 2"):
+    with pytest.raises(ValueError, match=r"length per row of page_table \(3\), .* got 3 and 2"):
         planner().update(table, lens, lens[:2])
     with pytest.raises(ValueError, match="page_table must have contiguous rows"):
         planner().update(torch.zeros(8, 3, dtype=torch.int32).T, lens, lens)
