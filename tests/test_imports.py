@@ -33,7 +33,7 @@ FLOORS = (
     ("__main__",),
 )
 # Within Hopper's wing, and within kernels.
-WING = ("config", "kernels", "compile", "families", "shipped", "available", "launch")
+WING = ("config", "kernels", "compile", "families", "shipped", "needed", "available", "launch")
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 
 

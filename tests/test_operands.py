@@ -11,18 +11,14 @@ import pytest
 import torch
 
 import flashcore
-from flashcore import dispatch
 from flashcore.contract import operands
-from flashcore.jit.kernel import Kernel
 from flashcore.planner import chunks, split
 from flashcore.planner.folding import Costs
 from flashcore.problem import Extras, KVPool, Packing, Rules
-from flashcore.remembered import Remembered
-from flashcore.sm90 import device_pager, device_planner
-from flashcore.sm90.launch import dense, paged, pager, planner
+from flashcore.sm90.launch import dense, paged
+from tests.recorded_launches import SMS, Recorder, install
 
 KERNELS = Path(__file__).parents[1] / "flashcore" / "sm90" / "kernels"
-SMS = 131  # no number that any other operand has here
 
 # ---------------------------------------------------------------- signatures
 
@@ -56,36 +52,9 @@ def test_a_layout_is_a_source_of_plans() -> None:
 # ---------------------------------------------------------------- launches
 
 
-class Recorder:
-    """Takes the place of the disk cache and of every function in it."""
-
-    def __init__(self) -> None:
-        self.calls: dict[str, tuple[Any, ...]] = {}
-
-    def function(self, kernel: Kernel) -> Any:
-        def call(*arguments: Any) -> None:
-            self.calls[kernel.family.name] = arguments
-
-        return call
-
-
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """CPU tensors pass for tensors of the current Hopper GPU."""
-    recorder = Recorder()
-    for module in (dense, paged, pager, planner):
-        monkeypatch.setattr(module, "shared_cache", lambda: recorder)
-    for module in (paged, pager, planner):
-        monkeypatch.setattr(module, "_functions", {})
-    monkeypatch.setattr(dense, "_plans", Remembered(8))
-    for module in (dense, paged, device_pager, device_planner):
-        monkeypatch.setattr(module, "sm_count", lambda device: SMS)
-    for module in (device_pager, device_planner):
-        monkeypatch.setattr(module, "device_path", lambda device: dispatch.Path("hopper", ""))
-    monkeypatch.setattr(dense, "scheduler_scratch", lambda index: "counter")
-    monkeypatch.setattr(dense, "current_device", lambda: None)
-    monkeypatch.setattr(paged, "lasting_stream", lambda index: 0)
-    return recorder
+    return install(monkeypatch)
 
 
 def same(found: Any, expected: Any) -> bool:

@@ -42,7 +42,6 @@ MANY = {
     "reference.sequence_attention",
     # should take a value of `problem`, or their command's options, whole
     "sm90.shipped._problem",
-    "serving.kernels.kernels_for",
     "bench.serve.families.run_families",
     "bench.serve.modes.run_modes",
     "bench.serve.suite.run_serve",

@@ -95,17 +95,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _served_kernels(args: argparse.Namespace) -> list[Kernel]:
-    from flashcore.serving.kernels import kernels_for
+    from flashcore.serving.kernels import Kind, Variant, kernels_of
+    from flashcore.serving.shapes import Shape
 
-    *shape, v_head_dim = args.serve
-    options = dict.fromkeys(args.features, True)
-    return kernels_for(
-        *shape,
-        v_head_dim=v_head_dim,
-        dtype=args.dtype,
-        page_tokens=args.page_size,
-        **options,
-    )
+    has = args.features
+    variant = Variant(softcap="softcap" in has, sinks="sinks" in has)
+    kind = Kind(Shape(*args.serve), "windowed" in has, (variant,))
+    return kernels_of(kind, args.dtype, args.page_size, tree="tree" in has)
 
 
 def _prune(cache: KernelCache) -> int:

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from flashcore.jit.kernel import Kernel
+from flashcore.problem import Problem, Rules
 from flashcore.serving.shapes import Model, Shape
-from flashcore.sm90.config import paged, planner
+from flashcore.sm90.config import planner
 from flashcore.sm90.config.dense import WARPGROUP_ROWS
-from flashcore.sm90.families import MERGE, PAGED, PLANNER
+from flashcore.sm90.needed import Attached, Plans, kernels_for
 
 logger = logging.getLogger(__name__)
 
@@ -40,25 +41,11 @@ def wanted(
     model: Model, kinds: list[Kind], max_batch: int, tree: bool, batch_invariant: bool = False
 ) -> list[Kernel]:
     """Every kernel that any forward of these layers asks for, each once."""
+    dtype = "bf16" if model.dtype == torch.bfloat16 else "fp16"
     kernels = [
         kernel
         for kind in kinds
-        for variant in kind.variants
-        for kernel in kernels_for(
-            kind.shape.num_q_heads,
-            kind.shape.num_kv_heads,
-            kind.shape.head_dim,
-            v_head_dim=kind.shape.v_head_dim,
-            dtype="bf16" if model.dtype == torch.bfloat16 else "fp16",
-            page_tokens=model.page_tokens,
-            max_batch=max_batch,
-            windowed=kind.windowed,
-            softcap=variant.softcap,
-            sinks=variant.sinks,
-            tree=tree,
-            causal=variant.causal,
-            batch_invariant=batch_invariant,
-        )
+        for kernel in kernels_of(kind, dtype, model.page_tokens, max_batch, tree, batch_invariant)
     ]
     return list(dict.fromkeys(kernels))
 
@@ -78,63 +65,35 @@ def prepare(kernels: list[Kernel]) -> None:
     logger.info("flashcore attention: %d kernels compiled in %.1f s", len(missing), seconds)
 
 
-def kernels_for(
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    v_head_dim: int | None = None,
-    dtype: str = "bf16",
-    page_tokens: int = 64,
+def kernels_of(
+    kind: Kind,
+    dtype: str,
+    page_tokens: int,
     max_batch: int = 4096,
-    windowed: bool = False,
-    softcap: bool = False,
-    sinks: bool = False,
     tree: bool = False,
-    causal: bool = True,
     batch_invariant: bool = False,
 ) -> list[Kernel]:
-    """Kernels of layers of one shape, heads as one rank sees them; each once.
+    """Every kernel that forwards of one kind of layers ask for, each once.
 
-    v_head_dim: head_dim where not given. windowed, softcap, sinks: features of those layers. tree:
-    speculative decoding with trees. max_batch: requests that run at most. batch_invariant: plans
-    are, whose tiles have one height.
+    dtype: "bf16" or "fp16". max_batch: requests that run at most. tree: speculative decoding with
+    trees. batch_invariant: plans are, whose tiles have one height. Raises ValueError where there is
+    no kernel.
     """
-    tiles = (WARPGROUP_ROWS,) if batch_invariant else (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS)
-    call = paged.PagedCall(
-        dtype,
-        head_dim,
-        page_tokens,
-        num_q_heads // num_kv_heads,
-        v_head_dim or 0,
-        causal=causal,
-        window=windowed,
-        softcap=softcap,
-        sinks=sinks,
-        device_counts=True,
-    )
-    attention = [
-        paged.choose(call._replace(tree=with_tree), tile_m)
-        for with_tree in ((False, True) if tree else (False,))
-        for tile_m in tiles
-        if not (with_tree and tile_m > WARPGROUP_ROWS)  # verify runs with decode's tile
-    ]
-    merges = [
-        paged.choose_device_merge(dtype, v_head_dim or head_dim, sinks, rows, batch_invariant)
-        for rows in paged.MERGE_SIZES
-    ]
     # Prefill planners are made for few sequences and grow, to twice as many as can run.
-    most = planner.ROW_CAPACITIES[-1]
-    plans = [
-        planner.choose_small(chunks=batch_invariant),
-        *(
-            planner.choose(rows, chunks=batch_invariant)
-            for rows in (64, max_batch, min(2 * max_batch, most))
-        ),
-    ]
-    kernels = [
-        *(Kernel(PAGED, config) for config in attention),
-        *(Kernel(MERGE, config) for config in merges),
-        *(Kernel(PLANNER, config) for config in plans),
-    ]
+    batches = (64, max_batch, min(2 * max_batch, planner.ROW_CAPACITIES[-1]))
+    tiles = (WARPGROUP_ROWS,) if batch_invariant else (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS)
+    plans = Plans(tiles, True, batch_invariant, batches)
+    verify = replace(plans, tiles=(WARPGROUP_ROWS,))  # runs with decode's tile
+    shape = kind.shape
+    problem = Problem(
+        shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.v_head_dim, page_tokens
+    )
+    kernels = []
+    for variant in kind.variants:
+        softcap, left = float(variant.softcap), 0 if kind.windowed else -1
+        rules = Rules(1.0, variant.causal, left, softcap=softcap)
+        attached = Attached(dtype, variant.sinks)
+        kernels += kernels_for(problem, rules, plans, attached)
+        if tree:
+            kernels += kernels_for(problem, rules, verify, replace(attached, tree_mask=True))
     return list(dict.fromkeys(kernels))
