@@ -10,6 +10,7 @@ import torch
 
 import flashcore
 from flashcore.problem import Extras, KVPool, Problem, Rules
+from flashcore.sm90.config.planner import SMALL_BATCH, SMALL_QUERIES
 from flashcore.sm90.families import MERGE, PAGED, PLANNER
 from flashcore.sm90.launch import paged
 from flashcore.sm90.needed import Attached, Plans, kernels_for
@@ -56,12 +57,13 @@ def test_of_a_device_plan(
     invariant: bool,
 ) -> None:
     planner = flashcore.DevicePlanner(
-        flashcore.Capacities(max_batch=2000, max_entries=3000, max_q=3000),
+        flashcore.Capacities(max_batch=2000, max_entries=3000, max_q=SMALL_QUERIES),
         num_pages=33,
         batch_invariant=invariant,
         **PLANNER_OPTIONS,
     )
-    planner.update(*(torch.ones(s, dtype=torch.int32) for s in ((4, 1), (4,), (4,))))
+    for batch in (4, SMALL_BATCH + 1):
+        planner.update(*(torch.ones(s, dtype=torch.int32) for s in ((batch, 1), batch, batch)))
     planners = recorder.asked()
     assert {k.family for k in planners} == {PLANNER}
     plans = Plans((64,), True, invariant, (2000,), rows=(4 * 8,))

@@ -61,7 +61,7 @@ def test_compile_for_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all("page_tokens=16 group_size=4" in line for line in paged)
     assert sum("tree" in line for line in paged) == 1
     assert sum(line.startswith("missing merge") for line in lines) == 3
-    assert sum(line.startswith("missing planner") for line in lines) == 2
+    assert sum(line.startswith("missing planner") for line in lines) == 3
     assert compile_cmd.run(parse(compile_cmd, "--list", "--serve", "32/8x100")) == 2
     said = capsys.readouterr().err
     assert "head_dim must be a multiple of 8 from 8 to 256, got 100" in said
