@@ -48,7 +48,7 @@ def test_demo_table_names_both_ways(capsys, dtype):
         (["--shared", "0.9"], "--shared must be at least 0 and at most 1 - 1 / sequences = 0.667"),
         (["--q-heads", "3", "--kv-heads", "2"], "num_q_heads must be a multiple of num_kv_heads"),
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
-        (["--device", "nonsense"], "--device nonsense cannot be used"),
+        (["--device", "nonsense"], "argument --device: must be a device such as"),
         (["--device", "meta"], "--device meta cannot be used"),
         (["--tokens", str(10**12)], "GiB of K and V"),
     ],
@@ -87,10 +87,50 @@ def test_every_command_has_help_without_torch():
 
 
 def test_unknown_command_is_status_2(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["dmeo"])
-    assert end.value.code == 2
+    assert main(["dmeo"]) == 2
     assert "invalid choice: 'dmeo'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "flashcore: the following arguments are required: COMMAND"),
+        (["--nope"], "flashcore: "),
+        (["demo", "extra"], "flashcore demo: unrecognized arguments: extra"),
+        (["info", "--nope"], "flashcore info: unrecognized arguments: --nope"),
+        (["demo", "--tokens", "x"], "flashcore demo: argument --tokens: invalid int value: 'x'"),
+        (["check", "--device", "toaster"], "flashcore check: argument --device: must be a device"),
+        (["replay", "x", "--prefill-rate", "inf"], "flashcore replay: argument --prefill-rate"),
+        (["compile", "--page-size", "0"], "flashcore compile: argument --page-size"),
+        (["bench"], "flashcore bench: the following arguments are required: SUITE"),
+        (["bench", "dense", "--rounds", "0"], "flashcore bench dense: argument --rounds"),
+        (["bench", "dense", "--from-json", "/nope"], "--from-json /nope: No such file"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_of_its_command(capsys, words, said):
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["--help", "info --help", "--version", "info"])
+def test_a_full_disk_is_one_line(words):
+    done = _shell(f"{words} > /dev/full")
+    assert done.returncode == 2
+    assert done.stderr.endswith("No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_standard_output_nothing_is_said():
+    done = _shell("info >&-")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def _shell(words: str) -> subprocess.CompletedProcess[str]:
+    command = f"{sys.executable} -m flashcore {words}"
+    return subprocess.run(command, shell=True, capture_output=True, text=True)
 
 
 def test_a_closed_pipe_is_no_traceback():
@@ -107,18 +147,6 @@ def test_a_closed_pipe_is_no_traceback():
 def test_demo_of_one_sequence_shares_nothing(capsys):
     assert main(["demo", "--sequences", "1", *SMALL[3:], "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["reuse"] == 1
-
-
-def test_a_full_disk_is_one_line():
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "flashcore", "info"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    assert done.returncode == 2
-    assert done.stderr == "flashcore info: No space left on device\n"
 
 
 def test_an_interrupt_before_the_command_runs_is_one_line(capsys, monkeypatch):

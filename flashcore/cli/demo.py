@@ -7,6 +7,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from flashcore.cli.parser import device_name
+
 if TYPE_CHECKING:
     import torch
 
@@ -37,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="default: bf16 for our kernels, fp32 for torch operators"
     )
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, ... (default: cuda if it runs our kernels)"
+        "--device",
+        type=device_name,
+        help="cpu, cuda, ... (default: cuda if it runs our kernels)",
     )
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
@@ -54,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("sequences", "tokens", "q_heads", "kv_heads", "head_dim", "page_tokens", "rounds"):
         validate.positive_int("--" + name.replace("_", "-"), getattr(args, name), maximum=2**63 - 1)
     validate.head_counts(args.q_heads, args.kv_heads)
-    device = _usable(_default_device() if args.device == "auto" else args.device)
+    device = _usable(args.device or _default_device())
     dtype = args.dtype or ("bf16" if _by_kernels(device) else "fp32")
     most = 1 - 1 / args.sequences
     shared = min(_SHARED, most) if args.shared is None else args.shared

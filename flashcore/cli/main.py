@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 
 import flashcore
+from flashcore.cli.parser import Parser
 
 COMMANDS = {
     "demo": ("flashcore.cli.demo", "a batch with a shared prefix, read once and per sequence"),
@@ -24,7 +25,7 @@ COMMANDS = {
 
 def parser_for(command: str | None) -> argparse.ArgumentParser:
     """The parser; only the named command's module is imported, so that help stays quick."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flashcore",
         description="Attention for LLM serving that reads each shared KV page once per batch.",
     )
@@ -46,9 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     command = next((word for word in argv if not word.startswith("-")), None)
     name = f"flashcore {command}" if command in COMMANDS else "flashcore"
     try:
-        args = parser_for(command).parse_args(argv)
-        status = int(args.run(args))
-        sys.stdout.flush()  # here, where a full disk is still ours to tell
+        try:
+            args = parser_for(command).parse_args(argv)
+            status = int(args.run(args))
+        except SystemExit as done:  # argparse, after help or an error
+            status = int(done.code or 0)
+        if sys.stdout is not None:  # it is where the program was started without one
+            sys.stdout.flush()  # here, where a full disk is still ours to tell
         return status
     except (ValueError, TypeError, NotImplementedError) as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -68,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _drop_output() -> None:
     """No traceback from the interpreter's own flush at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ def read_result(path: Path, needed: set[str]) -> dict[str, Any]:
     """A result that --json wrote; ValueError says what is wrong with it."""
     try:
         result: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"--from-json {path}: {error.strerror}") from error
+    except ValueError as error:
         raise ValueError(f"--from-json {path}: {error}") from error
     absent = needed - set(result if isinstance(result, dict) else ())
     if absent:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashcore.cli.check import bits, dense, paged, plants, steps
 from flashcore.cli.check.judge import Finding, SelfTest, Setting
+from flashcore.cli.parser import device_name
 from flashcore.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "test failed; 2: the device that was asked for cannot be tested."
     )
     parser.add_argument(
-        "--device", help="which device (default: cuda if it runs our kernels, else cpu)"
+        "--device",
+        type=device_name,
+        help="which device (default: cuda if it runs our kernels, else cpu)",
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="tests whose name has TEXT")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
