@@ -116,7 +116,10 @@ def test_what_cannot_be_read_is_one_line_of_its_command(capsys, words, said):
 
 
 @pytest.mark.parametrize("words", ["--help", "info --help", "--version", "info"])
-def test_a_full_disk_is_one_line(words):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_one_line(words, unbuffered, monkeypatch):
+    """Found when it is written, or when it is flushed."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     done = _shell(f"{words} > /dev/full")
     assert done.returncode == 2
     assert done.stderr.endswith("No space left on device\n")
