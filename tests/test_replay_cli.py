@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,6 +170,37 @@ def test_options_of_a_fleet_that_cannot_be_carried_out(
 ) -> None:
     assert run(SAMPLE, *options) == 2
     assert problem in one_error_line(capsys)
+
+
+def test_ctrl_c_ends_a_fleet_within_two_seconds() -> None:
+    options = ("--engines", "4", "--processes", "2", "--copies", "3000", "--time-scale", "50")
+    command = subprocess.Popen(
+        [sys.executable, "-m", "flashcore", "replay", str(SAMPLE), *options, "--progress"],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # Where these tests run in a script's background, Ctrl-C is ignored, also by children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert command.stderr is not None
+    while command.stderr.read(1) != b"[":  # the bar: all processes are at work
+        assert command.poll() is None
+    os.killpg(command.pid, signal.SIGINT)  # as a terminal does: to every process
+    interrupted = time.monotonic()
+    _, said = command.communicate(timeout=30)
+    assert time.monotonic() - interrupted < 2
+    assert command.returncode == 130
+    assert said.split(b"\r")[-1] == b"flashcore replay: interrupted\n"
+    while alive(command.pid):  # multiprocessing's own helper takes a moment
+        assert time.monotonic() - interrupted < 10
+        time.sleep(0.05)
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_table_names_the_figures(capsys: pytest.CaptureFixture[str]) -> None:

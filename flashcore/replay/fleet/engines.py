@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Protocol
@@ -82,7 +84,8 @@ class SpreadEngines:
             ours, theirs = context.Pipe()
             numbers = range(place, engines, processes)
             process = context.Process(target=_serve, args=(theirs, numbers, settings), daemon=True)
-            process.start()
+            with _no_interrupts():
+                process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
@@ -131,9 +134,23 @@ class SpreadEngines:
             pipe.close()
 
 
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Ctrl-C is for the parent to tell. A child that starts here ignores it from the first on,
+    also while it still imports."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where Python sets no signals
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _serve(pipe: Connection[Any, Any], numbers: range, settings: EngineSettings) -> None:
     """A process of engines: answers until its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to tell
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         engines = LocalEngines(numbers, settings)
         while True:
