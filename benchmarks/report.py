@@ -330,6 +330,36 @@ KERNELS = {
 }
 BACKENDS = ("flashcore", "fa3", "flashinfer", "triton")
 
+
+def fleet_table(data: dict[str, Any]) -> str:
+    """Figures of a fleet's JSON as Markdown: a line for each size and routing."""
+    head = ("engines", "routing", "requests", "reuse", "hits", "batch", "waiting", "balance")
+    rows = [(*head, "step (ms)", "tokens/s"), ("---",) * (len(head) + 2)]
+    for row in data["rows"]:
+        step, rate = row["step_per_sequence_ms"], row["tokens_per_s_per_sequence"]
+        rows.append(
+            (
+                f"{row['engines']:,}",
+                row["routing"],
+                f"{row['requests']:,}",
+                f"{row['reuse']:.3f}",
+                f"{100 * row['cache_hit_rate']:.1f} %",
+                f"{row['batch_mean']:.1f}",
+                f"{row['waiting_mean']:.2f}",
+                f"{row['balance']:.2f}",
+                f"{row['step_ms']:.2f} ({step:.2f})",
+                f"{row['tokens_per_s']:.0f} ({rate:.0f})",
+            )
+        )
+    seconds = [sum(row[name] for row in data["rows"]) for name in ("wall_s", "user_s")]
+    return (
+        "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        + f"\n\n{data['cpu']}, {data['processes']} processes: {seconds[0]:,.0f} s, "
+        f"{seconds[1]:,.0f} s of user time, {data['peak_mib']:,.0f} MiB at most; "
+        f"{data['date'][:10]}, commit {data['commit'][:7]}; `{data['command']}`"
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "headline": ("serve_h100.json", headline_table),
     "cpu": ("cpu.json", cpu_table),
@@ -342,6 +372,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 LATER: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "serve-small": ("serve_small_h200.json", serve_small_table),
     "models": ("models_h200.json", models_table),
+    "fleet": ("fleet.json", fleet_table),
+    "fleet-conversations": ("fleet_conversations.json", fleet_table),
+    "fleet-few-prompts": ("fleet_few_prompts.json", fleet_table),
 }
 PAGES = (README, *sorted((HERE.parent / "docs").rglob("*.md")))
 
