@@ -6,24 +6,51 @@ import subprocess
 import sys
 from pathlib import Path
 
+from flashcore.sm90.config.planner import PlannerConfig
+from tests.gpu.launched import LAUNCHES, kernels_of_test
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def noted(test: str) -> list[str]:
+def noted(test: str) -> tuple[list[str], str]:
+    """A line for each kernel, and what was said besides."""
     command = [sys.executable, "tools/gpu_test_kernels.py", "--list", f"tests/gpu/{test}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return done.stdout.splitlines(), done.stderr
 
 
 def test_one_kernel_for_each_kind_of_bitmap() -> None:
     kinds = ("pager tokens", "pager tokens bitmap=bytes", "pager tokens bitmap=words")
-    assert sorted(noted("test_device_pager_gpu.py::test_token_maps")) == sorted(kinds)
+    assert sorted(noted("test_device_pager_gpu.py::test_token_maps")[0]) == sorted(kinds)
 
 
 def test_planner_attention_and_merge_of_both_plans() -> None:
-    found = noted("test_device_attention_gpu.py::test_rules[tree-8-1]")
+    found, _ = noted("test_device_attention_gpu.py::test_rules[tree-8-1]")
     kinds = sorted((line.split()[0], "device_counts" in line.split()) for line in found)
     pairs = [(family, counts) for family in ("merge", "paged") for counts in (False, True)]
-    assert kinds == [*pairs, ("planner", False)]
+    assert kinds == [*pairs, ("planner", False), ("planner", False)]
     assert all("tree" in line.split() for line in found if line.startswith("paged"))
+
+
+def test_something_is_said_of_every_test() -> None:
+    """Their parameters are those that the tests have: each is asked with its own."""
+    found, said = noted("")
+    assert len(found) == len(set(found)) > 250
+    assert "nothing is said of" not in said
+
+
+def test_of_what_nothing_is_said_nothing_is_guessed() -> None:
+    assert kernels_of_test("test_paged_gpu", "test_of_tomorrow", {}) is None
+    assert kernels_of_test("test_of_tomorrow", "test_rules", {}) is None
+
+
+def test_no_test_is_named_that_is_gone() -> None:
+    for file, tests in LAUNCHES.items():
+        text = (ROOT / "tests" / "gpu" / f"{file}.py").read_text()
+        assert [test for test in tests if test and f"def {test}(" not in text] == []
+
+
+def test_a_chain_of_its_own_for_very_many_sequences() -> None:
+    found = kernels_of_test("test_device_plan_gpu", "test_very_many_sequences", {"rows": 57_344})
+    assert PlannerConfig(57_344) in [kernel.config for kernel in found or ()]
