@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +43,14 @@ def describe_device() -> dict[str, Any]:
         "driver": _nvidia_smi("driver_version") or "unknown",
         "cuda": torch.version.cuda,
     }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself, or its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def read_clocks(index: int | None = None) -> dict[str, float]:

@@ -157,6 +157,7 @@ def replay_fleets(
     args: argparse.Namespace, trace: Trace, shape: ModelShape, settings: EngineSettings
 ) -> Report:
     """Every fleet that is asked for, one after the other; ValueError before the first one runs."""
+    from flashcore.bench.machine import cpu_name
     from flashcore.replay.fleet.cost import CostModel
     from flashcore.replay.fleet.report import fleet_figures
 
@@ -182,7 +183,7 @@ def replay_fleets(
         row = fleet_figures(tallies, routing, cost, options["per_engine"])
         rows.append({**row, "wall_s": time.perf_counter() - began, "user_s": _user_s() - user})
     return {
-        "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
+        "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
         **provenance(args.commit),
         "versions": _versions(),
         "trace": trace.name,

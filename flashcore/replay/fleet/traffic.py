@@ -20,15 +20,18 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashcore.replay.trace import MAX_LENGTH_TOKENS, Request
 
+MAX_COPIES = 10_000  # each takes some 30 KB while it is under way
 _COMMON_SHARE = 0.01
 _COMMON_REQUESTS = 10
 
@@ -44,8 +47,10 @@ class TrafficSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.copies <= 1e6:
-            raise ValueError(f"copies is {self.copies}; it must be above 0 and at most 1000000")
+        if not 0 < self.copies <= MAX_COPIES:
+            raise ValueError(
+                f"copies is {self.copies}; it must be above 0 and at most {MAX_COPIES}"
+            )
         if not 0 <= self.system_prompts <= 1_000_000:
             raise ValueError(f"system_prompts is {self.system_prompts}; it must be 0 to 1000000")
         if not 1 <= self.system_tokens <= MAX_LENGTH_TOKENS // 2:
@@ -79,8 +84,8 @@ class Traffic:
     def __len__(self) -> int:
         """How many requests there are."""
         whole, rest = divmod(self._settings.copies, 1.0)
-        kept = int(self._kept(int(whole)).sum()) if rest else 0
-        return int(whole) * len(self._requests) + kept
+        kept = self._kept(int(whole)) if rest else None
+        return int(whole) * len(self._requests) + (0 if kept is None else int(kept.sum()))
 
     def __iter__(self) -> Iterator[Request]:
         if self._settings.copies == 1 and not self._settings.system_prompts:
@@ -90,35 +95,41 @@ class Traffic:
 
     def _copy(self, number: int) -> Iterator[tuple[float, int, int, Request]]:
         """A copy's requests by arrival, which comes first; equal times stand in a fixed order."""
-        draw = self._random(number)
-        shift = draw.random() if number else 0.0  # the first copy is the trace as it is
-        prompts = np.zeros(int(self._conversation.max()) + 1, np.int64)
-        if self._settings.system_prompts:
-            prompts = np.searchsorted(self._drawn_up_to, draw.random(prompts.size), side="right")
-        kept = self._kept(number)
-        first, last = self._requests[0].arrival_ms, self._requests[-1].arrival_ms
+        draw = np.random.default_rng((self._settings.seed, number))
+        count, first, last = len(self._requests), self._requests[0], self._requests[-1]
         # The end is followed by the beginning after a pause of the mean length.
-        length = (last - first) * (1 + 1 / max(len(self._requests) - 1, 1))
-        shift_ms = shift * length
-        wrapped = [r.arrival_ms - first + shift_ms >= length for r in self._requests]
-        begin = wrapped.index(True) if length and any(wrapped) else len(self._requests)
-        for place in (*range(begin, len(self._requests)), *range(begin)):
-            if kept[place]:
-                request = self._requests[place]
-                arrival = request.arrival_ms + shift_ms - (length if place >= begin else 0.0)
-                prompt = int(prompts[self._conversation[place]])
+        length_ms = (last.arrival_ms - first.arrival_ms) * (1 + 1 / max(count - 1, 1))
+        # The first copy is the trace as it is.
+        shift_ms = draw.random() * length_ms if number else 0.0
+        end_ms = first.arrival_ms + length_ms - shift_ms
+        begin = (
+            bisect_left(self._requests, end_ms, key=lambda r: r.arrival_ms) if shift_ms else count
+        )
+        kept, prompts = self._kept(number), self._prompts(draw)
+        for place in chain(range(begin, count), range(begin)):
+            if kept is None or kept[place]:
+                request, prompt = self._requests[place], 0
+                arrival = request.arrival_ms + shift_ms - (length_ms if place >= begin else 0.0)
+                if prompts is not None:
+                    prompt = int(prompts[self._conversation[place]])
                 yield arrival, number, place, self._fresh(request, arrival, number, prompt)
 
-    def _kept(self, number: int) -> NDArray[np.bool_]:
-        """Which requests a copy has."""
-        share = min(self._settings.copies - number, 1.0)
+    def _prompts(self, draw: np.random.Generator) -> NDArray[np.int32] | None:
+        """The system prompt of each conversation; None: there are none."""
+        if not self._settings.system_prompts:
+            return None
+        drawn = draw.random(int(self._conversation.max()) + 1)
+        return np.searchsorted(self._drawn_up_to, drawn, side="right").astype(np.int32)
+
+    def _kept(self, number: int) -> NDArray[np.bool_] | None:
+        """Which requests a copy has; None: all."""
+        share = self._settings.copies - number
+        if share >= 1:
+            return None
         draw = np.random.default_rng((self._settings.seed, number, 1))
         conversations = draw.random(int(self._conversation.max()) + 1) < share
         kept: NDArray[np.bool_] = conversations[self._conversation]
         return kept
-
-    def _random(self, number: int) -> np.random.Generator:
-        return np.random.default_rng((self._settings.seed, number))
 
     def _fresh(self, request: Request, arrival: float, number: int, prompt: int) -> Request:
         """This copy's own ids: equal ones mean equal prompts from the first token on."""
