@@ -1,12 +1,15 @@
-"""Work for several processes that ends at once when it is interrupted."""
+"""Work for several processes that ends at once when it is interrupted or killed."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -28,7 +31,7 @@ def run_all(
     """
     results: dict[int, Result] = {}
     context = multiprocessing.get_context("spawn")  # the DSL keeps state that must not be forked
-    pool = ProcessPoolExecutor(max(1, jobs), context, _leave_interrupts_to_the_parent)
+    pool = ProcessPoolExecutor(max(1, jobs), context, _follow_the_parent)
     try:
         waiting = {pool.submit(work, item): number for number, item in enumerate(items)}
         for future in as_completed(waiting):
@@ -48,6 +51,15 @@ def run_all(
     return [results[number] for number in range(len(items))]
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _follow_the_parent() -> None:
     # A terminal sends Ctrl-C to all of a command's processes; each would print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """A parent that is killed says nothing: its processes would work on, and then wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
