@@ -117,6 +117,7 @@ def test_a_fleet_s_report(capsys: pytest.CaptureFixture[str]) -> None:
     report = run_json(capsys, *options, "--per-engine", "--commit", "abc", *FLEET)
     assert (report["commit"], report["trace_requests"]) == ("abc", 6)
     assert {"python", "numpy"} == set(report["versions"])
+    assert report["cpu"].endswith(" cores")
     assert [(row["engines"], row["requests"]) for row in report["rows"]] == [(1, 12), (3, 36)]
     assert [len(row["per_engine"]) for row in report["rows"]] == [1, 3]
     assert sum(engine["requests"] for engine in report["rows"][1]["per_engine"]) == 36

@@ -249,6 +249,30 @@ def test_steps_in_one_go_are_logged_one_by_one() -> None:
     assert [step.tokens_once for step in steps(engine)][:3] == [100, 101, 102]
 
 
+def test_more_steps_in_one_go_than_are_taken_at_once() -> None:
+    requests = [Request(0.0, 1, 5000, (1,))]
+    options = EngineSettings(page_tokens=8192, cache_pages=1, block_tokens=8192)
+    in_one_go, observed = Engine(requests, options), Engine(requests, options)
+    in_one_go.run()
+    observed.run(on_step=lambda engine: None)
+    assert len(in_one_go.log) == 5000
+    assert steps(in_one_go) == steps(observed)
+
+
+def test_requests_long_done_are_forgotten() -> None:
+    options = EngineSettings(step_ms=1.0, prefill_tokens_per_s=1e9)
+    requests = [Request(10.0 * place, 5, 3, (place,)) for place in range(10_000)]
+    whole, pieces = Engine(requests, options), Engine((), options)
+    whole.run()
+    for request in requests:
+        pieces.submit(request)
+        pieces.run(until_ms=request.arrival_ms + 5)
+    pieces.run()
+    assert len(pieces._requests) < 5000
+    assert pieces.done == 10_000
+    assert steps(pieces) == steps(whole)
+
+
 def test_progress_reports_every_request() -> None:
     done: list[int] = []
     Engine(TWO_SHARING_1024, EngineSettings()).run(on_progress=done.append)

@@ -43,7 +43,9 @@ _DEFAULTS: dict[str, Any] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a fleet."""
     group = parser.add_argument_group(
-        "fleet", "several engines behind a router; all of these need --engines"
+        "fleet",
+        "several engines behind a router, and what their steps cost by a model; nothing of them is "
+        "timed. All of these need --engines.",
     )
     group.add_argument(
         "--engines", metavar="N[,N...]", help="simulate fleets of so many engines, up to 10000"

@@ -65,6 +65,7 @@ class EngineSettings:
 
 
 _FORGET_ARRIVALS = 4096
+_STEPS_AT_ONCE = 1024
 
 
 @dataclass(slots=True, eq=False)
@@ -196,7 +197,7 @@ class Engine:
             return
         kv_tokens, left = self._kv_tokens[slots], self._tokens_left[slots]
         before_page_edge = -kv_tokens % self.settings.page_tokens
-        count = int(min(before_page_edge.min(), left.min() - 1))
+        count = int(min(before_page_edge.min(), left.min() - 1, _STEPS_AT_ONCE))
         if count < 1:
             return
         if not self._head_blocked and self._has_slot() and self._head < len(self._requests):
