@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -276,6 +276,15 @@ def test_the_argument_is_named(name: str, argument: str, wrong: Wrong) -> None:
     assert re.search(rf"\b{argument}\b", str(raised.value)), str(raised.value)
     # Not one from the depths: ours say what the argument must be, or what goes with what.
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(flashcore.Capacities)])
+@pytest.mark.parametrize("value", ["4", 4.0, None, True, False, -1, [4], torch.tensor(4)], ids=repr)
+def test_a_capacity_is_named(field: str, value: Any) -> None:
+    room = {"max_batch": 4, "max_entries": 16, "max_q": 8, field: value}
+    arguments = valid("DevicePlanner") | {"capacities": flashcore.Capacities(**room)}
+    with pytest.raises((TypeError, ValueError), match=rf"^{field} must be"):
+        flashcore.DevicePlanner(**arguments)
 
 
 @pytest.mark.parametrize("name", list(TABLE_OF_ERRORS))

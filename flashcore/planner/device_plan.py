@@ -51,6 +51,18 @@ class Capacities:
     max_segments: int = 0
 
 
+def check_capacities(capacities: object) -> Capacities:
+    """Capacities, with an int in every field."""
+    if not isinstance(capacities, Capacities):
+        raise TypeError(
+            f"capacities must be a flashcore.Capacities, got {type(capacities).__name__}"
+        )
+    for number, (name, value) in enumerate(vars(capacities).items()):
+        if number < 3 or isinstance(value, bool) or value != 0:
+            validate.positive_int(name, value)
+    return capacities
+
+
 def fill_defaults(
     c: Capacities,
     num_q_heads: int,

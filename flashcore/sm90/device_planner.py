@@ -22,6 +22,7 @@ from flashcore.planner import chunks, split
 from flashcore.planner.device_plan import (
     Capacities,
     DevicePlan,
+    check_capacities,
     fill_defaults,
     planned_bytes,
     planned_tensors,
@@ -98,10 +99,7 @@ class DevicePlanner:
     ):
         validate.head_counts(num_q_heads, num_kv_heads)
         v_head_dim = validate.head_dims(head_dim, v_head_dim)
-        if not isinstance(capacities, Capacities):
-            raise TypeError(
-                f"capacities must be a flashcore.Capacities, got {type(capacities).__name__}"
-            )
+        capacities = check_capacities(capacities)
         if scratch is not None and not isinstance(scratch, PlannerScratch):
             raise TypeError(f"scratch must be a PlannerScratch, got {type(scratch).__name__}")
         if workspace is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from flashcore.integrations.transformers.attention import attention_forward
@@ -10,6 +12,7 @@ from flashcore.integrations.transformers.mask import attention_spans
 from flashcore.integrations.transformers.rules import check_meanings
 
 NAME = "flashcore"
+OLDEST = "4.56"  # as pyproject.toml has it
 _PAGED = f"paged|{NAME}"
 
 
@@ -22,8 +25,10 @@ def register() -> None:
     have attention of their own, apart from that interface, must not be built under this name.
 
     Raises:
+        ImportError: without transformers, or with one that is too old.
         RuntimeError: where this transformers has masks that mean something else by these names.
     """
+    _check_installed()
     from transformers import PreTrainedModel, masking_utils
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -44,6 +49,19 @@ def register() -> None:
 
     choose.of_flashcore = True  # type: ignore[attr-defined]
     PreTrainedModel._check_and_adjust_attn_implementation = choose
+
+
+def _check_installed() -> None:
+    if find_spec("transformers") is None:
+        raise ModuleNotFoundError(
+            "transformers is not installed: pip install 'flashcore-attention[transformers]'",
+            name="transformers",
+        )
+    if find_spec("transformers.masking_utils") is None:
+        raise ImportError(
+            f"flashcore.integrations.transformers needs transformers {OLDEST} or newer, this is "
+            f"{version('transformers')}"
+        )
 
 
 def refuse_model(model: Any, attn_implementation: str) -> None:
