@@ -27,8 +27,8 @@ from flashcore.sm90.config.planner import ENTRY_THREADS
 from flashcore.sm90.kernels.dsl import SmemAllocator
 from flashcore.sm90.kernels.planner.block import (
     block_scan,
-    first_and_stride,
     last_at_most,
+    part_of_grid,
     scan_memory,
 )
 from flashcore.sm90.kernels.planner.sharing import await_count, publish_count
@@ -212,7 +212,7 @@ class Pager:
     ):
         """Pages and token counts. An id out of range becomes page 0 of a sequence marked as bad."""
         self.take_over()
-        first, stride = first_and_stride()
+        first, stride = part_of_grid(ENTRY_THREADS)
         number = batch.ends.shape[0]
         for e in cutlass.range(first, layout.counts[int(PagerCount.NNZ)], stride, unroll=1):
             row = last_at_most(layout.row_offsets, Int32(0), number, e)
@@ -238,7 +238,7 @@ class Pager:
     def claim(self, batch: Batch, layout: Layout, scratch: Scratch):
         """Each page learns the first entry that uses it; faults of all sequences meet."""
         self.take_over()
-        first, stride = first_and_stride()
+        first, stride = part_of_grid(ENTRY_THREADS)
         stamp = layout.counts[int(PagerCount.STAMP)]
         for e in cutlass.range(first, layout.counts[int(PagerCount.NNZ)], stride, unroll=1):
             if layout.bad[layout.rows[e]] == 0:
