@@ -116,17 +116,21 @@ def head_dims(head_dim: int, v_head_dim: int | None) -> int:
     return v_head_dim
 
 
-def item_size(itemsize: int | None, dtype: torch.dtype | None) -> int:
-    """Bytes of an element from what a user gave of the two; 2 where it is nothing."""
-    if dtype is None:
+def dtype(name: str, value: object) -> torch.dtype:
+    """`value` if it is a dtype of torch: a tensor has an itemsize, too."""
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype, got {value!r}")
+    return value
+
+
+def item_size(itemsize: int | None, of: torch.dtype | None) -> int:
+    """Bytes of an element from what a user gave as itemsize and dtype; 2 where it is nothing."""
+    if of is None:
         return positive_int("itemsize", 2 if itemsize is None else itemsize, maximum=8)
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
-    if itemsize not in (None, dtype.itemsize):
-        raise ValueError(
-            f"itemsize must be that of dtype {dtype}, {dtype.itemsize}, got {itemsize}"
-        )
-    return dtype.itemsize
+    size = dtype("dtype", of).itemsize
+    if itemsize not in (None, size):
+        raise ValueError(f"itemsize must be that of dtype {of}, {size}, got {itemsize}")
+    return size
 
 
 def tensor(

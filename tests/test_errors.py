@@ -278,6 +278,38 @@ def test_the_argument_is_named(name: str, argument: str, wrong: Wrong) -> None:
     assert "\n" not in str(raised.value)
 
 
+def planner() -> flashcore.DevicePlanner:
+    return flashcore.DevicePlanner(**valid("DevicePlanner"))
+
+
+NO_COUNT = (-1, "2", 2.5, True, [2])
+METHODS: dict[str, tuple[Callable[[], Callable[..., Any]], tuple[Any, ...]]] = {
+    "Plan.to(device)": (lambda: plan().to, ("toaster", 3, None, 1.5, "cuda:99")),
+    "PlanStats.bytes_once(dtype)": (
+        lambda: plan().stats().bytes_once,
+        ("bf16", 2, None, torch.zeros(1)),
+    ),
+    "PlanStats.bytes_per_sequence(dtype)": (
+        lambda: plan().stats().bytes_per_sequence,
+        ("bf16", 2, None, torch.zeros(1)),
+    ),
+    "DevicePlanner.trimmed(batch)": (lambda: planner().trimmed, (*NO_COUNT, None, 5)),
+    "DevicePlanner.variant(max_q)": (lambda: planner().variant, (*NO_COUNT, 0, 9)),
+    "DevicePlanner.variant(tile_m)": (lambda: planner().variant, (*NO_COUNT, 0)),
+    "DevicePlanner.variant(fold)": (lambda: planner().variant, ("sometimes", 2, [], 1.0)),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "value"),
+    [(name, value) for name, (_, values) in METHODS.items() for value in values],
+)
+def test_arguments_of_methods_are_named(method: str, value: Any) -> None:
+    argument = method[method.index("(") + 1 : -1]
+    with pytest.raises((TypeError, ValueError), match=rf"^{argument} must be"):
+        METHODS[method][0]()(**{argument: value})
+
+
 @pytest.mark.parametrize("field", [f.name for f in fields(flashcore.Capacities)])
 @pytest.mark.parametrize("value", ["4", 4.0, None, True, False, -1, [4], torch.tensor(4)], ids=repr)
 def test_a_capacity_is_named(field: str, value: Any) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flashcore import validate
 from flashcore.contract.reasons import Reason
 from flashcore.contract.work import Group
 from flashcore.problem import Problem
@@ -80,7 +81,9 @@ class PlanStats:
         return 2 * self.num_partial_tokens * self.problem.partial_bytes
 
     def _token_bytes(self, dtype: torch.dtype) -> int:
-        return replace(self.problem, itemsize=dtype.itemsize).kv_token_bytes
+        return replace(
+            self.problem, itemsize=validate.dtype("dtype", dtype).itemsize
+        ).kv_token_bytes
 
 
 def plan_stats(plan: Plan) -> PlanStats:

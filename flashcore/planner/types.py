@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from flashcore import validate
 from flashcore.planner.stats import PlanStats, plan_stats
 from flashcore.problem import Problem
 from flashcore.remembered import Remembered
@@ -180,6 +181,7 @@ class Plan:
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan on another device."""
+        device = validate.device("device", device)
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         for name, value in values.items():
             if isinstance(value, torch.Tensor):

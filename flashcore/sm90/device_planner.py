@@ -191,9 +191,11 @@ class DevicePlanner:
         tile_m, fold: as in the constructor. max_q: at most this one's; fewer take less time to lay
         out. Capacities stay as they are, those too whose defaults depend on tile_m.
         """
-        most = self.capacities.max_q
-        max_q = validate.positive_int("max_q", max_q or most, maximum=most)
-        tile_m = validate.positive_int("tile_m", tile_m or self.plan.tile_m)
+        most, own = self.capacities.max_q, self.plan.tile_m
+        max_q = validate.positive_int("max_q", most if max_q is None else max_q, maximum=most)
+        tile_m = validate.positive_int("tile_m", own if tile_m is None else tile_m)
+        if fold is not None:
+            check_fold(fold)
         other = copy(self)
         other._fold = self._fold if fold is None else fold
         other.capacities = replace(self.capacities, max_q=max_q)
@@ -346,7 +348,9 @@ class DevicePlanner:
         return self._small if few_queries and batch <= config.SMALL_BATCH else self._chain
 
     def trimmed(self, batch: int) -> Plan:
-        """The last update as a `Plan` of its own. Waits for the device."""
+        """The last update, of so many sequences, as a `Plan` of its own. Waits for the device."""
+        if isinstance(batch, bool) or batch != 0:
+            validate.positive_int("batch", batch, maximum=self.capacities.max_batch)
         p, n = self.plan, self.plan.counts.tolist()
         nnz, total_q, groups = n[Count.NNZ], n[Count.TOTAL_Q], n[Count.GROUPS]
         members, gathered, found = n[Count.MEMBERS], n[Count.GATHERED], n[Count.FOUND]
