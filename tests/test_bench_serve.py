@@ -268,6 +268,7 @@ def test_row_is_the_median_and_keeps_its_samples() -> None:
     workload = parse_workload("4x16+8:40")
     samples = [{"step_ms": 20.0, "ttft_ms": 7.0}, {"step_ms": 10.0}, {"step_ms": 90.0}]
     row = make_row(workload, "fa3", TINY, 4, samples)
+    assert row["engine"] == "sglang"
     assert {"workload", "backend", "tokens_per_s", "step_ms", "ttft_ms"} <= set(row)
     assert (row["step_ms"], row["ttft_ms"], row["step_ms_all"]) == (20.0, 7.0, [20.0, 10.0, 90.0])
     assert row["tokens_per_s"] == pytest.approx(4 / 0.020)

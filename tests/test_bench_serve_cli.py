@@ -39,6 +39,9 @@ def parse(*words: str) -> argparse.Namespace:
         (("--log-dir", "/dev/null"), "--log-dir /dev/null: /dev/null is no folder"),
         (("--backends", "fa3,,x"), "an empty name"),
         ((), "SGLang is not installed"),
+        (("--engine", "vllm"), "vLLM is not installed: pip install 'flashcore-attention[vllm]'"),
+        (("--engine", "vllm", "--soak", "1"), "--soak and --cycles are SGLang's"),
+        (("--engine", "vllm", "--logits"), "--logits, --families, --modes"),
     ],
 )
 def test_refusals(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flashcore.bench.serve.report import format_table, plot
+from flashcore.bench.serve.report import format_table, plot, summarise
 from tests.serve_fakes import result_of
 
 
@@ -25,6 +25,22 @@ def test_table_and_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot(result, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_vllm_s_rows_are_compared_with_its_own_flash_attention() -> None:
+    rows = [
+        {
+            **row,
+            "engine": "vllm",
+            "backend": {"fa3": "FLASH_ATTN"}.get(row["backend"], row["backend"]),
+        }
+        for row in result_of(["4x16+8:40"], ["flashcore", "fa3"])["rows"]
+    ]
+    (entry,) = summarise(rows)
+    assert entry["speed_over_FLASH_ATTN"] == {"flashcore": 2.5, "FLASH_ATTN": 1.0}
+    assert entry["flashcore_over"] == {"FLASH_ATTN": 2.5}
+    table = format_table({"rows": rows, "summary": [entry], "skipped": []}).splitlines()
+    assert table[1].split()[1:6] == ["flashcore", "400", "10.00", "1.0", "2.500"]
 
 
 def load_report() -> Any:

@@ -1,4 +1,4 @@
-"""`flashcore bench serve`: SGLang's engine with one attention backend beside another."""
+"""`flashcore bench serve`: an engine with one attention backend beside another."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ _HEAD = {"device", "driver", "commit", "date", "rows", "summary", "skipped"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `flashcore bench serve` to its parser."""
     parser.description = (
-        "Time serving: start SGLang's engine with a model of made-up weights once for each "
+        "Time serving: start SGLang's or vLLM's engine with a model of made-up weights for each "
         "attention backend, run workloads on it, print tokens/s, time of a decode step and time "
         "to the first token. Decode figures cover the time in which all sequences are decoding."
     )
     add = parser.add_argument
+    add("--engine", choices=["sglang", "vllm"], default="sglang", help="(default: sglang)")
     add(
         "--backends",
         metavar="A,B",
         help="(default: flashcore,fa3; with --logits and --families flashcore,fa3,triton; with "
-        "--soak and --cycles flashcore)",
+        "--soak and --cycles flashcore; with --engine vllm flashcore,FLASH_ATTN)",
     )
     add(
         "--workloads",
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-shape",
         default=DEFAULT_SHAPE,
         metavar="NAME",
-        help="the config.json of any model that SGLang can load, or one of "
+        help="the config.json of any model that the engine can load, or one of "
         f"{', '.join(SHAPES)} (default: {DEFAULT_SHAPE})",
     )
     add("--layers", type=positive, metavar="N", help="keep only N layers, some of each kind")
@@ -97,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_object,
         default={},
         metavar="JSON",
-        help="further arguments of sglang.Engine, as a JSON object",
+        help="further arguments of sglang.Engine, or of vLLM's AsyncEngineArgs, as a JSON object",
     )
     add("--device", default="cuda", choices=["cuda", "cpu"], help=argparse.SUPPRESS)
     add(
@@ -154,9 +155,12 @@ def _run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from flashcore.bench.serve.report import NAMES
     from flashcore.bench.serve.shapes import model_shape
     from flashcore.bench.serve.suite import WorkerError
 
+    if args.engine == "vllm" and bench_serve_checks.asked(args):
+        return refuse("--logits, --families, --modes, --soak and --cycles are SGLang's")
     shape = model_shape(args.model_shape, layers=args.layers)
     workloads = [] if bench_serve_checks.asked(args) else _workloads(args, shape)
     backends = (args.backends or _default_backends(args)).split(",")
@@ -164,8 +168,9 @@ def _run(args: argparse.Namespace) -> int:
         return refuse(f"--backends {args.backends!r}: an empty name")
     options = [_options(args, backend, shape) for backend in backends]
     needed = bench_serve_checks.gpus(args, options[0].gpus)
-    if find_spec("sglang") is None:
-        return refuse("SGLang is not installed: pip install 'flashcore-attention[sglang]'")
+    if find_spec(args.engine) is None:
+        name = NAMES[args.engine]
+        return refuse(f"{name} is not installed: pip install 'flashcore-attention[{args.engine}]'")
     if args.device == "cuda":
         if not torch.cuda.is_available():
             return refuse("torch sees no CUDA device to serve on")
@@ -205,6 +210,8 @@ def _workloads(args: argparse.Namespace, shape: ModelShape) -> list[Workload]:
 
 
 def _default_backends(args: argparse.Namespace) -> str:
+    if args.engine == "vllm":
+        return "flashcore,FLASH_ATTN"
     if args.soak is not None or args.cycles is not None:
         return "flashcore"
     three = args.logits or args.families is not None
@@ -233,6 +240,7 @@ def _options(args: argparse.Namespace, backend: str, shape: ModelShape) -> Engin
         ranks=(args.tp, args.pp, args.dp),
         dp_attention=args.dp_attention,
         extra=tuple(args.engine_args.items()),
+        engine=args.engine,
     )
 
 

@@ -32,12 +32,16 @@ ENVIRONMENT = {  # what a run without a network needs; the user's own values win
     "SGLANG_SANITIZE_NAN_LOGITS": "0",  # a NaN shall be seen
     "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",  # which would take a minute
     "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # which would be compiled
+    "VLLM_USE_DEEP_GEMM": "0",
 }
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How one engine is started. `decode_batches` are the batch sizes that get a CUDA graph."""
+    """How one engine is started. `decode_batches` are the batch sizes that get a CUDA graph.
+    `engine` is sglang or vllm (`vllm_engine`)."""
 
     backend: str
     shape: ModelShape
@@ -59,6 +63,7 @@ class EngineOptions:
     ranks: tuple[int, int, int] = (1, 1, 1)  # tensor, pipeline, data parallelism
     dp_attention: bool = False
     extra: tuple[tuple[str, Any], ...] = ()  # further ServerArgs
+    engine: str = "sglang"
 
     @property
     def gpus(self) -> int:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flashcore.bench.rows import Row, by_workload
 
-OURS, BASELINE = "flashcore", "fa3"
-ORDER = (OURS, BASELINE, "flashinfer", "triton")
-_COLOURS = dict(zip(ORDER, ("#1b6ca8", "#c8553d", "#e0a030", "#5a9367"), strict=True))
+OURS = "flashcore"
+BASELINES = {"sglang": "fa3", "vllm": "FLASH_ATTN"}
+"""What an engine's other backends are compared with: FlashAttention-3 in both."""
+NAMES = {"sglang": "SGLang", "vllm": "vLLM"}
+ORDER = (OURS, "fa3", "flashinfer", "triton", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+_OF_PEERS = ("#c8553d", "#e0a030", "#5a9367")
+_COLOURS = dict(zip(ORDER, ("#1b6ca8", *_OF_PEERS, *_OF_PEERS), strict=True))
+
+
+def engine_of(rows: Sequence[Row]) -> str:
+    """The engine that the rows are of; those of old files do not say it."""
+    return next((row["engine"] for row in rows if "engine" in row), "sglang")
 
 
 def _by_backend(rows: list[Row]) -> dict[str, dict[str, Row]]:
@@ -28,13 +38,14 @@ def speed(row: Row) -> float:
 
 
 def summarise(rows: list[Row]) -> list[dict[str, Any]]:
-    """For each workload: every backend's speed over fa3's, and ours over every other's."""
+    """For each workload: every backend's speed over FA3's, and ours over every other's."""
     summary = []
+    baseline = BASELINES[engine_of(rows)]
     for name, backends in _by_backend(rows).items():
         entry: dict[str, Any] = {"workload": name, "spec": next(iter(backends.values()))["spec"]}
-        if BASELINE in backends:
-            base = speed(backends[BASELINE])
-            entry["speed_over_fa3"] = {b: speed(row) / base for b, row in backends.items()}
+        if baseline in backends:
+            base = speed(backends[baseline])
+            entry[f"speed_over_{baseline}"] = {b: speed(row) / base for b, row in backends.items()}
         if OURS in backends:
             ours = speed(backends[OURS])
             entry["flashcore_over"] = {
@@ -45,10 +56,12 @@ def summarise(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """A line a workload and backend: tokens/s, step, time to the first token, ratio to fa3."""
-    head = ("workload", "backend", "tokens/s", "step ms", "TTFT ms", "/ fa3", "GB/step", "reuse")
+    """A line a workload and backend: tokens/s, step, time to the first token, ratio to FA3's."""
+    baseline = BASELINES[engine_of(result["rows"])]
+    head = ("workload", "backend", "tokens/s", "step ms", "TTFT ms", "/ FA3", "GB/step", "reuse")
     lines = [f"{head[0]:<44}{head[1]:<12}" + "".join(f"{word:>10}" for word in head[2:])]
-    over = {entry["workload"]: entry.get("speed_over_fa3", {}) for entry in result["summary"]}
+    key = f"speed_over_{baseline}"
+    over = {entry["workload"]: entry.get(key, {}) for entry in result["summary"]}
     for name, backends in _by_backend(result["rows"]).items():
         for backend, row in backends.items():
             label = name if name == row["spec"] else f"{name} ({row['spec']})"
@@ -69,13 +82,13 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of each backend's speed over fa3's, or its own without one. Needs matplotlib."""
+    """Bars of each backend's speed over FA3's, or its own without one. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = _by_backend(result["rows"])
+    found, baseline = _by_backend(result["rows"]), BASELINES[engine_of(result["rows"])]
     backends = _ordered({row["backend"]: row for row in result["rows"]})
     figure, axes = pyplot.subplots(figsize=(1.5 * len(found) + 3, 4.8), layout="constrained")
     width = 0.84 / max(1, len(backends))
@@ -84,7 +97,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for number, rows in enumerate(found.values()):
             if backend not in rows:
                 continue
-            base = rows.get(BASELINE, rows[backend])
+            base = rows.get(baseline, rows[backend])
             height = speed(rows[backend]) / speed(base)
             label = backend if number == _first_with(backend, found) else None
             axes.bar(
@@ -99,8 +112,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
         labels.append(spec if spec == name else f"{name}\n{spec}")
     axes.set_xticks(range(len(found)), labels, fontsize=7)
     axes.axhline(1, color="#888", linewidth=0.7)
-    axes.set_ylabel("speed over fa3 (tokens/s or ms to the first token above the bar)", fontsize=8)
-    axes.set_title(f"Serving with SGLang, {result['device']}, {result['date'][:10]}", fontsize=10)
+    axes.set_ylabel(
+        f"speed over {baseline} (tokens/s or ms to the first token above the bar)", fontsize=8
+    )
+    name = NAMES[engine_of(result["rows"])]
+    axes.set_title(f"Serving with {name}, {result['device']}, {result['date'][:10]}", fontsize=10)
     axes.legend(ncols=max(1, len(backends)), fontsize=8, frameon=False, loc="upper left")
     axes.set_ylim(top=axes.get_ylim()[1] * 1.15)
     axes.spines[["top", "right"]].set_visible(False)

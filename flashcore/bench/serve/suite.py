@@ -37,8 +37,8 @@ class WorkerError(Exception):
 class Worker:
     """A process with an engine in it, and the conversation with it.
 
-    It loads SGLang at once, for which it takes half a minute, and no GPU memory to speak of; the
-    engine starts with `begin`.
+    It loads the engine's package at once, for which it takes half a minute, and no GPU memory to
+    speak of; the engine starts with `begin`.
     """
 
     def __init__(self, options: EngineOptions, log: IO[bytes]) -> None:
@@ -49,7 +49,7 @@ class Worker:
         self._read_to = Path(str(log.name)).stat().st_size
         receive, send = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "flashcore.bench.serve.worker", str(send)],
+            [sys.executable, "-m", "flashcore.bench.serve.worker", str(send), options.engine],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -187,7 +187,7 @@ def run_serve(
 
     def result() -> dict[str, Any]:
         rows = [
-            make_row(workload, backend, shapes[workload.name], page, taken)
+            make_row(workload, backend, shapes[workload.name], page, taken, options[0].engine)
             for workload in workloads
             for backend in dict.fromkeys(one.backend for one in options)
             if (taken := samples.get((workload.name, backend)))
@@ -269,7 +269,12 @@ def counters_since(log: Path, offset: int) -> tuple[str | None, int]:
 
 
 def make_row(
-    workload: Workload, backend: str, shape: ModelShape, page: int, samples: Sequence[Sample]
+    workload: Workload,
+    backend: str,
+    shape: ModelShape,
+    page: int,
+    samples: Sequence[Sample],
+    engine: str = "sglang",
 ) -> Row:
     """One line of the result: medians over the samples, and the samples themselves."""
 
@@ -289,6 +294,7 @@ def make_row(
         "workload": workload.name,
         "spec": workload.spec,
         "model": shape.name,
+        "engine": engine,
         "backend": backend,
         "page_size": page,
         "tokens_per_s": None if step_ms is None else 1e3 * workload.batch / step_ms,

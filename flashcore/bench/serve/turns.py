@@ -20,7 +20,7 @@ from flashcore.bench.rows import Row
 from flashcore.bench.serve.deadline import Deadline
 from flashcore.bench.serve.engine import EngineOptions
 from flashcore.bench.serve.measure import Sample
-from flashcore.bench.serve.report import BASELINE
+from flashcore.bench.serve.report import BASELINES, engine_of
 from flashcore.bench.serve.shapes import ModelShape
 from flashcore.bench.serve.spread import paired_ratio, quartiles
 from flashcore.bench.serve.suite import (
@@ -206,7 +206,8 @@ class _Run:
         first = [sample["ttft_ms"] for sample in taken.first.get(backend, [])]
         if not samples:  # nothing but a first request, which alone says little
             return None
-        row = make_row(workload, backend, self.shapes[workload.name], page, samples)
+        engine = self._options[0].engine
+        row = make_row(workload, backend, self.shapes[workload.name], page, samples, engine)
         found = {
             name: [sample[name] for sample in samples if sample.get(name) is not None]
             for name in ("step_ms_p50", "host_us", "metadata_us")
@@ -218,19 +219,19 @@ class _Run:
             "first_request_ttft_ms_all": first,
             "step_ms_quartiles": quartiles(row["step_ms_all"]),
             "ttft_ms_quartiles": quartiles(row["ttft_ms_all"]),
-            "over_fa3": self._ratios(taken, backend),
+            f"over_{BASELINES[engine]}": self._ratios(taken, backend),
         }
 
     def _ratios(self, taken: _Taken, backend: str) -> dict[str, Any]:
-        """Figure -> median ratio to fa3's over the pairs, with its interval."""
-        ratios = {}
+        """Figure -> median ratio to FA3's over the pairs, with its interval."""
+        ratios, baseline = {}, BASELINES[self._options[0].engine]
         for figure, samples, name in (
             ("step_ms", taken.decode, "step_ms"),
             ("ttft_ms", taken.later, "ttft_ms"),
             ("first_request_ttft_ms", taken.first, "ttft_ms"),
             ("host_us", taken.decode, "host_us"),
         ):
-            both = [samples.get(one, []) for one in (backend, BASELINE)]
+            both = [samples.get(one, []) for one in (backend, baseline)]
             ours, theirs = ([s[name] for s in one if name in s] for one in both)
             ratio = paired_ratio(ours, theirs) if len(ours) == len(theirs) else None
             if ratio is not None:
@@ -252,12 +253,13 @@ class _Run:
 
 def format_ratios(rows: Sequence[Row]) -> str:
     """A line for each figure of ours that was measured beside FA3's."""
+    baseline = BASELINES[engine_of(rows)]
     return "\n".join(
-        f"{row['workload']:<36}{figure + ' over fa3':<36}"
+        f"{row['workload']:<36}{figure + ' over ' + baseline:<36}"
         f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
         for row in rows
         if row["backend"] == "flashcore"
-        for figure, ratio in row["over_fa3"].items()
+        for figure, ratio in row[f"over_{baseline}"].items()
         if ratio
     )
 

@@ -1,8 +1,8 @@
-"""The process that holds an engine: python -m flashcore.bench.serve.worker FD
+"""The process that holds an engine: python -m flashcore.bench.serve.worker FD ENGINE
 
-Loads SGLang, reads one JSON object a line from its standard input and answers each with one on file
-descriptor FD. The first describes the engine; its answer comes when that has started. Standard
-output and error are the engine's own. It ends with its input.
+Loads SGLang or vLLM, reads one JSON object a line from its standard input and answers each with one
+on file descriptor FD. The first describes the engine; its answer comes when that has started.
+Standard output and error are the engine's own. It ends with its input.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
+from flashcore.bench.serve import vllm_engine
 from flashcore.bench.serve.engine import Engine, EngineOptions, load
 from flashcore.bench.serve.measure import DoesNotFitError, measure
 from flashcore.bench.serve.session import Session
@@ -22,22 +23,29 @@ from flashcore.bench.serve.timeline import NotTogetherError
 from flashcore.bench.serve.workloads import Workload
 
 
-def serve(commands: IO[str], answers: IO[str]) -> None:
-    """Start the engine that the first line asks for; then one answer a line."""
+def serve(commands: IO[str], answers: IO[str], name: str = "sglang") -> None:
+    """Start the engine that the first line asks for; then one answer a line. name: of the engine,
+    which is loaded before that line comes."""
 
     def answer(value: dict[str, Any]) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
     with tempfile.TemporaryDirectory(prefix="flashcore-serve-") as folder:
-        load()
-        engine = Engine(options_from(json.loads(commands.readline())), Path(folder))
+        start: Any = Engine
+        if name == "vllm":
+            vllm_engine.load()
+            start = vllm_engine.VllmEngine
+        else:
+            load()
+        options = options_from(json.loads(commands.readline()))
+        engine = start(options, Path(folder))
         try:
             answer(
                 {
                     "start_s": engine.start_seconds,
                     "capacity": engine.capacity,
-                    "arguments": {**engine.arguments, "model_path": engine.options.shape.name},
+                    "arguments": {**engine.arguments, _MODEL[name]: options.shape.name},
                 }
             )
             asked = Commands(engine)
@@ -60,10 +68,13 @@ def options_from(values: dict[str, Any]) -> EngineOptions:
     )
 
 
+_MODEL = {"sglang": "model_path", "vllm": "model"}  # the argument that names a folder
+
+
 class Commands:
     """What an engine is asked to do, one command after another."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._session: Session | None = None
 
@@ -124,4 +135,4 @@ class Commands:
 
 if __name__ == "__main__":
     with os.fdopen(int(sys.argv[1]), "w") as replies:
-        serve(sys.stdin, replies)
+        serve(sys.stdin, replies, sys.argv[2])
