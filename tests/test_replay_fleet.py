@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashcore.replay.fleet.cost import CostModel
-from flashcore.replay.fleet.engines import LocalEngines, SpreadEngines
+from flashcore.replay.fleet.engines import Ended, LocalEngines, Sent, SpreadEngines
 from flashcore.replay.fleet.report import engine_figures, fleet_figures
 from flashcore.replay.fleet.routing import ROUTINGS, RoutingSettings
 from flashcore.replay.fleet.run import run_fleet
@@ -124,6 +124,45 @@ def test_one_engine_is_todays_replay(
     assert tally.end_ms == engine.now_ms
 
 
+class Eager(LocalEngines):
+    """All engines run in every window."""
+
+    def run(self, sent: Sent, until_ms: float) -> Ended:
+        self._at_work = dict.fromkeys(self._at_work, 0.0)
+        for number, _ in sent:
+            self._engines[number].nothing_ends_before = lambda: 0.0  # type: ignore[method-assign]
+        return super().run(sent, until_ms)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    traces(),
+    st.sampled_from(ROUTINGS),
+    st.sampled_from([20.0, 100.0]),
+    st.integers(1, 3),
+    st.integers(1000, 3000),
+)
+def test_engines_that_wait_until_something_can_end_change_nothing(
+    requests: list[Request], routing: str, report_ms: float, max_batch: int, cache_tokens: int
+) -> None:
+    options = EngineSettings(
+        cache_pages=cache_tokens // 128, max_batch=max_batch, prefill_chunk=700
+    )
+    how = RoutingSettings(engines=2, routing=routing, report_ms=report_ms)
+    results, heard = [], []
+    for kind in (Eager, LocalEngines):
+        engines = kind(range(2), options)
+        endings: list[Ended] = []
+        run = engines.run
+        engines.run = lambda *a, run=run, to=endings: (to.append(run(*a)), to[-1])[1]  # type: ignore
+        results.append(
+            [engine_figures(t, CostModel()) for t in run_fleet(requests, engines, options, how)]
+        )
+        heard.append([sorted(one) for one in endings])
+    assert results[0] == results[1]
+    assert heard[0] == heard[1]
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_processes_change_nothing(routing: str) -> None:
     requests = [
@@ -146,7 +185,7 @@ def test_a_process_that_ends_is_told() -> None:
     with SpreadEngines(2, EngineSettings(), processes=2) as engines:
         engines._processes[1].kill()
         engines._processes[1].join()
-        with pytest.raises(MemoryError, match="a process of engines has ended"):
+        with pytest.raises(MemoryError, match=r"a process of engines has ended \(SIGKILL\)"):
             engines.run([], 1.0)
 
 

@@ -147,6 +147,24 @@ class Engine:
         """Whether every request submitted so far is done."""
         return not self._running and self._head == len(self._requests)
 
+    def nothing_ends_before(self) -> float:
+        """A time up to which a run brings no request to its end, whatever else is submitted.
+
+        No request ends sooner than with a step for each token that it has still to generate, each
+        of them of `step_ms` at least.
+        """
+        waiting = self._requests[self._head :]
+        if any(self._pages_at_end(request) > self.cache.num_pages for request in waiting):
+            return self.now_ms  # to be refused
+        steps = [max(request.output_tokens, 1) for request in waiting]
+        for row, _ in self._prefilled:
+            if not self._prompt_done(row):
+                steps.append(int(self._tokens_left[row.slot]) + 1)
+        if self._decoding.size:
+            steps.append(int(self._tokens_left[self._decoding].min()))
+        # A sum of that many steps may round to less than their product.
+        return self.now_ms + (min(steps, default=1) - 1) * self.settings.step_ms * (1 - 1e-9)
+
     def run(
         self,
         on_step: Callable[[Engine], None] | None = None,

@@ -36,15 +36,23 @@ class LocalEngines:
     def __init__(self, numbers: Iterable[int], settings: EngineSettings) -> None:
         self._engines = {number: Engine((), settings) for number in numbers}
         self._tallies = {number: Tally() for number in self._engines}
-        self._at_work: dict[int, None] = {}
+        self._at_work: dict[int, float] = {}  # and until when nothing ends there
 
     def run(self, sent: Sent, until_ms: float) -> Ended:
-        """See Engines."""
+        """See Engines.
+
+        An engine in which nothing can have ended waits: it runs later, to the same steps, and
+        more of them in one go.
+        """
         for number, request in sent:
             self._engines[number].submit(request)
-            self._at_work[number] = None
+            self._at_work[number] = 0.0
+        for number, _ in sent:
+            if not self._at_work[number]:
+                self._at_work[number] = self._engines[number].nothing_ends_before()
         ended = []
-        for number in list(self._at_work):
+        due = [number for number, end_ms in self._at_work.items() if end_ms < until_ms]
+        for number in due:
             engine = self._engines[number]
             before = engine.done
             engine.run(until_ms=until_ms)
@@ -52,6 +60,8 @@ class LocalEngines:
                 self._fold(number)
             if engine.idle:
                 del self._at_work[number]
+            else:
+                self._at_work[number] = engine.nothing_ends_before()
             if engine.done > before:
                 ended.append((number, engine.done - before))
         return ended
@@ -110,13 +120,23 @@ class SpreadEngines:
             answers = [pipe.recv() for pipe in self._pipes]
         except (EOFError, ConnectionError) as error:
             raise MemoryError(
-                "a process of engines has ended, as it does where memory runs out; "
+                f"a process of engines has ended ({self._ends()}); where memory has run out, "
                 "ask for fewer engines or smaller caches"
             ) from error
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
         return answers
+
+    def _ends(self) -> str:
+        """By which signals or with which status processes have ended."""
+        codes = []
+        for process in self._processes:
+            process.join(timeout=1.0 / len(self._processes))
+            code = process.exitcode
+            if code is not None:
+                codes.append(signal.Signals(-code).name if code < 0 else f"status {code}")
+        return ", ".join(codes) or "not said how"
 
     def __enter__(self) -> SpreadEngines:
         return self
