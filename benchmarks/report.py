@@ -360,6 +360,31 @@ def fleet_table(data: dict[str, Any]) -> str:
     )
 
 
+def transformers_table(data: dict[str, Any]) -> str:
+    """Figures of benchmarks/transformers_prefill.py as Markdown, and each over sdpa's."""
+    head = ("batch", "attention", "all layers, ms", "over sdpa", "one layer's attention, ms")
+    rows = [(*head, "over sdpa", "TFLOP/s", "error"), ("---",) * (len(head) + 3)]
+    for row in data["rows"]:
+        lengths, name = row["lengths"], row["implementation"]
+        tokens = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else lengths[0]
+        cells = [f"{row['workload']}, {len(lengths)} x {tokens}", name]
+        cells.append(f"{row['forward_ms']['median']:.2f}")
+        over = row.get("of_sdpa")
+        cells.append(f"{1 / over['forward']:.3f}" if over else "")
+        if "attention_ms" in row:
+            cells += [f"{row['attention_ms']['median']:.3f}"]
+            cells += [f"{1 / over['attention']:.2f}" if over else ""]
+            cells += [f"{row['tflops']:.0f}", f"{row['error']:.1e}"]
+        rows.append((*cells, *[""] * (8 - len(cells))))  # type: ignore[arg-type]
+    versions = data["versions"]
+    return (
+        "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        + f"\n\n{data['model']}; {data['device']}, driver {data['driver']}, transformers "
+        f"{versions['transformers']}, torch {versions['torch']}, {data['date'][:10]}, commit "
+        f"{data['commit']}; `{data['command']}`"
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "headline": ("serve_h100.json", headline_table),
     "cpu": ("cpu.json", cpu_table),
@@ -372,6 +397,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 LATER: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "serve-small": ("serve_small_h200.json", serve_small_table),
     "models": ("models_h200.json", models_table),
+    "transformers": ("transformers_h200.json", transformers_table),
     "fleet": ("fleet.json", fleet_table),
     "fleet-conversations": ("fleet_conversations.json", fleet_table),
     "fleet-few-prompts": ("fleet_few_prompts.json", fleet_table),

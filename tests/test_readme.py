@@ -44,7 +44,11 @@ def test_tables_are_what_the_result_files_say(report: Any) -> None:
 def test_a_figure_changed_by_hand_shows(report: Any) -> None:
     for page in report.PAGES:
         text = page.read_text()
-        for table in re.findall(r"<!-- table: \S+ -->\n(.*?)<!-- end -->", text, re.S):
+        for name, table in re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", text, re.S):
+            file, _ = {**report.TABLES, **report.LATER}[name]
+            if not (ROOT / "benchmarks" / "results" / file).exists():
+                assert table == "Not measured yet.\n"
+                continue
             changed = text.replace(table, re.sub(r"\d(?=[^\d]*$)", "x", table.rstrip()) + "\n")
             assert changed != text
             assert report.filled(changed) == text

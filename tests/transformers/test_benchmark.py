@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from benchmarks import transformers_prefill as bench
+from benchmarks.report import transformers_table
 from flashcore import attention
 from flashcore.bench.problems import DenseProblem
 from flashcore.bench.providers import Provider
@@ -102,3 +103,22 @@ def test_a_dense_peer_is_timed_where_it_serves(
     found = {row["implementation"]: row for row in rows}
     assert found["fa3_fwd"]["error"] == found["flashcore"]["error"]
     assert {"of_sdpa", "of_fa3_fwd"} <= found["flashcore"].keys()
+
+
+def test_its_table(model: LlamaModel) -> None:
+    """Of what `measure` gives, for every workload."""
+
+    def elapsed(contestant: Contestant, calls: int) -> float:
+        return {"flashcore": 1.0, "sdpa": 2.0}.get(contestant.name, 0.5) * calls
+
+    rows = []
+    with torch.inference_mode():
+        for workload in bench.workloads(4, 16, VOCABULARY, "cpu"):
+            rows += bench.measure(model, workload, bench.register_peers(), 2, elapsed)
+    about = dict.fromkeys(("model", "device", "driver", "date", "commit", "command"), "x")
+    versions = {"transformers": "5", "torch": "2"}
+    lines = transformers_table({**about, "versions": versions, "rows": rows}).splitlines()
+    assert lines[2].startswith("| full, 4 x 16 | flashcore | 1.00 | 2.000 | 1.000 | 2.00 | ")
+    assert lines[4] == "| full, 4 x 16 | no attention | 0.50 |  |  |  |  |  |"
+    assert lines[5].startswith("| padded, 4 x 4 to 16 | flashcore | ")
+    assert {line.count("|") for line in lines[:11]} == {9}
