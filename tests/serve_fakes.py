@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import IO, Any
 
 from flashcore.bench.serve.engine import EngineOptions
 from flashcore.bench.serve.report import summarise
 from flashcore.bench.serve.shapes import SHAPES
-from flashcore.bench.serve.suite import WorkerError, run_serve
+from flashcore.bench.serve.suite import Turns, WorkerError, run_serve
 from flashcore.bench.serve.workloads import Workload, parse_workload
 
 OPTIONS = EngineOptions("fa3", SHAPES["tiny"], (), page_size=4)
@@ -59,11 +59,14 @@ class FakeWorker:
 
 
 def fake_run(texts: list[str], backends: list[str], **how: Any) -> tuple[dict[str, Any], list[str]]:
+    """how: fields of `Turns`, and options of `run_serve`."""
     calls: list[str] = []
+    turns = {"repeats": 2, **{f.name: how.pop(f.name) for f in fields(Turns) if f.name in how}}
     result = run_serve(
         [parse_workload(text) for text in texts],
         [replace(OPTIONS, backend=backend) for backend in backends],
-        **{"repeats": 2, "rounds": 1, "together": False, **how},
+        Turns(**turns),
+        **how,
         start=lambda options, log: FakeWorker(options, calls),  # type: ignore[arg-type,return-value]
     )
     return result, calls

@@ -178,11 +178,11 @@ def test_a_check_writes_its_result_as_it_goes_and_at_the_end(
     (tmp_path / "models" / "tiny" / "config.json").write_text(json.dumps(config))
     written: list[int] = []
 
-    def run_families(found: Any, base: Any, backends: Any, places: Any, **how: Any) -> Any:
-        assert (places.gpus, places.jobs) == (1, 3)
-        assert how["log_dir"].is_dir()
+    def run_families(found: Any, base: Any, backends: Any, sglang: str, survey: Any) -> Any:
+        assert (survey.places.gpus, survey.places.jobs) == (1, 3)
+        assert survey.log_dir.is_dir()
         row = {"family": found[0].name, "backend": "flashcore", "peer": None, "error": "x"}
-        how["keep"]({"rows": [row], "passed": False})
+        survey.keep({"rows": [row], "passed": False})
         written.append(len(json.loads((tmp_path / "out.json").read_text())["rows"]))
         return {"rows": [row, row], "passed": False}
 

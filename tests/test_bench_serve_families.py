@@ -19,7 +19,7 @@ from flashcore.bench.serve import families, modes
 from flashcore.bench.serve.answers import distance
 from flashcore.bench.serve.deadline import Deadline
 from flashcore.bench.serve.engine import EngineOptions
-from flashcore.bench.serve.pool import Job, Places, reason, run_jobs
+from flashcore.bench.serve.pool import Job, Places, Survey, read_answers, reason, run_jobs
 from flashcore.bench.serve.shapes import SHAPES
 from flashcore.bench.serve.suite import WorkerError
 from tests.serve_fakes import OPTIONS, AskedWorker, starting
@@ -310,12 +310,8 @@ def run_some(
         families.find_families(models),
         OPTIONS,
         backends.split(","),
-        Places(jobs=2),
-        sglang="0.5.16",
-        log_dir=logs,
-        deadline=Deadline(),
-        start=starting(told),
-        **how,
+        "0.5.16",
+        Survey(Places(jobs=2), Deadline(), logs, start=starting(told), **how),
     )
     json.dumps(result)
     return result
@@ -376,7 +372,7 @@ def test_ours_that_does_not_run_or_runs_alone_does_not_pass(tmp_path: Path) -> N
 
 def test_answers_of_an_earlier_run_are_not_asked_again(tmp_path: Path) -> None:
     run_some(tmp_path, family_answer(NOISE, fails=("triton",)))
-    known = families.read_answers(tmp_path / "logs")
+    known = read_answers(tmp_path / "logs")
     assert set(known) == {"llama.flashcore", "llama.fa3"}
     asked: list[str] = []
 
@@ -384,7 +380,7 @@ def test_answers_of_an_earlier_run_are_not_asked_again(tmp_path: Path) -> None:
         asked.append(options.backend)
         return family_answer(NOISE)(options, command)
 
-    result = run_some(tmp_path, told, known=known)
+    result = run_some(tmp_path, told, answers=known)
     assert set(asked) == {"triton"}
     assert result["passed"]
     assert len(result["rows"]) == 2
@@ -431,11 +427,8 @@ def run_modes(folder: Path, told: Callable[..., Any], *names: str) -> dict[str, 
         modes.find_modes(names, 1),
         OPTIONS,
         ["flashcore", "fa3"],
-        Places(jobs=2),
-        sglang="0.5.16",
-        log_dir=folder,
-        deadline=Deadline(),
-        start=starting(told),
+        "0.5.16",
+        Survey(Places(jobs=2), Deadline(), folder, start=starting(told)),
     )
 
 

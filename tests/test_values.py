@@ -40,11 +40,6 @@ MANY = {
     "serving.page_table_kernel._fill",
     # the specification, as plain as it can be
     "reference.sequence_attention",
-    # should take a value of `problem`, or their command's options, whole
-    "sm90.shipped._problem",
-    "bench.serve.families.run_families",
-    "bench.serve.modes.run_modes",
-    "bench.serve.suite.run_serve",
 }
 # What is compiled for a device takes its operands one by one.
 KERNELS = "sm90.kernels."

@@ -248,7 +248,7 @@ def _measure(
     args: argparse.Namespace, options: list[EngineOptions], workloads: list[Workload]
 ) -> int:
     from flashcore.bench.serve.report import summarise
-    from flashcore.bench.serve.suite import run_serve
+    from flashcore.bench.serve.suite import Turns, run_serve
 
     head = _head(args)
     clocks, after = _clocks(args)
@@ -260,9 +260,7 @@ def _measure(
     measured = run_serve(
         workloads,
         options,
-        repeats=args.repeats or 3,
-        rounds=args.rounds,
-        together=args.together,
+        Turns(args.repeats or 3, args.rounds, args.together),
         log_dir=args.log_dir,
         after=after,
         keep=lambda measured: _write(args, whole(measured)),

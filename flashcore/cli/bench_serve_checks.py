@@ -14,6 +14,7 @@ from flashcore.cli.results import positive
 
 if TYPE_CHECKING:
     from flashcore.bench.serve.engine import EngineOptions
+    from flashcore.bench.serve.pool import Survey
 
 Head = Callable[[argparse.Namespace], dict[str, Any]]
 Write = Callable[[argparse.Namespace, dict[str, Any]], None]
@@ -183,27 +184,15 @@ def _cycles(
 def _families(
     args: argparse.Namespace, options: list[EngineOptions], logs: Path, head: Head, write: Write
 ) -> tuple[dict[str, Any], str]:
-    from flashcore.bench.serve.deadline import Deadline
-    from flashcore.bench.serve.families import (
-        find_families,
-        format_families,
-        read_answers,
-        run_families,
-    )
-    from flashcore.bench.serve.pool import Places
+    from flashcore.bench.serve.families import find_families, format_families, run_families
 
     about = head(args)
     result = run_families(
         find_families(args.families, args.only.split(",") if args.only else None),
         options[0],
         [one.backend for one in options],
-        Places(args.gpus, args.jobs, args.base_gpu),
-        sglang=about["versions"].get("sglang", "unknown"),
-        log_dir=logs,
-        deadline=Deadline(args.deadline),
-        known=read_answers(logs) if args.resume else None,
-        after=_tell,
-        keep=lambda so_far: write(args, {**about, **so_far}),
+        about["versions"].get("sglang", "unknown"),
+        _survey(args, logs, about, write),
     )
     return result, format_families(result)
 
@@ -211,25 +200,31 @@ def _families(
 def _modes(
     args: argparse.Namespace, options: list[EngineOptions], logs: Path, head: Head, write: Write
 ) -> tuple[dict[str, Any], str]:
-    from flashcore.bench.serve.deadline import Deadline
-    from flashcore.bench.serve.families import read_answers
     from flashcore.bench.serve.modes import find_modes, format_modes, run_modes
-    from flashcore.bench.serve.pool import Places
 
     about = head(args)
     result = run_modes(
         find_modes(args.only.split(",") if args.only else None, args.gpus),
         replace(options[0], max_total_tokens=None),
         [one.backend for one in options],
+        about["versions"].get("sglang", "unknown"),
+        _survey(args, logs, about, write),
+    )
+    return result, format_modes(result)
+
+
+def _survey(args: argparse.Namespace, logs: Path, about: dict[str, Any], write: Write) -> Survey:
+    from flashcore.bench.serve.deadline import Deadline
+    from flashcore.bench.serve.pool import Places, Survey, read_answers
+
+    return Survey(
         Places(args.gpus, args.jobs, args.base_gpu),
-        sglang=about["versions"].get("sglang", "unknown"),
-        log_dir=logs,
-        deadline=Deadline(args.deadline),
-        known=read_answers(logs) if args.resume else None,
+        Deadline(args.deadline),
+        logs,
+        read_answers(logs) if args.resume else {},
         after=_tell,
         keep=lambda so_far: write(args, {**about, **so_far}),
     )
-    return result, format_modes(result)
 
 
 def _tell(text: str) -> None:

@@ -6,6 +6,7 @@ word here. Other configurations are legal too and are compiled when they are fir
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from flashcore.jit.kernel import Kernel
@@ -16,7 +17,8 @@ from flashcore.sm90.config.pager import PagerConfig
 from flashcore.sm90.config.planner import PlannerConfig, choose_small
 from flashcore.sm90.families import DENSE, MERGE, PAGED, PAGER, PLANNER
 
-_LONG = 4096  # tokens: many tiles, in every dimension
+# Many tiles in every dimension.
+_LONG_SEQUENCES = DenseProblem("bf16", 128, 4, 4096, 4096, num_heads=16, num_kv_heads=16)
 PAGED_DIMS = (64, 128, 256)  # in every variant
 OTHER_PAGED_DIMS = ((80, 80), (96, 96), (112, 112), (192, 128))  # Phi 2 and 3, MiMo V2, ...
 
@@ -37,58 +39,32 @@ def shipped_kernels() -> list[Kernel]:
 
 def _dense_configs() -> list[DenseConfig]:
     """Plain attention for every dtype and head_dim; each feature for the models that have it."""
+
+    def of(head_dim: int, dtype: str = "bf16", group: int = 1, **changes: Any) -> DenseProblem:
+        wanted: dict[str, Any] = {"dtype": dtype, "head_dim": head_dim, "num_kv_heads": 16 // group}
+        return replace(_LONG_SEQUENCES, **wanted, **changes)
+
     problems = [
-        _problem(head_dim, dtype, causal=causal)
+        of(head_dim, dtype, causal=causal)
         for dtype in DTYPES
         for head_dim in HEAD_DIMS
         for causal in (False, True)
     ]
     # Full attention at head_dim 64 and 128 has a tile of its own for few keys.
-    problems += [_problem(dim, dtype, seqlen_k=2048) for dim in (64, 128) for dtype in DTYPES]
+    problems += [of(dim, dtype, seqlen_k=2048) for dim in (64, 128) for dtype in DTYPES]
     for causal in (False, True):
-        problems += [_problem(d, causal=causal, return_lse=True) for d in (64, 128)]
-        problems += [_problem(d, causal=causal, varlen=True) for d in (64, 128, 256)]
-        problems.append(_problem(128, "fp16", causal=causal, varlen=True))
-    problems += [_problem(d, causal=True, window_left=1024) for d in (64, 128, 256)]
+        problems += [of(d, causal=causal, return_lse=True) for d in (64, 128)]
+        problems += [of(d, causal=causal, varlen=True) for d in (64, 128, 256)]
+        problems.append(of(128, "fp16", causal=causal, varlen=True))
+    problems += [of(d, causal=True, window_left=1024) for d in (64, 128, 256)]
     # Sinks on alternating full and windowed layers, packed: gpt-oss. Soft cap: Gemma 2.
     problems += [
-        _problem(64, causal=True, window_left=left, sinks=True, varlen=True) for left in (-1, 128)
+        of(64, causal=True, window_left=left, sinks=True, varlen=True) for left in (-1, 128)
     ]
-    problems += [_problem(256, causal=True, window_left=left, softcap=True) for left in (-1, 4096)]
+    problems += [of(256, causal=True, window_left=left, softcap=True) for left in (-1, 4096)]
     # One query and a group of heads for each KV head: the group fills the tile.
-    problems += [_problem(128, seqlen_q=1, group=group, causal=True) for group in (4, 8)]
+    problems += [of(128, seqlen_q=1, group=group, causal=True) for group in (4, 8)]
     return list(dict.fromkeys(choose(problem) for problem in problems))
-
-
-def _problem(
-    head_dim: int,
-    dtype: str = "bf16",
-    *,
-    seqlen_q: int = _LONG,
-    seqlen_k: int = _LONG,
-    group: int = 1,
-    causal: bool = False,
-    window_left: int = -1,
-    softcap: bool = False,
-    sinks: bool = False,
-    varlen: bool = False,
-    return_lse: bool = False,
-) -> DenseProblem:
-    return DenseProblem(
-        dtype=dtype,
-        head_dim=head_dim,
-        batch=4,
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        num_heads=16,
-        num_kv_heads=16 // group,
-        causal=causal,
-        window_left=window_left,
-        softcap=softcap,
-        sinks=sinks,
-        varlen=varlen,
-        return_lse=return_lse,
-    )
 
 
 def _paged_configs() -> list[PagedConfig]:

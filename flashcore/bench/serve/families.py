@@ -6,20 +6,17 @@ full one. A backend passes if it is no further from fa3 than triton is, or than 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flashcore.bench.rows import Row
 from flashcore.bench.serve.answers import Answer, distance
-from flashcore.bench.serve.deadline import Deadline
 from flashcore.bench.serve.engine import EngineOptions
-from flashcore.bench.serve.pool import Job, Places, Start, run_jobs
+from flashcore.bench.serve.pool import Job, Survey
 from flashcore.bench.serve.shapes import ModelShape, model_shape
-from flashcore.bench.serve.suite import Worker
 from flashcore.bench.serve.workloads import Prompts, Workload
 
 LIMIT = 0.03  # of a log-probability, in the mean
@@ -122,35 +119,16 @@ def run_families(
     families: Sequence[Family],
     base: EngineOptions,
     backends: Sequence[str],
-    places: Places,
-    *,
     sglang: str,
-    log_dir: Path,
-    deadline: Deadline,
-    known: dict[str, dict[str, Any]] | None = None,
-    start: Start = Worker,
-    after: Callable[[str], None] = lambda text: None,
-    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    survey: Survey,
 ) -> dict[str, Any]:
-    """`rows` and `passed` of the JSON object; `keep` is given the result after each engine.
-
-    `known` has answers of an earlier run, by job (`FAMILY.BACKEND`); those are not asked again.
-    Answers lie in `log_dir` as JSON, to be known the next time.
-    """
-    answers: dict[str, dict[str, Any]] = dict(known or {})
+    """`rows` and `passed` of the JSON object; a job is called FAMILY.BACKEND. sglang: version."""
 
     def result() -> dict[str, Any]:
-        rows = [row for family in families for row in _rows(family.name, backends, answers, sglang)]
+        names, answers = [family.name for family in families], survey.answers
+        rows = [row for name in names for row in _rows(name, backends, answers, sglang)]
         ours = [row for row in rows if row["backend"] == OURS]
         return {"rows": rows, "passed": bool(ours) and all(row["passed"] for row in ours)}
-
-    def done(job: Job, answer: dict[str, Any]) -> None:
-        answers[job.name] = answer
-        if "error" not in answer:
-            (log_dir / f"{job.name}.answers.json").write_text(json.dumps(answer))
-        told = answer.get("error") or f"started in {answer['start_s']:.0f} s"
-        after(f"{job.name}: {told}")
-        keep(result())
 
     jobs = [
         Job(
@@ -160,17 +138,8 @@ def run_families(
         )
         for family in families
         for backend in backends
-        if f"{family.name}.{backend}" not in answers
     ]
-    run_jobs(jobs, places, done, deadline=deadline, log_dir=log_dir, start=start)
-    return result()
-
-
-def read_answers(log_dir: Path) -> dict[str, dict[str, Any]]:
-    """The answers that a run left in its log folder, by job."""
-    ending = ".answers.json"
-    files = log_dir.glob(f"*{ending}")
-    return {file.name.removesuffix(ending): json.loads(file.read_text()) for file in files}
+    return survey.ask(jobs, lambda answer: f"started in {answer['start_s']:.0f} s", result)
 
 
 def _rows(

@@ -8,19 +8,16 @@ found again, and in a small cache evicted and loaded back.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from flashcore.bench.rows import Row
 from flashcore.bench.serve.answers import distance
-from flashcore.bench.serve.deadline import Deadline
 from flashcore.bench.serve.engine import EngineOptions
 from flashcore.bench.serve.families import LIMIT, OURS, PEER
-from flashcore.bench.serve.pool import Job, Places, Start, run_jobs
+from flashcore.bench.serve.pool import Job, Survey
 from flashcore.bench.serve.shapes import SHAPES, ModelShape
-from flashcore.bench.serve.suite import Worker
 from flashcore.bench.serve.workloads import Prompts, Workload
 
 SHAPE = ModelShape("llama-3.1-8b-3l", 3, 4096, 4096, 32, 8, 128, 32000, context=8192)
@@ -165,30 +162,15 @@ def run_modes(
     modes: dict[str, Mode],
     base: EngineOptions,
     backends: Sequence[str],
-    places: Places,
-    *,
     sglang: str,
-    log_dir: Path,
-    deadline: Deadline,
-    known: dict[str, dict[str, Any]] | None = None,
-    start: Start = Worker,
-    after: Callable[[str], None] = lambda text: None,
-    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    survey: Survey,
 ) -> dict[str, Any]:
     """`rows` and `passed` of the JSON object, as of model families."""
-    answers: dict[str, dict[str, Any]] = dict(known or {})
 
     def result() -> dict[str, Any]:
-        rows = [row for name in modes for row in _rows(name, backends, answers, sglang)]
+        rows = [row for name in modes for row in _rows(name, backends, survey.answers, sglang)]
         verdicts = [row["passed"] for row in rows if row["backend"] == OURS]
         return {"rows": rows, "passed": True in verdicts and False not in verdicts}
-
-    def done(job: Job, answer: dict[str, Any]) -> None:
-        answers[job.name] = answer
-        if "error" not in answer:
-            (log_dir / f"{job.name}.answers.json").write_text(json.dumps(answer))
-        after(f"{job.name}: {answer.get('error') or 'ran'}")
-        keep(result())
 
     jobs = [
         Job(
@@ -198,10 +180,8 @@ def run_modes(
         )
         for name, mode in modes.items()
         for number, backend in enumerate(backends)
-        if f"mode-{name}.{backend}" not in answers
     ]
-    run_jobs(jobs, places, done, deadline=deadline, log_dir=log_dir, start=start)
-    return result()
+    return survey.ask(jobs, lambda answer: "ran", result)
 
 
 def _rows(

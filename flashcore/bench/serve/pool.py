@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ from flashcore.bench.serve.suite import START_TIMEOUT_S, Worker, WorkerError, re
 
 FEWEST_S = 50.0  # an engine that has less than this is not started
 ANSWER_S = 240.0
+_ANSWERS = ".answers.json"
 IMPATIENCE_S = 5.0  # with an engine that failed
 
 
@@ -39,6 +41,57 @@ class Places:
 
 
 Start = Callable[[EngineOptions, IO[bytes]], Worker]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Engines that are asked where there is a place, and what becomes of their answers.
+
+    Answers lie in `log_dir` as JSON, to be known the next time. answers: by name of a job; those
+    that are there are not asked again. after: told what was done. keep: given the result after each
+    engine.
+    """
+
+    places: Places
+    deadline: Deadline
+    log_dir: Path
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    start: Start = Worker
+    after: Callable[[str], None] = lambda text: None
+    keep: Callable[[dict[str, Any]], None] = lambda result: None
+
+    def ask(
+        self,
+        jobs: Sequence[Job],
+        told: Callable[[dict[str, Any]], str],
+        result: Callable[[], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """The result once all jobs are answered. told: a good answer in a few words."""
+
+        def done(job: Job, answer: dict[str, Any]) -> None:
+            self.answers[job.name] = answer
+            if "error" not in answer:
+                path = self.log_dir / f"{job.name}{_ANSWERS}"
+                path.write_text(json.dumps(answer))
+            self.after(f"{job.name}: {answer.get('error') or told(answer)}")
+            self.keep(result())
+
+        unknown = [job for job in jobs if job.name not in self.answers]
+        run_jobs(
+            unknown,
+            self.places,
+            done,
+            deadline=self.deadline,
+            log_dir=self.log_dir,
+            start=self.start,
+        )
+        return result()
+
+
+def read_answers(log_dir: Path) -> dict[str, dict[str, Any]]:
+    """The answers that a run left in its log folder, by job."""
+    files = log_dir.glob(f"*{_ANSWERS}")
+    return {file.name.removesuffix(_ANSWERS): json.loads(file.read_text()) for file in files}
 
 
 def run_jobs(

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -148,13 +148,24 @@ def reason(log: str, otherwise: str) -> str:
     return otherwise.splitlines()[0][:300]
 
 
+@dataclass(frozen=True)
+class Turns:
+    """How often: `repeats` of each workload whenever it is an engine's turn, all `rounds` times.
+
+    together: all engines are started first and take turns at each workload; otherwise each is
+    started, does all workloads and ends, while the next one's process loads SGLang.
+    """
+
+    repeats: int = 3
+    rounds: int = 1
+    together: bool = False
+
+
 def run_serve(
     workloads: Sequence[Workload],
     options: Sequence[EngineOptions],
+    turns: Turns,
     *,
-    repeats: int,
-    rounds: int,
-    together: bool,
     log_dir: Path | None = None,
     start: Callable[[EngineOptions, IO[bytes]], Worker] = Worker,
     after: Callable[[str], None] = lambda text: None,
@@ -163,10 +174,8 @@ def run_serve(
     """`rows`, `skipped` and `engines` of the benchmark's JSON object.
 
     `options` has one entry a backend, all of one shape; a workload with a model of its own is run
-    with that one. `together`: all engines are started first and take turns at each workload;
-    otherwise each is started, does all workloads and ends, while the next one's process loads
-    SGLang. All that `rounds` times. `after` is told
-    what was done; `keep` is given the result so far after each workload.
+    with that one. `after` is told what was done; `keep` is given the result so far after each
+    workload.
     """
     page = options[0].page_size
     samples: dict[tuple[str, str], list[Sample]] = {}
@@ -175,7 +184,7 @@ def run_serve(
     shapes: dict[str, ModelShape] = {}
 
     def take(worker: Worker, workload: Workload) -> None:
-        command = {"do": "measure", "workload": asdict(workload), "repeats": repeats}
+        command = {"do": "measure", "workload": asdict(workload), "repeats": turns.repeats}
         answer = worker.ask(command, MEASURE_TIMEOUT_S)
         if "skipped" in answer:
             skipped[f"{worker.backend} on {workload.name}"] = answer["skipped"]
@@ -228,17 +237,17 @@ def run_serve(
                         failed(one, error)
                         del workers[one]
 
-    def one_after_the_other(turns: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
+    def one_after_the_other(order: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
         with contextlib.ExitStack() as all_of_them:
 
             def prepared(one: EngineOptions) -> tuple[contextlib.ExitStack, Worker]:
                 stack = all_of_them.enter_context(contextlib.ExitStack())
                 return stack, launch(one, stack)
 
-            following = [prepared(turns[0])]
-            for number, one in enumerate(turns):
+            following = [prepared(order[0])]
+            for number, one in enumerate(order):
                 stack, worker = following.pop()
-                following += [prepared(coming) for coming in turns[number + 1 : number + 2]]
+                following += [prepared(coming) for coming in order[number + 1 : number + 2]]
                 with stack:
                     if started(one, worker):
                         try:
@@ -249,12 +258,12 @@ def run_serve(
 
     for shape, group in by_model(workloads, options[0].shape):
         shapes.update({workload.name: shape for workload in group})
-        those = [fitted(one, shape, group, together) for one in options]
-        if together:
-            for _ in range(rounds):
+        those = [fitted(one, shape, group, turns.together) for one in options]
+        if turns.together:
+            for _ in range(turns.rounds):
                 take_turns(those, group)
         else:
-            one_after_the_other(those * rounds, group)
+            one_after_the_other(those * turns.rounds, group)
     return result()
 
 
