@@ -34,6 +34,7 @@ FLOORS = (
 )
 # Within Hopper's wing, and within kernels.
 WING = ("config", "kernels", "compile", "families", "shipped", "needed", "available", "launch")
+MOST_LINES = 500
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 
 
@@ -98,6 +99,16 @@ def test_hopper_s_wing_has_floors_of_its_own(name: str) -> None:
 
     used = {used for used in GRAPH[name] if used.startswith("sm90.")}
     assert {other for other in used if level(other) > level(name)} == set()
+
+
+@pytest.mark.parametrize("folder", ["flashcore", "tests", "tools", "benchmarks", "examples"])
+def test_no_file_has_more_lines_than_can_be_read_at_a_sitting(folder: str) -> None:
+    long = {
+        str(path.relative_to(PACKAGE.parent)): lines
+        for path in (PACKAGE.parent / folder).rglob("*.py")
+        if (lines := len(path.read_text().splitlines())) > MOST_LINES
+    }
+    assert long == {}
 
 
 def test_kernels_and_the_contract_never_import_torch() -> None:
