@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,3 +147,16 @@ def test_what_is_missing_is_named(name: str) -> None:
 def test_functions_of_other_libraries(name: str, told: str) -> None:
     with pytest.raises(AttributeError, match=told):
         getattr(flashcore, name)
+
+
+def test_every_name_of_the_migration_page_is_told() -> None:
+    """Arguments and functions of other libraries in the first column of its tables."""
+    page = (Path(__file__).parents[1] / "docs/migration.md").read_text()
+    told = {*names._OURS, *names._NEARLY, *names._ELSEWHERE, *names._FUNCTIONS}
+    own = {p for name in FLASH_ATTN for p in names.parameters(getattr(flashcore, name))}
+    found = []
+    for line in page.splitlines():
+        for code in re.findall(r"`([^`]*)`", line.split("|")[1] if line.startswith("|") else ""):
+            found += re.findall(r"(\w+)=", code) + re.findall(r"^(\w+)(?=\(|$)", code)
+    assert len(found) > 30
+    assert set(found) - told - own == {"run"}  # a method of what was told
