@@ -28,8 +28,8 @@ if available("cuda")[0]:
     from flashcore.serving import page_table_kernel
     from flashcore.serving.capacity import ENVIRONMENT
     from flashcore.serving.shapes import NotServed
+    from tests import serving_cases as cases
     from tests.compare import assert_close
-    from tests.sglang import cases
     from tests.sglang.batches import (
         Engine,
         Forward,

@@ -23,18 +23,9 @@ from sglang.test.kits.attention_unittest.attention_methods.dense_attention impor
 )
 
 from flashcore.integrations.sglang.register import NAME
+from tests.serving_cases import Request
 
 PADDING = 3  # requests that a graph's batch is padded by
-
-
-@dataclass(frozen=True)
-class Request:
-    """prefix: cached tokens, of which `shared` are those of `group`; new: those of this forward."""
-
-    prefix: int
-    new: int
-    shared: int = 0
-    group: int = 0
 
 
 @dataclass(frozen=True)

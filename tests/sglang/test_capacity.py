@@ -27,7 +27,7 @@ from flashcore.serving.shapes import Limits, Model, NotServed, Shape
 from flashcore.serving.views import Memory, Need, View
 from flashcore.sm90.planner_scratch import PlannerScratch
 from tests import fake_kernels
-from tests.sglang import cases
+from tests import serving_cases as cases
 from tests.sglang.batches import (
     Engine,
     Request,

@@ -13,8 +13,8 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 
 from flashcore.integrations.sglang.register import NAME, register
 from flashcore.integrations.sglang.speculation import sequences_of_mask
+from tests import serving_cases as cases
 from tests.compare import assert_close
-from tests.sglang import cases
 from tests.sglang.batches import (
     PADDING,
     Engine,

@@ -25,8 +25,9 @@ from sglang.srt.model_executor.forward_context import (
 from flashcore.integrations.sglang.register import register
 from flashcore.serving.shapes import NotServed
 from tests.compare import assert_close
+from tests.serving_cases import Request
 from tests.sglang import families
-from tests.sglang.batches import Request, expected, make_forward
+from tests.sglang.batches import expected, make_forward
 from tests.sglang.families import Family
 
 register()

@@ -11,8 +11,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from flashcore.contract.counts import Stat
 from flashcore.integrations.sglang.register import register
+from tests import serving_cases as cases
 from tests.compare import assert_close
-from tests.sglang import cases
 from tests.sglang.batches import (
     Engine,
     Forward,

@@ -16,9 +16,10 @@ from flashcore.integrations.sglang.register import register
 from flashcore.integrations.sglang.speculation import drafts_are_trees
 from flashcore.sm90.families import MERGE, PAGED, PLANNER
 from tests import fake_kernels
+from tests import serving_cases as cases
 from tests.fake_kernels import FakeKernels
-from tests.sglang import cases
-from tests.sglang.batches import Engine, Request, Setup, attend, make_engine, make_forward
+from tests.serving_cases import Request
+from tests.sglang.batches import Engine, Setup, attend, make_engine, make_forward
 
 register()
 

@@ -23,7 +23,7 @@ from flashcore.integrations.sglang.support import check_kernels, model_of
 from flashcore.serving import counters
 from flashcore.serving.counters import Counters
 from flashcore.serving.shapes import Model, NotServed, Shape
-from tests.sglang import cases
+from tests import serving_cases as cases
 from tests.sglang.batches import Setup, attend, make_engine, make_forward
 
 register()

@@ -19,18 +19,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from flashcore.integrations.vllm.backend import FlashcoreBackend
 from flashcore.reference import sequence_attention
+from tests.serving_cases import Request
 
 STALE = 2**31 - 1  # what stands in a block table past a row's last block
-
-
-@dataclass(frozen=True)
-class Request:
-    """prefix: cached tokens, of which `shared` are those of `family`; new: of this forward."""
-
-    prefix: int
-    new: int
-    shared: int = 0
-    family: int = 0
 
 
 @dataclass(frozen=True)
@@ -205,14 +196,14 @@ def _blocks(engine: Engine, requests: list[Request]) -> list[list[int]]:
     free = iter(
         (torch.randperm(count - 1, generator=engine.rng) + 1).tolist()
     )  # 0 is the null block
-    families: dict[int, list[int]] = {}
+    groups: dict[int, list[int]] = {}
     blocks = []
     for r in requests:
         common = min(r.shared, r.prefix) // s.page_tokens
-        family = families.setdefault(r.family, [])
-        family.extend(next(free) for _ in range(common - len(family)))
+        group = groups.setdefault(r.group, [])
+        group.extend(next(free) for _ in range(common - len(group)))
         own = -(-(r.prefix + r.new) // s.page_tokens) - common
-        blocks.append([*family[:common], *(next(free) for _ in range(own))])
+        blocks.append([*group[:common], *(next(free) for _ in range(own))])
     return blocks
 
 

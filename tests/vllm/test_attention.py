@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests import serving_cases as cases
 from tests.compare import assert_close
-from tests.vllm import cases
-from tests.vllm.batches import Request, Setup, attend, expected, make_engine, make_forward
+from tests.serving_cases import Request
+from tests.vllm.batches import Setup, attend, expected, make_engine, make_forward
 
 FORWARDS: dict[str, Callable[[], list[Request]]] = {
     "decode": cases.decode,
-    "prefill": cases.prefill,
+    "prefill": cases.extend,
     "mixed": cases.mixed,
 }
 SETUPS = {
@@ -69,7 +70,7 @@ def test_drafts_in_a_chain(window: int | None) -> None:
 
 def test_one_engine_serves_one_forward_after_another() -> None:
     engine = make_engine(SETUPS["hybrid"])
-    for requests in (cases.prefill(), cases.decode(), cases.mixed(), cases.decode()[:1]):
+    for requests in (cases.extend(), cases.decode(), cases.mixed(), cases.decode()[:1]):
         forward = make_forward(engine, requests)
         for actual, exact in zip(attend(engine, forward), expected(engine, forward), strict=True):
             assert_close(actual, exact, torch.float32)

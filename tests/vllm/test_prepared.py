@@ -15,15 +15,16 @@ from flashcore.serving import capacity
 from flashcore.serving.shapes import NotServed
 from flashcore.sm90.families import MERGE, PAGED, PLANNER
 from tests import fake_kernels
+from tests import serving_cases as cases
 from tests.fake_kernels import FakeKernels
-from tests.vllm import cases
-from tests.vllm.batches import Engine, Request, Setup, attend, make_engine, make_forward
+from tests.serving_cases import Request
+from tests.vllm.batches import Engine, Setup, attend, make_engine, make_forward
 
 FORWARDS: dict[str, Callable[[], list[Request]]] = {
     "decode of one": lambda: [Request(70, 1)],
     "decode": cases.decode,
     "prefill of few": lambda: [Request(130, 1), Request(0, 2)],
-    "prefill": cases.prefill,
+    "prefill": cases.extend,
     "prefill of many tokens": lambda: [Request(0, 300)] * 2,
     "mixed": cases.mixed,
     "nothing": lambda: [],

@@ -16,7 +16,7 @@ from flashcore.integrations.vllm.backend import FlashcoreBackend
 from flashcore.integrations.vllm.groups import Group
 from flashcore.integrations.vllm.impl import FlashcoreImpl
 from flashcore.serving.shapes import NotServed
-from tests.vllm import cases
+from tests import serving_cases as cases
 from tests.vllm.batches import Setup, make_config, make_engine, make_forward
 
 SERVED: dict[str, Any] = {

@@ -1,10 +1,20 @@
-"""Requests for every mode: shared prefixes, private ones, lengths at and around page ends."""
+"""Requests of an engine for every mode: shared prefixes, private ones, lengths around page ends."""
 
 from __future__ import annotations
 
-from tests.sglang.batches import Request
+from dataclasses import dataclass
 
 PAGE_SIZES = (1, 16, 64, 128)
+
+
+@dataclass(frozen=True)
+class Request:
+    """prefix: cached tokens, of which `shared` are those of `group`; new: those of this forward."""
+
+    prefix: int
+    new: int
+    shared: int = 0
+    group: int = 0
 
 
 def decode() -> list[Request]:
