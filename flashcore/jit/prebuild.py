@@ -33,7 +33,7 @@ def prebuild(
 
     `on_done` hears of each kernel as it is finished; the result is in the order of `kernels`.
     """
-    build = partial(_build_one, folder=folder, target=target)
+    build = partial(build_one, folder=folder, target=target)
     return run_all(build, kernels, jobs, _crashed, on_done)
 
 
@@ -41,7 +41,8 @@ def _crashed(kernel: Kernel) -> Built:
     return Built(kernel, False, "a compiling process died")  # its own, or one beside it
 
 
-def _build_one(kernel: Kernel, folder: Path, target: Target) -> Built:
+def build_one(kernel: Kernel, folder: Path, target: Target) -> Built:
+    """Compile one kernel if the cache at `folder` lacks it; what goes wrong is in the result."""
     cache = KernelCache.open(folder, target)
     try:
         cache.ensure(kernel)

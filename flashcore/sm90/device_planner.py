@@ -17,6 +17,7 @@ from flashcore.contract.counts import Count, Fault, Seen
 from flashcore.contract.operands import Planner, PlannerProblem, PlannerResult
 from flashcore.contract.work import DIRECT
 from flashcore.dispatch import device_path, resident_ctas
+from flashcore.jit.kernel import Kernel
 from flashcore.names import known
 from flashcore.planner import chunks, split
 from flashcore.planner.device_plan import (
@@ -31,10 +32,13 @@ from flashcore.planner.device_plan import (
 )
 from flashcore.planner.folding import Costs, Fold, check_fold
 from flashcore.planner.types import Plan
+from flashcore.problem import Rules
 from flashcore.sm90.available import sm_count
 from flashcore.sm90.config import planner as config
-from flashcore.sm90.config.paged import unserved_dims
+from flashcore.sm90.config.dense import WARPGROUP_ROWS
+from flashcore.sm90.config.paged import PAGE_TOKENS, unserved_dims
 from flashcore.sm90.device_pager import DeviceLayout, unit_stride
+from flashcore.sm90.needed import Plans, kernels_for
 from flashcore.sm90.planner_scratch import PlannerScratch
 
 _MOST_PAGES = validate.INT32_MAX // 8
@@ -337,8 +341,21 @@ class DevicePlanner:
             problem=self._problem,
             num_sms=sm_count(q_lens.device),
         )
-        make_plan(self._config(q_lens.numel(), layout), operands)
+        make_plan(self._config(q_lens.numel(), layout), operands, self._following)
         return self.plan
+
+    def _following(self) -> list[Kernel]:
+        """Of the attention that most probably reads the plan: causal, in bf16."""
+        p = self.plan
+        if (
+            p.itemsize != 2
+            or p.page_tokens not in PAGE_TOKENS
+            or p.tile_m not in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS)
+        ):
+            return []
+        rows = (p.max_q * p.num_q_heads,)
+        plans = Plans((p.tile_m,), True, p.batch_invariant, rows=rows)
+        return kernels_for(p.problem, Rules(1.0, causal=True), plans)
 
     def _config(self, batch: int, layout: DeviceLayout | None) -> config.PlannerConfig:
         """The kernels that take the least time for so many sequences."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flashcore.contract.counts import Count
+from flashcore.jit.beside import compile_beside
 from flashcore.jit.cache import shared_cache
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.load import CompiledFunction, prepared
@@ -202,6 +203,8 @@ def paged_launch(
         merge_partials = tensors.merge_offsets
     ctas = min(num_items, config.ctas_per_sm * sm_count(q.device))
     out_ready = out is None or tma_ready("out", out) is out
+    if num_items and merge is not None and config not in _functions:
+        compile_beside(shared_cache(), Kernel(PAGED, config), [Kernel(MERGE, merge)])
     return PagedLaunch(
         attend=_function(config) if num_items else None,
         merge=None if merge is None else _function(merge),

@@ -7,7 +7,10 @@ already checked (`sm90.device_planner`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flashcore.contract.operands import Planner
+from flashcore.jit.beside import compile_beside
 from flashcore.jit.cache import shared_cache
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.load import CompiledFunction
@@ -17,8 +20,13 @@ from flashcore.sm90.families import PLANNER
 _functions: dict[PlannerConfig, CompiledFunction] = {}
 
 
-def make_plan(config: PlannerConfig, operands: Planner) -> None:
-    """Fill `operands.plan` from a page table or a layout."""
+def make_plan(
+    config: PlannerConfig, operands: Planner, following: Callable[[], list[Kernel]] = list
+) -> None:
+    """Fill `operands.plan` from a page table or a layout. following: the kernels of the calls that
+    are to come, to compile while the planner's own are compiled."""
+    if config not in _functions:
+        compile_beside(shared_cache(), Kernel(PLANNER, config), following())
     load_planner(config)(*operands)
 
 
