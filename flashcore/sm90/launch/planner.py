@@ -25,9 +25,11 @@ def make_plan(
 ) -> None:
     """Fill `operands.plan` from a page table or a layout. following: the kernels of the calls that
     are to come, to compile while the planner's own are compiled."""
-    if config not in _functions:
+    planner = _functions.get(config)
+    if planner is None:
         compile_beside(shared_cache(), Kernel(PLANNER, config), following())
-    load_planner(config)(*operands)
+        planner = load_planner(config)
+    planner(*operands)
 
 
 def load_planner(config: PlannerConfig) -> CompiledFunction:
