@@ -59,7 +59,7 @@ def check_capacities(capacities: object) -> Capacities:
         )
     for number, (name, value) in enumerate(vars(capacities).items()):
         if number < 3 or isinstance(value, bool) or value != 0:
-            validate.positive_int(name, value)
+            validate.positive_int(name, value, maximum=_MOST)
     return capacities
 
 
