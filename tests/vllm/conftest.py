@@ -23,10 +23,21 @@ def registered() -> None:
     register()
 
 
+class Log(logging.Handler):
+    """Messages, each once, whatever handlers vLLM's logger and its parents have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+def log() -> Iterator[Log]:
     """What flashcore says, which goes to vLLM's logger alone."""
-    ours = logging.getLogger("flashcore")
-    ours.addHandler(caplog.handler)
-    yield caplog
-    ours.removeHandler(caplog.handler)
+    ours, handler = logging.getLogger("flashcore"), Log()
+    ours.addHandler(handler)
+    yield handler
+    ours.removeHandler(handler)

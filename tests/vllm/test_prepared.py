@@ -19,6 +19,7 @@ from tests import serving_cases as cases
 from tests.fake_kernels import FakeKernels
 from tests.serving_cases import Request
 from tests.vllm.batches import Engine, Setup, attend, make_engine, make_forward
+from tests.vllm.conftest import Log
 
 FORWARDS: dict[str, Callable[[], list[Request]]] = {
     "decode of one": lambda: [Request(70, 1)],
@@ -134,7 +135,7 @@ def test_tables_lengths_and_starts_are_read_where_they_are(fakes: FakeKernels) -
 
 @pytest.mark.parametrize("setup", ["plain", "hybrid"])
 def test_the_bytes_that_are_told_are_the_bytes_that_are_taken(
-    setup: str, fakes: FakeKernels, invariant: bool, log: pytest.LogCaptureFixture
+    setup: str, fakes: FakeKernels, invariant: bool, log: Log
 ) -> None:
     engine = make(**SETUPS[setup])
     attend(engine, make_forward(engine, cases.decode()))
@@ -148,8 +149,8 @@ def test_the_bytes_that_are_told_are_the_bytes_that_are_taken(
         largest = max(view._prefill.values(), key=lambda planner: planner._planner.bytes)
         taken += largest._planner.bytes + view._eager.pages.nbytes
     assert held._bytes == taken
-    assert f"buffers {taken / 2**20:.0f} MiB" in log.text
-    assert ("batch-invariant" in log.text) == invariant
+    assert f"buffers {taken / 2**20:.0f} MiB" in "".join(log.messages)
+    assert ("batch-invariant" in "".join(log.messages)) == invariant
 
 
 def test_graphs_and_eager_forwards_outgrow_nothing(fakes: FakeKernels) -> None:

@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from flashcore.integrations.vllm import register, versions
 from flashcore.integrations.vllm.backend import FlashcoreBackend
 from flashcore.integrations.vllm.register import BACKEND
+from tests.vllm.conftest import Log
 
 ROOT = Path(__file__).parents[2]
 NAME = versions.backend_name()
@@ -32,14 +33,14 @@ def test_registering_again_changes_nothing() -> None:
     assert dict(AttentionBackendEnum.__members__) == before
 
 
-def test_another_s_backend_is_left_alone(log: pytest.LogCaptureFixture) -> None:
+def test_another_s_backend_is_left_alone(log: Log) -> None:
     member = AttentionBackendEnum[NAME]
     register_backend(member, "a.package.Backend")
     try:
         register()
         assert member.get_path() == "a.package.Backend"
         if not versions.takes_names():  # a name of our own is nobody else's
-            assert "CUSTOM is a.package.Backend already" in log.text
+            assert "CUSTOM is a.package.Backend already" in "".join(log.messages)
     finally:
         register_backend(member, BACKEND)
 
