@@ -56,7 +56,7 @@ def test_told_bytes_are_those_taken():
         shared = {id(t) for t in (p.counter, p.partial_out, p.partial_lse)}
         own = [t for t in tensors_of(planner) if id(t) not in shared]
         assert sum(t.numel() * t.element_size() for t in own) == planner.bytes
-        taken = [t for t in vars(planner.scratch).values() if isinstance(t, torch.Tensor)]
+        taken = planner.scratch.memory
         assert len(taken) == 8
         told = PlannerScratch.bytes_of(5, 300, 40, 9, chunks)
         assert sum(t.numel() * t.element_size() for t in taken) == told

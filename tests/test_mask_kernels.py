@@ -22,7 +22,7 @@ LARGEST = 2**31 - 2
 def test_intervals_are_the_reference_s(causal: bool) -> None:
     from tests.mask_kernels_host import see
 
-    config = choose("bf16", 64, 16, 8, 64, causal=causal, window=True)
+    config = choose(PagedCall("bf16", 64, 16, 8, causal=causal, window=True), 64)
     n, length = 6, 40
     index = torch.arange(n).int()
     nothing = torch.zeros(1, 1, dtype=torch.bool)
@@ -42,7 +42,7 @@ def test_trees_are_the_reference_s(left: int) -> None:
     """Three sequences' drafts, with the mask that a launch hands over."""
     from tests.mask_kernels_host import see
 
-    config = choose("bf16", 64, 16, 8, 64, window=True, tree=True)
+    config = choose(PagedCall("bf16", 64, 16, 8, window=True, tree=True), 64)
     n, lengths = 9, [40, 12, 90]
     drafts = Drafts(verify_batch(16, (8, 1), 64, lengths, n), 5)
     q_index = torch.arange(n).int().repeat(3)
