@@ -401,6 +401,7 @@ LATER: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "fleet": ("fleet.json", fleet_table),
     "fleet-conversations": ("fleet_conversations.json", fleet_table),
     "fleet-few-prompts": ("fleet_few_prompts.json", fleet_table),
+    "fleet-million": ("fleet_million.json", fleet_table),
 }
 PAGES = (README, *sorted((HERE.parent / "docs").rglob("*.md")))
 
