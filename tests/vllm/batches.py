@@ -27,13 +27,15 @@ STALE = 2**31 - 1  # what stands in a block table past a row's last block
 @dataclass(frozen=True)
 class Setup:
     """A model and a server. windows: of each group of layers, as vLLM counts them; None: full
-    attention. layout: of the caches. gap: elements between two blocks that are nobody's."""
+    attention. second: of the second layer of a group with full attention, as where vLLM's hybrid
+    cache manager is off. layout: of the caches. gap: elements between blocks that are nobody's."""
 
     page_tokens: int = 16
     heads: tuple[int, int] = (4, 2)
     head_dim: int = 16
     dtype: torch.dtype = torch.float32
     windows: tuple[int | None, ...] = (None,)
+    second: int | None = None
     softcap: float = 0.0
     sinks: bool = False
     layers: int = 2  # of each group
@@ -114,7 +116,7 @@ def _make_group(
                 s.heads[1],
                 cache_config=config.cache_config,
                 logits_soft_cap=s.softcap or None,
-                per_layer_sliding_window=window,
+                per_layer_sliding_window=_window(s, window, layer),
                 prefix=f"model.layers.{number * s.layers + layer}.attn",
                 attn_backend=FlashcoreBackend,
                 **options,
@@ -137,6 +139,11 @@ def _make_group(
         for layer, pool in zip(layers, pools, strict=True):
             layer.kv_cache = pool
     return GroupOfLayers(window, layers, pools, builder)
+
+
+def _window(s: Setup, of_group: int | None, layer: int) -> int | None:
+    """Of one layer of a group."""
+    return s.second if layer == 1 and of_group is None else of_group
 
 
 def make_pool(s: Setup) -> torch.Tensor:
@@ -282,9 +289,10 @@ def expected(engine: Engine, forward: Forward) -> list[torch.Tensor]:
     """Each layer's output in float64, from the cache as it is after the forward wrote to it."""
     s, outs = engine.setup, []
     for number, group in enumerate(engine.groups):
-        for layer, pool in zip(group.layers, group.pools, strict=True):
+        for place, (layer, pool) in enumerate(zip(group.layers, group.pools, strict=True)):
             rows, begin = [], 0
             q = forward.q[len(outs)]
+            window = _window(s, group.window, place)
             for r, blocks in zip(forward.requests, forward.blocks[number], strict=True):
                 row = _freed(s, group.window, r, blocks)
                 keys = pool[torch.tensor(row, dtype=torch.long)].transpose(1, 2).flatten(0, 1)
@@ -295,7 +303,7 @@ def expected(engine: Engine, forward: Forward) -> list[torch.Tensor]:
                     keys[..., s.head_dim :],
                     causal=True,
                     scale=s.head_dim**-0.5,
-                    window=None if group.window is None else (group.window - 1, 0),
+                    window=None if window is None else (window - 1, 0),
                     softcap=s.softcap,
                     sinks=layer.impl.sinks,
                 )

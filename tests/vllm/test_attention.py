@@ -30,6 +30,7 @@ SETUPS = {
     "window of a block": Setup(64, windows=(64,)),
     "window of one": Setup(16, windows=(1,)),
     "hybrid": Setup(16, windows=(None, 40, 40)),
+    "windows in a group of full attention": Setup(16, second=40),
     "sinks": Setup(16, windows=(None, 128), sinks=True),
     "softcap": Setup(16, windows=(None, 100), softcap=2.0),
 }

@@ -34,6 +34,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "hybrid": {"windows": (None, 40, 40)},
     "window alone": {"windows": (128,)},
+    "windows in a group of full attention": {"second": 40},
     "sinks": {"windows": (None, 128), "sinks": True},
     "softcap": {"softcap": 30.0},
     "drafts": {"drafts": 4},
