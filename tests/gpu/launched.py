@@ -169,6 +169,22 @@ INVARIANT_MERGES = [
     for name, dim, sinks, warps in product(("bf16", "fp16"), (64, 128, 256), (False, True), (1, 8))
 ]
 
+
+def vllm_layers() -> list[Kernel]:
+    """Of every kind of layer in test_vllm_gpu.py, in plans of either kind."""
+    kinds = [
+        Kind(Shape(8, 2, 64), windowed, (variant,))
+        for windowed in (False, True)
+        for variant in (Variant(), Variant(softcap=True), Variant(sinks=True))
+    ]
+    kinds.append(Kind(Shape(8, 1, 64), False, (Variant(),)))
+    return [
+        kernel
+        for kind, page, invariant in product(kinds, (16, 64), (False, True))
+        for kernel in kernels_of(kind, "bf16", page, 12, False, invariant)
+    ]
+
+
 LAUNCHES: dict[str, dict[str, Launches]] = {
     "test_paged_gpu": {
         "test_rules": lambda rule, tile_m: paged(rule, 32, host(tile_m)),
@@ -309,6 +325,7 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
     "test_errors_gpu": {"": wrong_inputs},
     # Heads and lengths are those of transformers' models: compiled as they are asked for.
     "test_transformers_gpu": {"": lambda **_: []},
+    "test_vllm_gpu": {"": lambda **_: vllm_layers()},
     "test_sglang_gpu": {
         "test_eager": lambda mode, windows, page_tokens: engine(page_tokens, windows, mode=mode),
         "test_head_dims_and_dtypes": lambda mode, dtype, head_dim: engine(

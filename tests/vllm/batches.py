@@ -40,6 +40,7 @@ class Setup:
     sinks: bool = False
     layers: int = 2  # of each group
     drafts: int = 0
+    device: str = "cpu"
     layout: str = "NHD"
     gap: int = 0
     max_batch: int = 12
@@ -107,7 +108,8 @@ def _make_group(
     for layer in range(s.layers):
         options: dict[str, Any] = {}
         if s.sinks:
-            options["sinks"] = torch.randn(s.heads[0], generator=rng).to(s.dtype)
+            sinks = torch.randn(s.heads[0], generator=rng)
+            options["sinks"] = sinks.to(s.dtype).to(s.device)
         layers.append(
             Attention(
                 s.heads[0],
@@ -120,7 +122,7 @@ def _make_group(
                 prefix=f"model.layers.{number * s.layers + layer}.attn",
                 attn_backend=FlashcoreBackend,
                 **options,
-            )
+            ).to(s.device)
         )
     shape = {
         "block_size": s.page_tokens,
@@ -132,7 +134,7 @@ def _make_group(
     if window is not None:
         spec = SlidingWindowSpec(**shape, sliding_window=window)
     builder = FlashcoreBackend.get_builder_cls()(
-        spec, [layer.layer_name for layer in layers], config, torch.device("cpu")
+        spec, [layer.layer_name for layer in layers], config, torch.device(s.device)
     )
     pools = [make_pool(s) for _ in layers]
     if bind:
@@ -151,7 +153,7 @@ def make_pool(s: Setup) -> torch.Tensor:
     blocks = s.max_batch * (s.max_context // s.page_tokens + 2)
     inner = (s.page_tokens, s.heads[1]) if s.layout == "NHD" else (s.heads[1], s.page_tokens)
     row = s.page_tokens * s.heads[1] * 2 * s.head_dim
-    memory = torch.full((blocks, row + s.gap), float("nan"), dtype=s.dtype)
+    memory = torch.full((blocks, row + s.gap), float("nan"), dtype=s.dtype, device=s.device)
     pool = memory[:, :row].unflatten(1, (*inner, 2 * s.head_dim))
     return pool.transpose(1, 2) if s.layout == "NHD" else pool
 
@@ -193,7 +195,7 @@ def make_forward(
     for _ in range(len(engine.groups) * s.layers):
         for kind, heads in (("q", s.heads[0]), ("k", s.heads[1]), ("v", s.heads[1])):
             values = torch.randn(tokens, heads, s.head_dim, generator=engine.rng)
-            getattr(forward, kind).append(values.to(s.dtype))
+            getattr(forward, kind).append(values.to(s.dtype).to(s.device))
     return forward
 
 
@@ -233,7 +235,7 @@ def _fill_cache(
                 count = min(s.page_tokens, r.prefix - position)
                 for pool in group.pools:
                     values = torch.randn(s.heads[1], count, 2 * s.head_dim, generator=engine.rng)
-                    pool[block, :, :count] = values.to(s.dtype)
+                    pool[block, :, :count] = values.to(s.dtype).to(s.device)
 
 
 def _common(
@@ -255,34 +257,41 @@ def _common(
     slots += [-1] * (tokens - len(slots))
     begin = torch.tensor(starts, dtype=torch.int32)
     return CommonAttentionMetadata(
-        query_start_loc=begin,
+        query_start_loc=begin.to(s.device),
         query_start_loc_cpu=begin.clone(),
-        seq_lens=lengths,
+        seq_lens=lengths.to(s.device),
         num_reqs=batch,
         num_actual_tokens=tokens,
         max_query_len=max([r.new for r in requests], default=0),
         max_seq_len=s.max_context,  # a bound
-        block_table_tensor=table,
-        slot_mapping=torch.tensor(slots, dtype=torch.int64),
+        block_table_tensor=table.to(s.device),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=s.device),
     )
 
 
 def attend(engine: Engine, forward: Forward) -> list[torch.Tensor]:
     """Each layer's output, as vLLM's Attention calls its implementation."""
-    outs = []
+    outs = [torch.full_like(q, float("nan")) for q in forward.q]
     metadata = [
         group.builder.build(0, common)
         for group, common in zip(engine.groups, forward.common, strict=True)
     ]
+    run_layers(engine, forward, metadata, outs)
+    return outs
+
+
+def run_layers(
+    engine: Engine, forward: Forward, metadata: list[Any], outs: list[torch.Tensor]
+) -> None:
+    """Every layer, with metadata of its group."""
+    place = 0
     for number, group in enumerate(engine.groups):
         for layer, pool in zip(group.layers, group.pools, strict=True):
-            q, k, v = (getattr(forward, kind)[len(outs)] for kind in "qkv")
-            out = torch.full_like(q, float("nan"))
+            q, k, v = (getattr(forward, kind)[place] for kind in "qkv")
             slots = forward.common[number].slot_mapping
             layer.impl.do_kv_cache_update(layer, k, v, pool, slots)
-            layer.impl.forward(layer, q, k, v, pool, metadata[number], out)
-            outs.append(out)
-    return outs
+            layer.impl.forward(layer, q, k, v, pool, metadata[number], outs[place])
+            place += 1
 
 
 def expected(engine: Engine, forward: Forward) -> list[torch.Tensor]:
@@ -295,7 +304,11 @@ def expected(engine: Engine, forward: Forward) -> list[torch.Tensor]:
             window = _window(s, group.window, place)
             for r, blocks in zip(forward.requests, forward.blocks[number], strict=True):
                 row = _freed(s, group.window, r, blocks)
-                keys = pool[torch.tensor(row, dtype=torch.long)].transpose(1, 2).flatten(0, 1)
+                keys = (
+                    pool[torch.tensor(row, dtype=torch.long, device=s.device)]
+                    .transpose(1, 2)
+                    .flatten(0, 1)
+                )
                 keys = keys[: r.prefix + r.new]
                 out, _ = sequence_attention(
                     q[begin : begin + r.new],
@@ -309,6 +322,6 @@ def expected(engine: Engine, forward: Forward) -> list[torch.Tensor]:
                 )
                 rows.append(out)
                 begin += r.new
-            rows.append(torch.zeros(len(q) - begin, *q.shape[1:], dtype=torch.float64))
+            rows.append(torch.zeros_like(q[begin:], dtype=torch.float64))
             outs.append(torch.cat(rows))
     return outs
