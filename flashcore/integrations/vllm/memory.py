@@ -135,13 +135,13 @@ class EngineMemory:
         """What serves, in one line."""
         path = "Hopper kernels" if self.workspace is not None else "torch operators"
         kinds = ", ".join(dict.fromkeys(group.describe() for group in groups))
-        limits = groups[0].limits
+        limits, count = groups[0].limits, len(groups)
         rule = ", batch-invariant" if limits.batch_invariant else ""
         room = max(view.room.entries for view in self.views)
         return (
-            f"flashcore attention: {path}, {len(groups)} groups of layers: {kinds}{rule}, up to "
-            f"{limits.batch} sequences, {limits.queries} new tokens and {room} pages at once, "
-            f"buffers {self._bytes / 2**20:.0f} MiB"
+            f"flashcore attention: {path}, {count} group{'s' * (count > 1)} of layers: "
+            f"{kinds}{rule}, up to {limits.batch} sequences, {limits.queries} new tokens and "
+            f"{room} pages at once, buffers {self._bytes / 2**20:.0f} MiB"
         )
 
     def step(self, group: Group, mode: str) -> None:
