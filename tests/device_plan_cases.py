@@ -29,9 +29,9 @@ def planner_for(batch: Batch, capacities: Capacities, device: str, **options: An
     )
 
 
-def always_a_chain(planner: DevicePlanner, batch: int, layout: Any) -> Any:
+def always_a_chain(planner: DevicePlanner, page_table: torch.Tensor | None) -> Any:
     """In place of `DevicePlanner._config`: the chain of kernels for small batches too."""
-    return planner._chain if layout is None else planner._chain_from_layout
+    return planner._chain_from_layout if page_table is None else planner._chain
 
 
 def inputs(batch: Batch, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -15,7 +15,6 @@ from flashcore.jit.target import detect_target
 from flashcore.planner.device_plan import Capacities
 from flashcore.sm90.config.planner import (
     ROW_CAPACITIES,
-    SMALL_BATCH,
     PlannerConfig,
     choose,
     choose_small,
@@ -56,12 +55,18 @@ def test_smallest_kernel_is_chosen() -> None:
 
 @pytest.mark.parametrize("chunks", [False, True])
 def test_one_kernel_for_few_sequences(chunks: bool) -> None:
-    """And few query tokens; a chain of kernels for more, and for layouts made on the device."""
-    lens = torch.zeros(SMALL_BATCH + 1, dtype=torch.int32)
-    table = torch.zeros(SMALL_BATCH + 1, 8, dtype=torch.int32)
-    taken = []
-    for max_q, batch in ((1024, SMALL_BATCH), (1024, SMALL_BATCH + 1), (1025, SMALL_BATCH)):
+    """And few query tokens, and places in the table; else a chain of kernels."""
+    taken = {}
+    for max_q, batch, columns in (
+        (1024, 64, 256),
+        (1024, 1, 16384),
+        (1024, 65, 1),
+        (1025, 64, 1),
+        (1024, 64, 257),
+        (1024, 1, 16385),
+    ):
         made = planner(max_batch=70, max_entries=999, max_q=max_q, batch_invariant=chunks)
+        lens = torch.zeros(batch, dtype=torch.int32)
         with (
             mock.patch(
                 "flashcore.sm90.device_planner.device_path", return_value=Path("hopper", "")
@@ -69,9 +74,11 @@ def test_one_kernel_for_few_sequences(chunks: bool) -> None:
             mock.patch("flashcore.sm90.device_planner.sm_count", return_value=132),
             mock.patch("flashcore.sm90.launch.planner.make_plan") as launch,
         ):
-            made.update(table[:batch], lens[:batch], lens[:batch])
-            taken.append(launch.call_args.args[0])
-    assert taken == [choose_small(chunks), choose(70, chunks=chunks), choose(70, chunks=chunks)]
+            made.update(torch.zeros(batch, columns, dtype=torch.int32), lens, lens)
+        config = launch.call_args.args[0]
+        assert config in (choose_small(chunks), choose(70, chunks=chunks))
+        taken[max_q, batch, columns] = config.small
+    assert list(taken.values()) == [True, True, False, False, False, False]
 
 
 def planner(**changes: int) -> DevicePlanner:

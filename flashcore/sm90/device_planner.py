@@ -341,7 +341,7 @@ class DevicePlanner:
             problem=self._problem,
             num_sms=sm_count(q_lens.device),
         )
-        make_plan(self._config(q_lens.numel(), layout), operands, self._following)
+        make_plan(self._config(page_table), operands, self._following)
         return self.plan
 
     def _following(self) -> list[Kernel]:
@@ -357,12 +357,15 @@ class DevicePlanner:
         plans = Plans((p.tile_m,), True, p.batch_invariant, rows=rows)
         return kernels_for(p.problem, Rules(1.0, causal=True), plans)
 
-    def _config(self, batch: int, layout: DeviceLayout | None) -> config.PlannerConfig:
-        """The kernels that take the least time for so many sequences."""
-        if layout is not None:
+    def _config(self, page_table: torch.Tensor | None) -> config.PlannerConfig:
+        """The kernels that take the least time for a table of this shape, None for a layout. How
+        much of it is used only the device knows."""
+        if page_table is None:
             return self._chain_from_layout
         few_queries = self.capacities.max_q <= config.SMALL_QUERIES
-        return self._small if few_queries and batch <= config.SMALL_BATCH else self._chain
+        few_rows = page_table.shape[0] <= config.SMALL_BATCH
+        few_entries = page_table.numel() <= config.SMALL_ENTRIES
+        return self._small if few_queries and few_rows and few_entries else self._chain
 
     def trimmed(self, batch: int) -> Plan:
         """The last update, of so many sequences, as a `Plan` of its own. Waits for the device."""

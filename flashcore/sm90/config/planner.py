@@ -13,6 +13,7 @@ RADIX_BINS = 1 << RADIX_BITS
 RANKED = 256  # pairs up to which counting those before each takes less than a radix sort
 SMALL_BATCH = 64  # sequences that one kernel can plan
 SMALL_QUERIES = 1024  # query tokens there may be of them: its lists are written by few threads
+SMALL_ENTRIES = 16384  # places in their table: where all are used, a grid takes 15 us less
 SMALL_CLUSTER = 8  # its CTAs
 NEAR_ENTRIES = 512  # entries that its first CTA plans by itself, in shared memory
 ROW_CAPACITIES = (1024, 8192, 32768, 57344)  # the last is what an SM's memory holds
