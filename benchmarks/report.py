@@ -83,10 +83,12 @@ def dense_table(data: dict[str, Any]) -> str:
         rows.append(f"| geometric mean | {dtype} |{' |' * len(shown)} {mean:.3f} |")
     versions = data["versions"]
     fa4 = f"FA4 {versions['flash-attn-4']}, " if "fa4" in run else ""
+    fa3 = f"sgl_kernel {versions['sglang-kernel']}"
+    if "fa3-fwd" in versions:
+        fa3 = f"the better of fa3-fwd {versions['fa3-fwd']} (bf16) and {fa3}"
     return (
         "\n".join(rows) + f"\n\n{data['device']}, driver {data['driver']}, "
-        f"torch {versions['torch']}, CuTe DSL {versions['nvidia-cutlass-dsl']}, FA3: the better of "
-        f"fa3-fwd {versions['fa3-fwd']} (bf16) and sgl_kernel {versions['sglang-kernel']}, "
+        f"torch {versions['torch']}, CuTe DSL {versions['nvidia-cutlass-dsl']}, FA3: {fa3}, "
         f"{fa4}{data['date'][:10]}, commit {data['commit']}; `{data['command']}`"
     )
 
@@ -395,6 +397,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 # Of measurements that a tree need not have.
 LATER: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "dense-h200": ("dense_h200.json", dense_table),
+    "paged-h200": ("paged_h200.json", paged_table),
     "serve-small": ("serve_small_h200.json", serve_small_table),
     "models": ("models_h200.json", models_table),
     "transformers": ("transformers_h200.json", transformers_table),

@@ -31,8 +31,8 @@ CASES = {
         "test_strides[1]",
     ),
     "device_attention": (
-        "test_rules[everything-1]",  # planner, attention and merge by its counts
-        "test_rules[softcap_sinks-8]",
+        "test_rules[everything-1-8]",  # planner, attention and merge by its counts
+        "test_rules[softcap_sinks-8-1]",
         "test_shapes[128-dtype5-1-heads5-64]",  # gathered
         "test_what_does_not_fit_is_all_nan[q]",
         "test_what_does_not_fit_is_all_nan[tree]",
