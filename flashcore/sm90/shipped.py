@@ -64,6 +64,11 @@ def _dense_configs() -> list[DenseConfig]:
     problems += [of(256, causal=True, window_left=left, softcap=True) for left in (-1, 4096)]
     # One query and a group of heads for each KV head: the group fills the tile.
     problems += [of(128, seqlen_q=1, group=group, causal=True) for group in (4, 8)]
+    problems.append(of(64, seqlen_q=3, group=4, causal=True))
+    # What else `flashcore check` asks for, so that a wheel has all of it.
+    problems += [of(d, seqlen_k=2048, varlen=True) for d in (64, 128)]
+    sinks: dict[str, Any] = {"causal": True, "sinks": True, "return_lse": True}
+    problems += [of(128, **sinks), of(128, window_left=300, softcap=True, **sinks)]
     return list(dict.fromkeys(choose(problem) for problem in problems))
 
 
@@ -114,4 +119,7 @@ def _merge_configs() -> list[MergeConfig]:
     kinds = [(dtype, dim) for dtype in DTYPES for dim in PAGED_DIMS]
     kinds += [("bf16", v_dim) for _, v_dim in OTHER_PAGED_DIMS if v_dim not in PAGED_DIMS]
     device = [paged.choose_device_merge(dtype, dim, False, n) for dtype, dim in kinds for n in rows]
+    device += [
+        paged.choose_device_merge("bf16", dim, False, n, True) for dim in PAGED_DIMS for n in rows
+    ]
     return [*plain, *long, *fixed, *device, MergeConfig("bf16", 64, sinks=True)]
