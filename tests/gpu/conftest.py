@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from flashcore.jit import cache
 from tests.gpu.launched import kernels_of_test
+
+# References are computed on the CPU: processes side by side with a thread for each core wait for
+# each other, so that a minute's tests take ten.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
