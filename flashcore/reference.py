@@ -183,7 +183,7 @@ def paged_attention_reference(
     lse = torch.full(q.shape[:-1], -math.inf, dtype=dtype, device=q.device)
     row_offsets = layout.row_offsets.tolist()
     first = 0
-    for row, q_len in enumerate(q_lens):
+    for row, q_len in enumerate(map(int, q_lens)):
         entries = range(row_offsets[row], row_offsets[row + 1])
         chosen = [(int(layout.cols[e]), int(layout.token_counts[e])) for e in entries]
         tokens = slice(first, first + q_len)

@@ -9,7 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flashcore.reference import attention_reference, sequence_attention, visible_keys
+from flashcore import layout_from_page_table
+from flashcore.reference import (
+    attention_reference,
+    paged_attention_reference,
+    sequence_attention,
+    visible_keys,
+)
 from tests import oracle
 
 
@@ -92,3 +98,13 @@ def test_keys_that_nobody_may_see_have_no_influence():
         sequence_attention(q, k, v, causal=True, scale=0.4, window=(2, 0)), expected, strict=True
     ):
         assert torch.equal(a, b)
+
+
+def test_query_lengths_may_be_a_tensor():
+    """Its elements are tensors, and adding them up in place would move slices already taken."""
+    pages, table = normal(8, 4, 2, 16), torch.arange(8, dtype=torch.int32).view(2, 4)
+    layout = layout_from_page_table(table, torch.tensor([13, 9]), page_tokens=4)
+    q = normal(5, 4, 16, seed=1)
+    expected = paged_attention_reference(q, pages, -pages, layout, [2, 3])
+    found = paged_attention_reference(q, pages, -pages, layout, torch.tensor([2, 3]))
+    assert all(map(torch.equal, found, expected))
