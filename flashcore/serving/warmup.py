@@ -7,6 +7,10 @@ nothing, in planners of their own that are gone afterwards.
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +18,15 @@ import torch
 
 import flashcore
 from flashcore.jit.kernel import Kernel
-from flashcore.serving import page_tables
+from flashcore.serving import kernels, page_tables
 from flashcore.serving.kernels import Kind, Variant
 from flashcore.serving.page_tables import PageTables, Slots
 from flashcore.serving.shapes import Model, Shape
 from flashcore.sm90.config import paged
 from flashcore.sm90.config.planner import SMALL_QUERIES, PlannerConfig
 from flashcore.sm90.families import PAGED, PLANNER
+
+logger = logging.getLogger(__name__)
 
 _ENTRIES = 64  # of a planner for nothing
 
@@ -51,18 +57,30 @@ class Cache:
         return self.k.view(*pages, shape.head_dim), self.v.view(*pages, shape.v_head_dim)
 
 
-def run_all(model: Model, kind: Kind, cache: Cache, kernels: list[Kernel], tree: bool) -> None:
-    """Launch every kernel that layers of `kind` can ask for; `kernels` as `kernels.wanted`.
+@contextmanager
+def compiled(needed: list[Kernel], device: torch.device) -> Iterator[None]:
+    """Compile `needed`; within, launch them by `run_all`. How long it took is told in the log."""
+    kernels.prepare(needed)
+    started = time.monotonic()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # what a kernel has against this machine is told here
+    seconds = time.monotonic() - started
+    logger.info("flashcore attention: %d kernels launched once in %.1f s", len(needed), seconds)
+
+
+def run_all(model: Model, kind: Kind, cache: Cache, wanted: list[Kernel], tree: bool) -> None:
+    """Launch every kernel that layers of `kind` can ask for; `wanted` as by `kernels.wanted`.
 
     tree: verify forwards have tree masks.
     """
-    planners = [kernel.config for kernel in kernels if kernel.family is PLANNER]
+    planners = [kernel.config for kernel in wanted if kernel.family is PLANNER]
     tables = _fill_tables(model, cache, max(1, model.draft_tokens))
     for config in planners:
         _planner(model, kind, cache, 64, config).update(
             tables.pages, tables.seq_lens, tables.q_lens
         )
-    tiles = {k.config.tile_m for k in kernels if k.family is PAGED}
+    tiles = {k.config.tile_m for k in wanted if k.family is PAGED}
     for tile_m in sorted(tiles):
         plan = _planner(model, kind, cache, tile_m, planners[0]).update(
             tables.pages, tables.seq_lens, tables.q_lens

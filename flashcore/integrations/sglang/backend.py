@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 import torch
@@ -123,22 +122,17 @@ class FlashcoreBackend(AttentionBackend):
         tree = drafts_are_trees(model_runner)
         kinds = kinds_of(self.model, model_runner)
         needed = kernels.wanted(self.model, kinds, max_batch, tree)
-        kernels.prepare(needed)
-        started = time.monotonic()
-        for kind in kinds:
-            view = self.windowed if kind.windowed else self.full
-            layer = next((x for x in self.layers if _is_windowed(x) == kind.windowed), None)
-            if view is None or layer is None or self._workspace is None:
-                continue
-            k, v = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-            cache = warmup.Cache(
-                k, v, self.req_to_token, view.translation, view.window, self._workspace
-            )
-            warmup.run_all(self.model, kind, cache, needed, tree)
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()  # what a kernel has against this machine is told here
-        seconds = time.monotonic() - started
-        logger.info("flashcore attention: %d kernels launched once in %.1f s", len(needed), seconds)
+        with warmup.compiled(needed, self.model.device):
+            for kind in kinds:
+                view = self.windowed if kind.windowed else self.full
+                layer = next((x for x in self.layers if _is_windowed(x) == kind.windowed), None)
+                if view is None or layer is None or self._workspace is None:
+                    continue
+                k, v = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+                cache = warmup.Cache(
+                    k, v, self.req_to_token, view.translation, view.window, self._workspace
+                )
+                warmup.run_all(self.model, kind, cache, needed, tree)
 
     def describe(self) -> str:
         """What serves, in one line."""

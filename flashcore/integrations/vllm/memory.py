@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, WeakValueDictionary
 
@@ -17,8 +18,7 @@ import torch
 
 from flashcore.integrations.vllm import versions
 from flashcore.integrations.vllm.support import ELSEWHERE
-from flashcore.jit.kernel import Kernel
-from flashcore.serving import capacity, kernels, planners, warmup
+from flashcore.serving import capacity, planners, warmup
 from flashcore.serving.counters import Counters, FaultLog
 from flashcore.serving.shapes import NotServed
 from flashcore.serving.views import Memory, View
@@ -115,21 +115,12 @@ class EngineMemory:
     def _launch_all(self, groups: list[Group]) -> None:
         """Compile, load and launch every kernel that a forward can ask for."""
         assert self.workspace is not None
-        needed: dict[Kernel, None] = {}
-        of_group = []
-        for group in groups:
-            found = group.wanted_kernels()
-            of_group.append(found)
-            needed.update(dict.fromkeys(found))
-        kernels.prepare(list(needed))
-        started = time.monotonic()
-        for group, found in zip(groups, of_group, strict=True):
-            for kind, cache in group.warmup_caches(self.workspace):
-                warmup.run_all(group.model, kind, cache, found, False)
-        if self.workspace.is_cuda:
-            torch.cuda.synchronize()  # what a kernel has against this machine is told here
-        seconds = time.monotonic() - started
-        logger.info("flashcore attention: %d kernels launched once in %.1f s", len(needed), seconds)
+        of_group = [group.wanted_kernels() for group in groups]
+        needed = list(dict.fromkeys(chain.from_iterable(of_group)))
+        with warmup.compiled(needed, self.workspace.device):
+            for group, wanted in zip(groups, of_group, strict=True):
+                for kind, cache in group.warmup_caches(self.workspace):
+                    warmup.run_all(group.model, kind, cache, wanted, False)
 
     def describe(self, groups: list[Group]) -> str:
         """What serves, in one line."""
