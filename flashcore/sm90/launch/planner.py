@@ -27,14 +27,7 @@ def make_plan(
     are to come, to compile while the planner's own are compiled."""
     planner = _functions.get(config)
     if planner is None:
-        compile_beside(shared_cache(), Kernel(PLANNER, config), following())
-        planner = load_planner(config)
+        cache, kernel = shared_cache(), Kernel(PLANNER, config)
+        compile_beside(cache, kernel, following())
+        planner = _functions[config] = cache.function(kernel)
     planner(*operands)
-
-
-def load_planner(config: PlannerConfig) -> CompiledFunction:
-    """The compiled planner, compiled now if no process has done so before."""
-    found = _functions.get(config)
-    if found is None:
-        found = _functions[config] = shared_cache().function(Kernel(PLANNER, config))
-    return found

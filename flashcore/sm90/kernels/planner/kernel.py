@@ -233,8 +233,13 @@ class Planner:
         tid, _, _ = cute.arch.thread_idx()
         first, which, _ = cute.arch.block_idx()
         if which == 0 and first == 0 and tid == 0:
-            scratch.tiles[Tiles.CUT, Tiles.STAMP] = Int64(next_stamp(scratch))
+            self.count_update(scratch)
         self.emit(which, mQLens.shape[0], plan, scratch, problem, part_of_grid(ENTRY_THREADS))
+
+    @cute.jit
+    def count_update(self, scratch: Scratch):
+        """By one thread, when nobody looks at the update's stamp any more."""
+        scratch.tiles[Tiles.CUT, Tiles.STAMP] = Int64(next_stamp(scratch))
 
     @cute.jit
     def emit(

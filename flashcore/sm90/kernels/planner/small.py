@@ -17,7 +17,7 @@ from flashcore.contract.counts import Count, Stat
 from flashcore.contract.operands import PlannerMemory as Scratch
 from flashcore.contract.operands import PlannerProblem as Problem
 from flashcore.contract.operands import PlannerResult as Plan
-from flashcore.contract.scratch import Entries, Groups, Rows, Segments, Sort, Tiles
+from flashcore.contract.scratch import Entries, Groups, Rows, Segments, Sort
 from flashcore.contract.work import FIELDS
 from flashcore.sm90.config.planner import (
     GROUP_THREADS,
@@ -34,7 +34,6 @@ from flashcore.sm90.kernels.planner.owners import compare_chunks, count_chunks
 from flashcore.sm90.kernels.planner.sharing import (
     claim_pages,
     mark_breaks,
-    next_stamp,
     number_segments,
 )
 
@@ -111,25 +110,15 @@ class SmallPlanner(Planner):
     ):  # fmt: skip
         """Steps 2 to 7 by one CTA."""
         tid, _, _ = cute.arch.thread_idx()
-        part = Part(tid, Int32(GROUP_THREADS))
-        chunks = const_expr(self.config.chunks)
-        cute.arch.sync_threads()
-        claim_pages(plan, scratch, problem, part, chunks)
-        cute.arch.sync_threads()
-        if const_expr(chunks):
-            compare_chunks(plan, scratch, problem, part)
-            cute.arch.sync_threads()
-            count_chunks(plan, scratch, problem, part)
-            cute.arch.sync_threads()
-        mark_breaks(plan, scratch, problem, part, wide, chunks)
-        cute.arch.sync_threads()
+        self.link_entries(plan, scratch, problem, Part(tid, Int32(GROUP_THREADS)), wide, False)
         number_segments(plan, scratch, Int32(1), shared.sums)
-        cute.arch.sync_threads()
+        meet(False)
         self.cut(plan, scratch, problem, shared)
-        cute.arch.sync_threads()
+        meet(False)
         self.place(batch, plan, scratch, problem, Int32(0), Int32(1), shared)
-        cute.arch.sync_threads()
-        self.finish(scratch, tid)
+        meet(False)
+        if tid == 0:
+            self.count_update(scratch)
         threads = const_expr(GROUP_THREADS // LISTS)
         mine = Part(tid % threads, Int32(threads))
         self.emit(tid // threads, batch, plan, scratch, problem, mine)
@@ -142,37 +131,43 @@ class SmallPlanner(Planner):
         """Steps 2 to 7 by the cluster."""
         tid, _, _ = cute.arch.thread_idx()
         bid, _, _ = cute.arch.block_idx()
-        part = part_of_grid(GROUP_THREADS)
-        chunks = const_expr(self.config.chunks)
-        meet()
-        claim_pages(plan, scratch, problem, part, chunks)
-        meet()
-        if const_expr(chunks):
-            compare_chunks(plan, scratch, problem, part)
-            meet()
-            count_chunks(plan, scratch, problem, part)
-            meet()
-        mark_breaks(plan, scratch, problem, part, wide, chunks)
-        meet()
+        self.link_entries(plan, scratch, problem, part_of_grid(GROUP_THREADS), wide, True)
         self.number_and_cut(batch, plan, scratch, problem, shared)
-        meet()
-        self.finish(scratch, bid * GROUP_THREADS + tid)
+        meet(True)
+        if bid * GROUP_THREADS + tid == 0:
+            self.count_update(scratch)
         ctas = const_expr(SMALL_CLUSTER // LISTS)
         mine = Part(bid % ctas * GROUP_THREADS + tid, Int32(const_expr(ctas * GROUP_THREADS)))
         self.emit(bid // ctas, batch, plan, scratch, problem, mine)
 
     @cute.jit
-    def finish(self, scratch: Scratch, thread: Int32):
-        """Count the update, when nobody looks at its stamp any more."""
-        if thread == 0:
-            scratch.tiles[Tiles.CUT, Tiles.STAMP] = Int64(next_stamp(scratch))
+    def link_entries(
+        self, plan: Plan, scratch: Scratch, problem: Problem, part: Part, wide: cute.Tensor,
+        clustered: cutlass.Constexpr[bool],
+    ):  # fmt: skip
+        """Steps 2 and 3, by all that `meet`, once the entries are there."""
+        chunks = const_expr(self.config.chunks)
+        meet(clustered)
+        claim_pages(plan, scratch, problem, part, chunks)
+        meet(clustered)
+        if const_expr(chunks):
+            compare_chunks(plan, scratch, problem, part)
+            meet(clustered)
+            count_chunks(plan, scratch, problem, part)
+            meet(clustered)
+        mark_breaks(plan, scratch, problem, part, wide, chunks)
+        meet(clustered)
 
 
 @cute.jit
-def meet():
-    """Wait for all CTAs of the cluster; what they wrote before can be seen."""
-    cute.arch.cluster_arrive()
-    cute.arch.cluster_wait()
+def meet(clustered: cutlass.Constexpr[bool]):
+    """Wait for the threads of the CTA or of all CTAs of the cluster; what they wrote before can be
+    seen."""
+    if const_expr(clustered):
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+    else:
+        cute.arch.sync_threads()
 
 
 @cute.jit
