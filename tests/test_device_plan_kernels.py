@@ -40,6 +40,9 @@ from tests.runtime_fixtures import needs_disassembler, needs_dsl
 def test_nothing_spills(config: PlannerConfig) -> None:
     row = check_kernel(Kernel(PLANNER, config), default_folder(), detect_target())
     assert row.violations == []
+    if config.small:
+        assert row.resources is not None
+        assert row.resources.dynamic_smem_bytes <= config.smem_bytes
 
 
 def test_smallest_kernel_is_chosen() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -134,6 +136,16 @@ class Eager(LocalEngines):
         return super().run(sent, until_ms)
 
 
+def kept(run: Callable[[Sent, float], Ended], to: list[Ended]) -> Callable[[Sent, float], Ended]:
+    """`run`, what it returns being put into a list as well."""
+
+    def keeping(sent: Sent, until_ms: float) -> Ended:
+        to.append(run(sent, until_ms))
+        return to[-1]
+
+    return keeping
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     traces(),
@@ -153,8 +165,7 @@ def test_engines_that_wait_until_something_can_end_change_nothing(
     for kind in (Eager, LocalEngines):
         engines = kind(range(2), options)
         endings: list[Ended] = []
-        run = engines.run
-        engines.run = lambda *a, run=run, to=endings: (to.append(run(*a)), to[-1])[1]  # type: ignore
+        engines.run = kept(engines.run, endings)  # type: ignore[method-assign]
         results.append(
             [engine_figures(t, CostModel()) for t in run_fleet(requests, engines, options, how)]
         )
