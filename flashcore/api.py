@@ -164,6 +164,8 @@ def paged_attention(
     window: Window | None = ...,
     softcap: float = ...,
     sinks: torch.Tensor | None = ...,
+    k_scale: torch.Tensor | None = ...,
+    v_scale: torch.Tensor | None = ...,
     tree_mask: torch.Tensor | None = ...,
     tree_positions: torch.Tensor | None = ...,
     out: torch.Tensor | None = ...,
@@ -185,6 +187,8 @@ def paged_attention(
     window: Window | None = ...,
     softcap: float = ...,
     sinks: torch.Tensor | None = ...,
+    k_scale: torch.Tensor | None = ...,
+    v_scale: torch.Tensor | None = ...,
     tree_mask: torch.Tensor | None = ...,
     tree_positions: torch.Tensor | None = ...,
     out: torch.Tensor | None = ...,
@@ -206,6 +210,8 @@ def paged_attention(
     window: Window | None = None,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
     tree_positions: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -226,10 +232,10 @@ def paged_attention(
     Args:
         q: [total_q, num_q_heads, head_dim], sequence after sequence as in the plan's q_lens. fp32,
             bf16 or fp16; softmax and accumulation are fp32.
-        k_pages: [num_pages, page_tokens, num_kv_heads, head_dim], dtype as q; any strides with a
-            contiguous last axis, so a [num_pages, num_kv_heads, page_tokens, head_dim] cache is
-            passed as `.transpose(1, 2)`.
-        v_pages: the same with v_head_dim columns, as many as head_dim or fewer.
+        k_pages: [num_pages, page_tokens, num_kv_heads, head_dim], dtype as q, or float8_e4m3fn or
+            float8_e5m2 with q in bf16 or fp16; any strides with a contiguous last axis, so a
+            [num_pages, num_kv_heads, page_tokens, head_dim] cache is passed as `.transpose(1, 2)`.
+        v_pages: the same with v_head_dim columns, as many as head_dim or fewer; dtype as k_pages.
         plan: from `flashcore.plan` or from `flashcore.DevicePlanner.update`, on q's device. With
             the latter, q may have more rows than the plan has query tokens, as a batch padded for a
             CUDA graph has. Rows of sequences that could not be planned come out as NaN; so do all
@@ -241,6 +247,10 @@ def paged_attention(
             first; None: one row each (decode).
         scale, window, softcap, sinks: as in `attention`; a window counts from the query's position,
             and under a tree mask by depth.
+        k_scale, v_scale: with fp8 pages, fp32 tensors on q's device, () or [num_kv_heads]: K is
+            what its pages hold times k_scale, V likewise; None is 1. They are read on the device
+            at each call, which nothing waits for. k_scale counts in the scores before the softcap,
+            and so in the LSE.
         causal: query t of a sequence sees keys 0 .. kv_len - q_len + t.
         tree_mask: bool [total_q, width], width at least the longest q_len: among its sequence's own
             new tokens, query t sees token j iff tree_mask[t, j]; the cached ones are all visible.
@@ -281,6 +291,7 @@ def paged_attention(
                 q.shape,
                 k_pages.shape,
                 q.dtype,
+                k_pages.dtype,
                 q.get_device(),
                 causal,
                 scale,
@@ -290,6 +301,8 @@ def paged_attention(
                 impl,
                 out is None,
                 None if sinks is None else (sinks.dtype, sinks.shape),
+                None if k_scale is None else k_scale.shape,
+                None if v_scale is None else v_scale.shape,
                 None if tree_mask is None else (tree_mask.dtype, tree_mask.shape),
                 None if tree_positions is None else (tree_positions.dtype, tree_positions.shape),
             )
@@ -297,13 +310,15 @@ def paged_attention(
             if launch is not None and not (
                 is_grad_enabled() and _wants_gradient(q, k_pages, v_pages, sinks)
             ):
-                result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, tree_positions, out)
+                kv = (k_pages, v_pages, k_scale, v_scale)
+                result, lse = launch(q, kv, (sinks, tree_mask, tree_positions), out)
                 return (result, lse) if return_lse else result
         except _REFUSED:  # the checks below, or the same launch there, say what is wrong
             pass
     checks.impl(impl)
-    kv, extras = KVPool(k_pages, v_pages), Extras(sinks, tree_mask, tree_positions)
-    checks.paged(q, kv, plan, extras, out)
+    pool = KVPool(k_pages, v_pages, k_scale, v_scale)
+    extras = Extras(sinks, tree_mask, tree_positions)
+    checks.paged(q, pool, plan, extras, out)
     rules = checks.rules(scale, q.shape[-1], causal, window, softcap)
     validate.flag("return_lse", return_lse)
     if checks.traced(q):
@@ -314,21 +329,21 @@ def paged_attention(
                 "flashcore.plan"
             )
         result, lse = ops.paged_attention_op(
-            q, *kv, *plan.tensors, *plan.numbers, *rules, *extras, impl
+            q, *pool, *plan.tensors, *plan.numbers, *rules, *extras, impl
         )
         if out is not None:
             result = out.copy_(result)
         return (result, lse) if return_lse else result
-    launch = ops.plan_launch(q, kv, plan, rules, extras, out, return_lse, impl)
+    launch = ops.plan_launch(q, pool, plan, rules, extras, out, return_lse, impl)
     if launch is None:
-        result, lse = eager_paged_attention(q, kv, plan.planned, rules, extras)
+        result, lse = eager_paged_attention(q, pool, plan.planned, rules, extras)
         if out is not None:
             result = out.copy_(result)
     else:
         options = (causal, scale, window, softcap, return_lse)
         if key is not None and launch.reusable and _all_plain(options):
             plan.launches.remember(key, launch)
-        result, lse = launch(q, k_pages, v_pages, sinks, tree_mask, tree_positions, out)
+        result, lse = launch(q, pool, extras, out)
     return (result, lse) if return_lse else result
 
 

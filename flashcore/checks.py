@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from flashcore import validate
+from flashcore import kv_checks, validate
 from flashcore.dispatch import wanted
 from flashcore.planner.device_plan import DevicePlan
 from flashcore.planner.types import Plan
@@ -68,16 +68,16 @@ def paged(
 ) -> None:
     """Check the tensors of `paged_attention` against its plan."""
     validate.tensor("q", q, dtypes=validate.FLOAT_DTYPES, ndim=3)
-    k_pages, v_pages = kv
-    for name, value in (("k_pages", k_pages), ("v_pages", v_pages)):
-        validate.tensor(name, value, dtypes=validate.FLOAT_DTYPES, ndim=4)
-    validate.same_dtype("q", q, k_pages=k_pages, v_pages=v_pages)
+    k_pages, v_pages, k_scale, v_scale = kv
+    kv_checks.page_dtypes(k_pages, v_pages)
+    kv_checks.same_dtypes(q, k_pages, v_pages)
     validate.same_device(
         "q", q, k_pages=k_pages, v_pages=v_pages, plan=plan.cols, **extras._asdict(), out=out
     )
     validate.contiguous_last_axis(q=q, k_pages=k_pages, v_pages=v_pages)
     validate.no_grad(q=q, k_pages=k_pages, v_pages=v_pages, sinks=extras.sinks)
     _paged_shapes(q, k_pages, v_pages, plan)
+    kv_checks.scales("q", q, k_pages, k_scale=k_scale, v_scale=v_scale)
     if extras.tree_mask is not None:
         _tree_mask(extras.tree_mask, plan, len(q))
     if extras.tree_positions is not None:

@@ -39,6 +39,8 @@ _OURS = {
     **dict.fromkeys(("head_dim_vo", "headdim_v"), "v_head_dim"),
     **dict.fromkeys(("q_data_type", "kv_data_type", "kv_cache_dtype"), "dtype"),
     **dict.fromkeys(("slots", "out_cache_loc"), "slot_mapping"),
+    "k_descale": "k_scale",
+    "v_descale": "v_scale",
     **dict.fromkeys(("custom_mask", "attn_mask", "attention_mask"), "tree_mask"),
 }
 # Ours, where it does not mean quite the same.
@@ -73,6 +75,10 @@ _ELSEWHERE = {
     **dict.fromkeys(("dropout_p", "dropout", "alibi_slopes"), "there is nothing like it"),
     **dict.fromkeys(("rotary_cos", "rotary_sin"), "turn q and k before the call"),
     "slot_mapping": "flashcore.append_kv takes it",
+    **dict.fromkeys(
+        ("k_scale", "v_scale"), "it goes with fp8 pages: flashcore.paged_attention takes it"
+    ),
+    **dict.fromkeys(("q_scale", "q_descale"), "q has 16 bits; multiply scale by it"),
     "tree_mask": "masks of the caller's go with paged_attention alone, as tree_mask",
 }
 # Functions and classes of other libraries.

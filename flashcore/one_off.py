@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashcore import checks, validate
+from flashcore import checks, kv_checks, validate
 from flashcore.pager.csr import layout_from_page_table
 from flashcore.planner.build import plan
 from flashcore.planner.types import Plan
@@ -35,7 +35,7 @@ def plan_once(q: torch.Tensor, kv: KVPool, given: object, tables: Tables) -> Pla
             "page_table: a plan made inside the call waits for the device, which a CUDA graph "
             "cannot hold; use flashcore.DevicePlanner"
         )
-    k_pages, v_pages = kv
+    k_pages, v_pages = kv.k, kv.v
     page_tokens, num_pages = k_pages.shape[1], k_pages.shape[0] or None
     layout = layout_from_page_table(
         page_table, seq_lens, page_tokens=page_tokens, num_pages=num_pages
@@ -61,8 +61,7 @@ def refuse_tables(tables: Tables) -> None:
 def _check_shapes(q: torch.Tensor, kv: KVPool) -> None:
     """What the plan is made for, by the names of the call."""
     validate.tensor("q", q, dtypes=validate.FLOAT_DTYPES, ndim=3)
-    for name, pages in (("k_pages", kv.k), ("v_pages", kv.v)):
-        validate.tensor(name, pages, dtypes=validate.FLOAT_DTYPES, ndim=4)
+    kv_checks.page_dtypes(kv.k, kv.v)
     tokens, heads, head_dim = kv.k.shape[1:]
     if min(tokens, heads, head_dim) < 1:
         raise ValueError(

@@ -38,7 +38,7 @@ ATTENTION = """(
 ) -> (Tensor, Tensor)"""
 
 PAGED_ATTENTION = """(
-    Tensor q, Tensor k_pages, Tensor v_pages,
+    Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scale, Tensor? v_scale,
     Tensor cols, Tensor groups, Tensor q_tokens, Tensor q_positions, Tensor q_index, Tensor work,
     Tensor merge_offsets, Tensor merge_partials,
     SymInt num_partial_tokens, bool needs_merge, SymInt tile_m, bool batch_invariant,

@@ -94,10 +94,14 @@ class Rules(NamedTuple):
 
 
 class KVPool(NamedTuple):
-    """k: [num_pages, page_tokens, num_kv_heads, head_dim]. v: the same with v_head_dim columns."""
+    """k: [num_pages, page_tokens, num_kv_heads, head_dim]. v: the same with v_head_dim columns.
+    k_scale, v_scale: of fp8 pages, fp32 () or [num_kv_heads]: an element means its value times the
+    scale; None is 1."""
 
     k: torch.Tensor
     v: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
 
 class Packing(NamedTuple):

@@ -21,6 +21,9 @@ With these s = scale * q . k, softcapped as softcap * tanh(s / softcap) where so
     out = sum_j exp(s_j - lse) v_j,    lse = log(sum_j exp(s_j) [+ exp(sink)]).
 A query that sees no key gives zeros and an lse of -inf (its sink where there is one). What stands
 in a key or value has no influence on a query that does not see it, be it NaN.
+
+K and V are what the pages hold; of fp8 pages that times k_scale and v_scale, one or one for each KV
+head.
 """
 
 from __future__ import annotations
@@ -169,6 +172,8 @@ def paged_attention_reference(
     window: Window | None = None,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
     tree_positions: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
@@ -192,12 +197,12 @@ def paged_attention_reference(
             if sinks is not None:
                 lse[tokens] = sinks.to(dtype)
             continue
-        k = torch.cat([k_pages[page, :count] for page, count in chosen]).to(dtype)
-        v = torch.cat([v_pages[page, :count] for page, count in chosen]).to(dtype)
+        k = torch.cat([k_pages[page, :count] for page, count in chosen])
+        v = torch.cat([v_pages[page, :count] for page, count in chosen])
         out[tokens], lse[tokens] = sequence_attention(
             q[tokens].to(dtype),
-            k,
-            v,
+            _scaled(k.to(dtype), k_scale),
+            _scaled(v.to(dtype), v_scale),
             causal=causal,
             scale=scale,
             window=window,
@@ -207,3 +212,8 @@ def paged_attention_reference(
             tree_positions=None if tree_positions is None else tree_positions[tokens],
         )
     return out, lse
+
+
+def _scaled(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """[tokens, num_kv_heads, columns], times one scale or one for each head."""
+    return x if scale is None else x * scale.to(x.dtype).expand(x.shape[1])[:, None]

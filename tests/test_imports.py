@@ -21,7 +21,7 @@ FLOORS = (
     ("planner",),
     ("eager",),
     ("sm90",),
-    ("ops", "checks"),
+    ("ops", "checks", "kv_checks"),
     ("one_off",),
     ("api", "append", "reference"),
     ("",),  # the package's own names, loaded on first use

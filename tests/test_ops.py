@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashcore
-from flashcore.problem import NO_EXTRAS, Rules
+from flashcore.problem import NO_EXTRAS, KVPool, Rules
 from tests.test_paged_attention import shared_batch
 
 
@@ -50,12 +50,21 @@ def test_opcheck_dense(packed):
     torch.library.opcheck(torch.ops.flashcore.attention.default, dense_arguments(packed))
 
 
-def test_opcheck_paged():
+@pytest.mark.parametrize("fp8", [False, True])
+def test_opcheck_paged(fp8):
     batch = shared_batch()
     plan = batch.plan()
     q, k, v = batch.tensors()
-    arguments = (q, k, v, *plan.tensors, *plan.numbers, *Rules(0.1, causal=True), *NO_EXTRAS, None)
-    torch.library.opcheck(torch.ops.flashcore.paged_attention.default, arguments)
+    pool = KVPool(k, v)
+    if fp8:
+        q, (k, v) = q.half(), (x.to(torch.float8_e4m3fn) for x in (k, v))
+        pool = KVPool(k, v, torch.tensor(0.5), torch.rand(2) + 0.5)
+    arguments = (q, *pool, *plan.tensors, *plan.numbers, *Rules(0.1, causal=True), *NO_EXTRAS, None)
+    # The check of the schema compares arguments, which torch cannot do with fp8 ones.
+    others = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    checks = others if fp8 else ("test_schema", *others)
+    op = torch.ops.flashcore.paged_attention.default
+    torch.library.opcheck(op, arguments, test_utils=checks)
 
 
 def test_compile_sees_one_node():
@@ -76,6 +85,22 @@ def test_compile_sees_one_node():
         lambda x: flashcore.attention(x, x, x, causal=True), fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(dense(x), flashcore.attention(x, x, x, causal=True))
+
+
+def test_compile_sees_one_node_with_fp8_pages():
+    """Scales are tensors of the graph, not constants of it."""
+    batch = shared_batch()
+    q, k, v = batch.tensors(torch.bfloat16)
+    k, v = k.to(torch.float8_e5m2), v.to(torch.float8_e5m2)
+    plan = batch.plan()
+
+    def layer(q, k_scale, v_scale):
+        return flashcore.paged_attention(q, k, v, plan, k_scale=k_scale, v_scale=v_scale)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for scale in (0.5, 3.0):
+        scales = torch.tensor(scale), torch.tensor([scale, 1.0])
+        assert torch.equal(compiled(q, *scales), layer(q, *scales))
 
 
 def test_compiled_call_writes_where_it_is_told():

@@ -72,6 +72,8 @@ def test_no_function_takes_a_long_list() -> None:
 
 # ---------------------------------------------------------------- the operators
 
+POOL = ("k_pages", "v_pages", "k_scale", "v_scale")
+
 
 @pytest.mark.parametrize(
     ("op", "schema", "row"),
@@ -85,7 +87,7 @@ def test_no_function_takes_a_long_list() -> None:
             ops.paged_attention_op,
             ops.PAGED_ATTENTION,
             (
-                *("q", "k_pages", "v_pages", *PlanTensors._fields, *PlanNumbers._fields),
+                *("q", *POOL, *PlanTensors._fields, *PlanNumbers._fields),
                 *(*Rules._fields, *Extras._fields, "impl"),
             ),
         ),
@@ -99,7 +101,7 @@ def test_operators_take_the_fields_in_their_order(op, schema: str, row: tuple[st
 
 
 def test_the_pool_and_the_operator_agree() -> None:
-    assert [f"{name}_pages" for name in KVPool._fields] == ["k_pages", "v_pages"]
+    assert KVPool._fields == tuple(name.removesuffix("_pages") for name in POOL)
 
 
 # ---------------------------------------------------------------- what values say

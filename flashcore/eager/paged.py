@@ -45,6 +45,8 @@ def paged_attention(
         root = torch.arange(total_q, device=q.device) - plan.q_index
         depth = tree_positions - tree_positions[root]
     scaled = (q.float() * rules.scale).view(total_q, num_kv_heads, num_q_heads // num_kv_heads, dim)
+    if kv.k_scale is not None:
+        scaled = scaled * kv.k_scale.expand(num_kv_heads)[:, None, None]
     runs = _runs(plan.groups, positions, kv.k.shape[1])
     reader = _PageReader(kv, plan.cols.long())
     for batch in _batches(runs, rules, tree_mask is not None):
@@ -68,6 +70,9 @@ def paged_attention(
             index = begin + torch.arange(first.num_q, device=q.device)
             partial_out[index], partial_lse[index] = result, logs
     merge_partials(partial_out, partial_lse, plan.merge_offsets, plan.merge_partials, out, lse)
+    if kv.v_scale is not None:
+        grouped = out.view(total_q, num_kv_heads, num_q_heads // num_kv_heads, v_dim)
+        grouped *= kv.v_scale.expand(num_kv_heads)[:, None, None]
     if sinks is not None:
         apply_sinks(out, lse, sinks)
     return out.to(q.dtype), lse
@@ -138,7 +143,7 @@ class _PageReader:
     def __init__(self, kv: KVPool, cols: torch.Tensor) -> None:
         self.cols = cols
         self.page_tokens = kv.k.shape[1]
-        self.pools = kv._asdict()
+        self.pools = {"k": kv.k, "v": kv.v}
 
     def loader(self, batch: list[_Run]) -> run.LoadKeys:
         """How to load the keys of runs of one shape."""

@@ -47,6 +47,10 @@ _MAX_KEPT_LSE = 256 << 10  # bytes; beyond it the allocation is small beside the
 # LSE (None: the caller's, made for each call), partial results, counter; as `prepared` has them
 _Buffers = tuple[Any, Any, Any, Any]
 
+# KVPool and Extras, or plain tuples, which cost the host less
+_Pool = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+_Extras = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
 _functions: dict[PagedConfig | MergeConfig, CompiledFunction] = {}
 _choose = lru_cache(maxsize=1024)(choose)  # a choice costs the host as much as a launch
 
@@ -88,17 +92,16 @@ class PagedLaunch:
     def __call__(
         self,
         q: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        sinks: torch.Tensor | None,
-        tree_mask: torch.Tensor | None,
-        tree_positions: torch.Tensor | None,
+        kv: _Pool,
+        extras: _Extras,
         out: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(out, LSE or None)."""
         if self.other_devices and self.device.index != current_device():
             with torch.cuda.device(self.device):
-                return self(q, k_pages, v_pages, sinks, tree_mask, tree_positions, out)
+                return self(q, kv, extras, out)
+        k_pages, v_pages, _, _ = kv
+        sinks, tree_mask, tree_positions = extras
         if not self.reusable:
             q, k_pages, v_pages = _ready(q, k_pages, v_pages)
             out = None if out is None else tma_ready("out", out)
@@ -183,9 +186,14 @@ def paged_launch(
         if rules.window_left >= 0:
             total = total_q if counts is None else counts[int(Count.TOTAL_Q)]
             tree_window = TreeWindow(tensors.q_index, total, rules.window_left)
+    if kv.k.dtype != q.dtype:
+        raise ValueError(
+            f"k_pages has dtype {kv.k.dtype}; the Hopper kernel takes pages in q's dtype "
+            f"({q.dtype}); torch operators take fp8 pages: pass impl='eager'"
+        )
     config = _config(q, kv, planned, rules, extras)
     # After the choice: a head_dim without kernels mostly has strides that TMA cannot take, too.
-    ready = _ready(q, *kv)
+    ready = _ready(q, kv.k, kv.v)
     partials, v_dim = None, kv.v.shape[3]
     given: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
     if workspace is not None:
@@ -233,7 +241,7 @@ def paged_launch(
         # Not where strides need repair, nor where no compiled function looks at the arguments.
         reusable=num_items > 0
         and out_ready
-        and all(x is y for x, y in zip(ready, (q, *kv), strict=True)),
+        and all(x is y for x, y in zip(ready, (q, kv.k, kv.v), strict=True)),
     )
 
 
@@ -254,7 +262,7 @@ def paged_attention(
     kernels cannot take.
     """
     launch = paged_launch(q, kv, planned, rules, extras, out)
-    out, lse = launch(q, *kv, *extras, out)
+    out, lse = launch(q, kv, extras, out)
     assert lse is not None  # return_lse is the default
     return out, lse
 
