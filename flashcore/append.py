@@ -2,8 +2,9 @@
 
     slot mapping, or page table + lengths ─► slots ─► k_pages, v_pages, in place
 
-A slot is page * page_tokens + place in the page. Torch operators on any device, nothing awaited:
-for callers without an engine's own store.
+A slot is page * page_tokens + place in the page. Nothing is awaited. On a CUDA device one launch
+writes K and V (`append_kernel`); elsewhere, and under a compiler, torch operators do, which that
+kernel is held against.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Sequence
 
 import torch
 
-from flashcore import validate
+from flashcore import checks, kv_checks, validate
+from flashcore.kv_checks import FP8_DTYPES
 from flashcore.names import known
+from flashcore.problem import KVPool
 
 
 @known
@@ -28,6 +31,8 @@ def append_kv(
     seq_lens: torch.Tensor | None = None,
     q_lens: torch.Tensor | Sequence[int] | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Write the K and V of new tokens to their places in the pages.
 
@@ -39,7 +44,9 @@ def append_kv(
         k: [new_tokens, num_kv_heads, head_dim]. v: [new_tokens, num_kv_heads, v_head_dim]. Any
             float dtype; they are rounded to the pages'.
         k_pages: [num_pages, page_tokens, num_kv_heads, head_dim], v_pages likewise with v_head_dim;
-            any strides. Written in place.
+            any strides. fp32, bf16, fp16, float8_e4m3fn or float8_e5m2, both the same. Written in
+            place. What is beyond fp8's largest value, infinity too, becomes that value; a NaN stays
+            one.
         slot_mapping: int32 or int64 [new_tokens]; tokens with a negative slot are left out. No two
             tokens have the same slot.
         page_table: int32 or int64 [batch, max_pages].
@@ -48,13 +55,16 @@ def append_kv(
             each. A tensor on a GPU is not looked at on the host: lengths that do not add up to
             new_tokens then leave tokens out or write them beyond what was meant.
         cu_seqlens_q: [batch + 1] in place of q_lens: their ends, 0 first.
+        k_scale, v_scale: as in `paged_attention`, which gets the same: fp32 tensors where k is, ()
+            or [num_kv_heads], above 0. Pages get K divided by k_scale, and V by v_scale.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be. On the CPU the
-            slots and page ids are checked too; on a GPU one out of range is torch's device-side
-            assertion.
+            slots and page ids are checked too; on a GPU one out of range is an assertion on the
+            device.
     """
-    _check_tokens(k, v, k_pages, v_pages)
+    pool = KVPool(k_pages, v_pages, k_scale, v_scale)
+    _check_tokens(k, v, pool)
     if slot_mapping is not None:
         others = (page_table, seq_lens, q_lens, cu_seqlens_q)
         if any(other is not None for other in others):
@@ -68,7 +78,6 @@ def append_kv(
             raise ValueError(
                 f"slot_mapping must be [new_tokens] = [{k.shape[0]}], got {tuple(slots.shape)}"
             )
-        slots = slots.long()
     elif page_table is not None and seq_lens is not None:
         if cu_seqlens_q is not None:
             if q_lens is not None:
@@ -82,30 +91,50 @@ def append_kv(
         raise ValueError("append_kv needs slot_mapping, or page_table and seq_lens")
     if k.shape[0] == 0:
         return
-    pool = k_pages.shape[0] * k_pages.shape[1]
-    if slots.device.type == "cpu" and int(slots.max()) >= pool:
+    num_slots = k_pages.shape[0] * k_pages.shape[1]
+    if slots.device.type == "cpu" and not checks.traced(slots) and int(slots.max()) >= num_slots:
         raise ValueError(
             f"slot {int(slots.max())} is not in the cache: slots are below num_pages * page_tokens "
-            f"= {pool}"
+            f"= {num_slots}"
         )
+    if k.is_cuda and not checks.traced(k):
+        from flashcore.append_kernel import scatter
+
+        scatter(k, v, pool, slots)
+    else:
+        scatter_by_torch(k, v, pool, slots)
+
+
+def scatter_by_torch(k: torch.Tensor, v: torch.Tensor, pool: KVPool, slots: torch.Tensor) -> None:
+    """Write k and v to their slots, of which negative ones are left out."""
+    slots, page_tokens = slots.long(), pool.k.shape[1]
     # A token without a slot writes what the first one with a slot writes, to the same place: so no
     # mask has to be counted on the host. Where none has one, the place keeps what it holds.
     held = slots >= 0
-    first = held.int().argmax()
+    first = held.int().argmax()[None]  # an index that compilers need not know
     place = torch.where(held, slots, slots[first].clamp(min=0))
-    page, row = place // k_pages.shape[1], place % k_pages.shape[1]
+    page, row = place // page_tokens, place % page_tokens
     any_held = held.any()
-    for new, pages in ((k, k_pages), (v, v_pages)):
-        values = torch.where(held[:, None, None], new, new[first]).to(pages.dtype)
+    for new, pages, scale in ((k, pool.k, pool.k_scale), (v, pool.v, pool.v_scale)):
+        values = stored(torch.where(held[:, None, None], new, new[first]), pages.dtype, scale)
         pages[page, row] = torch.where(any_held, values, pages[page, row])
 
 
-def _check_tokens(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
-) -> None:
-    for name, value, ndim in (("k", k, 3), ("v", v, 3), ("k_pages", k_pages, 4)):
-        validate.tensor(name, value, dtypes=validate.FLOAT_DTYPES, ndim=ndim)
-    validate.tensor("v_pages", v_pages, dtypes=validate.FLOAT_DTYPES, ndim=4)
+def stored(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+    """What pages of this dtype hold of x [tokens, num_kv_heads, columns]."""
+    if scale is not None:
+        x = x.float() / scale.expand(x.shape[1])[:, None]
+    if dtype in FP8_DTYPES:  # which not every cast saturates; a NaN passes the clamp
+        most = torch.finfo(dtype).max
+        x = x.float().clamp(-most, most)
+    return x.to(dtype)
+
+
+def _check_tokens(k: torch.Tensor, v: torch.Tensor, pool: KVPool) -> None:
+    k_pages, v_pages, k_scale, v_scale = pool
+    for name, value in (("k", k), ("v", v)):
+        validate.tensor(name, value, dtypes=validate.FLOAT_DTYPES, ndim=3)
+    kv_checks.page_dtypes(k_pages, v_pages)
     validate.readable(k=k, v=v, k_pages=k_pages, v_pages=v_pages)
     validate.same_dtype("k_pages", k_pages, v_pages=v_pages)
     validate.same_device("k", k, v=v, k_pages=k_pages, v_pages=v_pages)
@@ -123,6 +152,7 @@ def _check_tokens(
                 f"{name} must be [new_tokens, *{tuple(pages.shape[2:])}] as {name}_pages has heads "
                 f"and dims, got {tuple(new.shape)}"
             )
+    kv_checks.scales("k", k, k_pages, k_scale=k_scale, v_scale=v_scale)
 
 
 def _slots(

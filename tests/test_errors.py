@@ -64,6 +64,14 @@ def valid(name: str) -> dict[str, Any]:
             "cu_seqlens_q": torch.tensor([0, 1, 3]),
             "out": torch.zeros(3, 4, 8),
         },
+        "paged_attention, fp8": {
+            "q": torch.randn(3, 4, 8).bfloat16(),
+            "k_pages": pages.to(torch.float8_e4m3fn),
+            "v_pages": pages.to(torch.float8_e4m3fn),
+            "plan": plan(),
+            "k_scale": torch.ones(2),
+            "v_scale": torch.tensor(2.0),
+        },
         "plan": {
             "layout": layout(),
             "page_tokens": PAGE,
@@ -94,6 +102,15 @@ def valid(name: str) -> dict[str, Any]:
             "k_pages": pages,
             "v_pages": pages.clone(),
             "slot_mapping": torch.tensor([1, 2]),
+        },
+        "append_kv, fp8": {
+            "k": torch.randn(2, 2, 8),
+            "v": torch.randn(2, 2, 8),
+            "k_pages": pages.to(torch.float8_e5m2),
+            "v_pages": pages.to(torch.float8_e5m2),
+            "slot_mapping": torch.tensor([1, 2]),
+            "k_scale": torch.ones(2),
+            "v_scale": torch.tensor(2.0),
         },
         "append_kv, by table": {
             "k": torch.randn(3, 2, 8),
@@ -144,6 +161,28 @@ ACTIVATIONS = [
     Wrong("bool", lambda right: right.bool()),
     Wrong("gradient", lambda right: right.clone().requires_grad_()),
 ]
+SCALES = [
+    *ANY_TENSOR[:-2],
+    Wrong("one for each sequence", lambda right: right.expand(3, 2)),
+    Wrong("too many", lambda right: torch.ones(4)),
+    Wrong("one axis of one", lambda right: torch.ones(1)),
+    Wrong("half", lambda right: right.half()),
+    Wrong("double", lambda right: right.double()),
+    Wrong("int", lambda right: right.int()),
+    Wrong("gradient", lambda right: right.clone().requires_grad_()),
+]
+FP8_PAGES = [
+    *NO_TENSOR,
+    Wrong("the other format", lambda right: right.float().to(OTHER_FP8[right.dtype])),
+    Wrong("16 bits", lambda right: right.half()),
+    Wrong("bytes", lambda right: right.view(torch.uint8)),
+    Wrong("fnuz", lambda right: right.float().to(torch.float8_e4m3fnuz)),
+    Wrong("meta", lambda right: right.to("meta")),
+]
+OTHER_FP8 = {
+    torch.float8_e4m3fn: torch.float8_e5m2,
+    torch.float8_e5m2: torch.float8_e4m3fn,
+}
 INTS = [
     *ANY_TENSOR,
     Wrong("float", lambda right: right.float()),
@@ -194,6 +233,11 @@ TABLE_OF_ERRORS: dict[str, dict[str, list[Wrong]]] = {
         "out": [w for w in ACTIVATIONS if w.what != "gradient"],
         **RULES,
     },
+    "paged_attention, fp8": {
+        "q": [*ACTIVATIONS, Wrong("fp8", lambda right: right.to(torch.float8_e4m3fn))],
+        **dict.fromkeys(("k_pages", "v_pages"), FP8_PAGES + NONE),
+        **dict.fromkeys(("k_scale", "v_scale"), SCALES),
+    },
     "plan": {
         "layout": constants(None, 3, "x", torch.zeros(3, dtype=torch.int32)),
         "q_lens": LENGTHS_LIST,
@@ -231,6 +275,11 @@ TABLE_OF_ERRORS: dict[str, dict[str, list[Wrong]]] = {
     "append_kv": {
         **dict.fromkeys(("k", "v", "k_pages", "v_pages"), ACTIVATIONS[:-1] + NONE),
         "slot_mapping": INTS,
+    },
+    "append_kv, fp8": {
+        **dict.fromkeys(("k", "v"), ACTIVATIONS[:-1] + NONE),
+        **dict.fromkeys(("k_pages", "v_pages"), FP8_PAGES + NONE),
+        **dict.fromkeys(("k_scale", "v_scale"), SCALES),
     },
     "DevicePlanner": {
         "capacities": constants(None, 3, "x", {}),

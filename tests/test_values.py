@@ -37,6 +37,7 @@ MANY = {
     "integrations.transformers.attention.attention_forward",
     "integrations.transformers.mask.attention_spans",
     # the contract of Triton
+    "append_kernel._scatter",
     "serving.page_table_kernel._fill",
     # the specification, as plain as it can be
     "reference.sequence_attention",
