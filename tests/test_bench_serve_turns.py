@@ -178,6 +178,7 @@ class Table:
 
     def __init__(self, dies: tuple[str, str] | None = None) -> None:
         self.calls: list[tuple[str, str]] = []
+        self.caches: set[tuple[str, str | None]] = set()
         self._dies = dies
 
     def __call__(self, options: EngineOptions, command: dict[str, Any]) -> dict[str, Any]:
@@ -186,6 +187,7 @@ class Table:
         if (backend, do) == self._dies:
             raise WorkerError(f"{backend} ended\nlast words")
         if do == "start":
+            self.caches.add((backend, options.triton_cache))
             return {"arguments": {"batches": options.decode_batches, "clock": options.clock}}
         if do == "prepare":
             self.workload = command["workload"]["name"]
@@ -224,6 +226,8 @@ def test_turns_take_pairs_in_shuffled_order_on_fresh_engines() -> None:
         ("flashcore", "start"),
         ("fa3", "start"),
     ] * 2
+    assert len({cache for _, cache in table.caches}) == len(table.caches) == 2  # one compiles for
+    assert None not in {cache for _, cache in table.caches}  # no other
     assert len(result["engines"]) == 4
     assert result["engines"][0]["arguments"] == {"batches": (4, 5), "clock": True}
     assert kept == [2, 4, 4, 4]

@@ -311,9 +311,9 @@ def expected(engine: Engine, forward: Forward) -> list[torch.Tensor]:
                 )
                 keys = keys[: r.prefix + r.new]
                 out, _ = sequence_attention(
-                    q[begin : begin + r.new],
-                    keys[..., : s.head_dim],
-                    keys[..., s.head_dim :],
+                    q[begin : begin + r.new].double(),
+                    keys[..., : s.head_dim].double(),
+                    keys[..., s.head_dim :].double(),
                     causal=True,
                     scale=s.head_dim**-0.5,
                     window=None if window is None else (window - 1, 0),

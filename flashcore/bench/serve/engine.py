@@ -64,6 +64,7 @@ class EngineOptions:
     dp_attention: bool = False
     extra: tuple[tuple[str, Any], ...] = ()  # further ServerArgs
     engine: str = "sglang"
+    triton_cache: str | None = None  # a folder; None: the user's
 
     @property
     def gpus(self) -> int:

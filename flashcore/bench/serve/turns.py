@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -80,15 +81,21 @@ def run_turns(
     `options` has one entry a backend. `keep` is given the result so far after each workload.
     """
     run = _Run(workloads, options, plan, start, log_dir, after, keep)
-    for shape, group in by_model(workloads, options[0].shape):
-        run.shapes.update({workload.name: shape for workload in group})
-        those = [replace(fitted(one, shape, group, True), clock=True) for one in options]
-        for number in range(plan.starts):
-            if not plan.deadline.allows(_START_S):
-                run.skipped[f"start {number + 1} of {shape.name}"] = "no time left"
-                continue
-            turn = number % len(group)  # another kind comes first
-            run.one_start(those, [*group[turn:], *group[:turn]], number)
+    with tempfile.TemporaryDirectory() as caches:
+        # Engines have Triton kernels in common. In one cache, the first request of a kind would
+        # compile them for every other backend's.
+        options = [
+            replace(one, triton_cache=f"{caches}/{number}") for number, one in enumerate(options)
+        ]
+        for shape, group in by_model(workloads, options[0].shape):
+            run.shapes.update({workload.name: shape for workload in group})
+            those = [replace(fitted(one, shape, group, True), clock=True) for one in options]
+            for number in range(plan.starts):
+                if not plan.deadline.allows(_START_S):
+                    run.skipped[f"start {number + 1} of {shape.name}"] = "no time left"
+                    continue
+                turn = number % len(group)  # another kind comes first
+                run.one_start(those, [*group[turn:], *group[:turn]], number)
     return run.result()
 
 

@@ -124,7 +124,6 @@ def dense_launch(
     return_lse: bool,
 ) -> DenseLaunch:
     """The launch of `dense_attention` for such tensors, none of which it keeps."""
-    ready = tma_ready("q", q), tma_ready("k", k), tma_ready("v", v)
     ends, causal = packing.cu_seqlens_q, rules.causal
     left, right = rules.window_left, rules.window_right
     plan, longest_q = None, 0
@@ -144,6 +143,8 @@ def dense_launch(
             q.device,
         )
         plan = _plans.get(what) or _plan_of(what)
+    # After the choice: a head_dim without kernels mostly has strides that TMA cannot take, too.
+    ready = tma_ready("q", q), tma_ready("k", k), tma_ready("v", v)
     # A causal window is a window that ends at the query itself. No bound beyond every key, whose
     # sum with a position might need more than 32 bits.
     reach = q.shape[-3] + k.shape[-3]
