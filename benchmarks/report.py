@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcore.bench.rows import by_workload
+from flashcore.bench.serve.report import NAMES, PEERS
 from flashcore.bench.serve.workloads import parse_workload
 
 HERE = Path(__file__).parent
@@ -275,42 +276,45 @@ SMALL_FIGURES = {
 
 
 def models_table(data: dict[str, Any]) -> str:
-    """Rows of models_h200.json as Markdown: a line a model family."""
+    """Rows of models_*.json as Markdown: a line a model family, beside its engine's backends."""
     families: dict[str, dict[str, dict[str, Any]]] = {}
     for row in data["rows"]:
         families.setdefault(row["family"], {})[row["backend"]] = row
-    head = ["model family", "passed", "from", "mean difference", "triton from fa3", "same tokens"]
+    engine = "vllm" if any("vllm" in row for row in data["rows"]) else "sglang"
+    first, third = PEERS[engine]
+    head = ["model family", "passed", "from", "mean difference"]
+    head += [f"{third} from {first}", "same tokens"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for family, by_backend in families.items():
-        ours = by_backend.get("flashcore")
+        ours, between = by_backend.get("flashcore"), _peers(by_backend, third)
         if ours is None:
             continue
         passed = "yes" if ours["passed"] else "no"
         if ours.get("error"):
             why = ours["error"].partition("; its last lines")[0].replace("|", "\\|")
-            rows.append(f"| {family} | {passed}: {why} | | | {_peers(by_backend)} | |")
+            rows.append(f"| {family} | {passed}: {why} | | | {between} | |")
             continue
         peer = ours["peer"] or "nobody runs it"
         mean = "" if ours["mean_difference"] is None else f"{ours['mean_difference']:.4f}"
         same = "" if ours["same_tokens"] is None else f"{ours['same_tokens']} of {ours['tokens']}"
-        rows.append(f"| {family} | {passed} | {peer} | {mean} | {_peers(by_backend)} | {same} |")
+        rows.append(f"| {family} | {passed} | {peer} | {mean} | {between} | {same} |")
     versions = data["versions"]
     return (
         "\n".join(rows) + "\n\nMean difference of log-probabilities, the larger of prompts' and "
         f"decoded tokens'; made-up weights of unit gain. {data['device']}, driver "
-        f"{data['driver']}, SGLang {versions['sglang']}, torch {versions['torch']}, "
+        f"{data['driver']}, {NAMES[engine]} {versions[engine]}, torch {versions['torch']}, "
         f"{data['date'][:10]}, commit {data['commit']}; `{data['command']}`"
     )
 
 
-def _peers(by_backend: dict[str, dict[str, Any]]) -> str:
-    """How far triton lies from fa3, or which of them does not run."""
+def _peers(by_backend: dict[str, dict[str, Any]], third: str) -> str:
+    """How far the two peers lie apart, or which of them does not run."""
     idle = [name for name, row in by_backend.items() if name != "flashcore" and row.get("error")]
     if idle:
         return f"{' and '.join(idle)} did not run"
-    triton = by_backend.get("triton")
-    known = triton is not None and triton["mean_difference"] is not None
-    return f"{triton['mean_difference']:.4f}" if triton is not None and known else ""
+    row = by_backend.get(third)
+    known = row is not None and row["mean_difference"] is not None
+    return f"{row['mean_difference']:.4f}" if row is not None and known else ""
 
 
 def _served(row: dict[str, Any]) -> str:
@@ -401,6 +405,7 @@ LATER: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "paged-h200": ("paged_h200.json", paged_table),
     "serve-small": ("serve_small_h200.json", serve_small_table),
     "models": ("models_h200.json", models_table),
+    "models-vllm": ("models_vllm_h200.json", models_table),
     "transformers": ("transformers_h200.json", transformers_table),
     "fleet": ("fleet.json", fleet_table),
     "fleet-conversations": ("fleet_conversations.json", fleet_table),

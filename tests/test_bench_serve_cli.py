@@ -40,8 +40,7 @@ def parse(*words: str) -> argparse.Namespace:
         (("--backends", "fa3,,x"), "an empty name"),
         ((), "SGLang is not installed"),
         (("--engine", "vllm"), "vLLM is not installed: pip install 'flashcore-attention[vllm]'"),
-        (("--engine", "vllm", "--soak", "1"), "--soak and --cycles are SGLang's"),
-        (("--engine", "vllm", "--logits"), "--logits, --families, --modes"),
+        (("--engine", "vllm", "--soak", "1"), "vLLM is not installed"),
     ],
 )
 def test_refusals(
@@ -71,6 +70,12 @@ def test_refusals(
         (("--modes", "--resume"), "--resume goes with --families or --modes, and --log-dir"),
         (("--hicache", "direct"), "--hicache goes with --soak"),
         (("--soak", "1", "--hicache", "x"), "--hicache x: 'x' is not one of kernel, direct"),
+        (("--engine", "vllm", "--modes"), "--modes goes with --engine sglang"),
+        (
+            ("--engine", "vllm", "--soak", "1", "--hicache", "direct"),
+            "--hicache goes with --engine sglang",
+        ),
+        (("--engine", "vllm", "--families", ".", "--gpus", "2"), "--gpus must be 1 with --engine"),
         (("--soak", "0"), "--soak must be more than 0 minutes, got 0"),
         (("--deadline", "9"), "--deadline goes with --small, --families, --modes or --cycles"),
         (("--logits", "--deadline", "9"), "--deadline does not go with --logits"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -47,18 +48,14 @@ class CycledEngine:
     def flush(self) -> None:
         self.done.append("flush")
 
-    def release(self) -> None:
-        self.done.append("release")
+    def release(self, number: int) -> None:
+        self.done.append(f"release {number}")
 
     def resume(self) -> None:
         self.done.append("resume")
 
-    def load_weights(self) -> str:
-        self.done.append("disk")
-        return self.problem
-
-    def update_weights(self) -> str:
-        self.done.append("tensors")
+    def renew_weights(self, number: int) -> str:
+        self.done.append(f"weights {number}")
         return self.problem
 
     async def pause(self) -> None:
@@ -69,29 +66,26 @@ class CycledEngine:
         self.done.append("go on")
         self._paused.set()
 
-    async def stream(self, prompt: list[int], sampling: dict[str, Any]) -> Any:
-        output = sampling["max_new_tokens"]
-
-        async def answers() -> Any:
-            if output == 1:
-                assert tuple(prompt) not in self.long_prompts  # it would be cached
-                self.long_prompts.add(tuple(prompt))
-                self._attempts += 1
-                yield {"output_ids": [1]}
-                return
-            self._waiting += 1
-            if self._waiting == 8:
-                whole = self._attempts >= self._together_at
-                for part in (8,) if whole else (1, 7):
-                    self._writer.step(part, EXTEND)
-                self._waiting = 0
-            await asyncio.sleep(0)
-            yield {"output_ids": [prompt[-1]]}
-            await asyncio.sleep(0.01)
+    async def follow(self, prompt: list[int], output: int) -> AsyncIterator[dict[str, Any]]:
+        if output == 1:
+            assert tuple(prompt) not in self.long_prompts  # it would be cached
+            self.long_prompts.add(tuple(prompt))
+            self._attempts += 1
+            yield {"tokens": [1]}
+            return
+        if self.clock is None:  # requests that come while it is paused wait
             await self._paused.wait()
-            yield {"output_ids": [prompt[-1], len(prompt)] * (output // 2)}
-
-        return answers()
+        self._waiting += 1
+        if self._waiting == 8:
+            whole = self._attempts >= self._together_at
+            for part in (8,) if whole else (1, 7):
+                self._writer.step(part, EXTEND)
+            self._waiting = 0
+        await asyncio.sleep(0)
+        yield {"tokens": [prompt[-1]]}
+        await asyncio.sleep(0.01)
+        await self._paused.wait()
+        yield {"tokens": [prompt[-1], len(prompt)] * (output // 2)}
 
 
 def test_a_cycle_gives_memory_back_and_weights_anew(
@@ -103,15 +97,27 @@ def test_a_cycle_gives_memory_back_and_weights_anew(
     assert engine.done == ["flush", "pause", "go on"]
     engine.done.clear()
     now: Any = cycles.cycle(engine, 1)  # type: ignore[arg-type]
-    assert engine.done == ["flush", "release", "resume", "disk", "flush", "pause", "go on"]
-    engine.done.clear()
-    cycles.cycle(engine, 2)  # type: ignore[arg-type]
-    assert engine.done[3] == "tensors"
+    given_back = ["flush", "release 1", "resume", "weights 1"]
+    assert engine.done == [*given_back, "flush", "pause", "go on"]
     assert first["together"]
     assert len(first["tokens"]) == 3
     assert len(first["tokens"][0]) == 8
     assert len(first["tokens"][0][0]) == cycles.OUTPUT
     assert cycles.same_tokens(first["tokens"], now["tokens"])["passed"]
+
+
+def test_without_a_clock_prompts_are_held_until_all_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cycles, "_PAUSED_S", 0.02)
+    engine = CycledEngine(tmp_path)
+    engine.clock = None
+    found = cycles.cycle(engine, 0)  # type: ignore[arg-type]
+    assert found["together"]
+    assert len(found["tokens"]) == 3
+    held = ["pause", "go on"]
+    assert engine.done == ["flush", *held, *held, *held, "pause", "go on"]
+    assert engine.long_prompts == set()
 
 
 def test_prompts_are_sent_again_until_they_are_one_batch(
@@ -290,8 +296,11 @@ def test_a_soak_that_does_not_end_idle_keeps_what_it_saw(monkeypatch: pytest.Mon
             pass
 
     class Busy:
-        options, counts, arguments = CPU, None, dict[str, Any]()
+        options, counts = CPU, None
         loop = asyncio.new_event_loop()
+
+        def about(self) -> dict[str, Any]:
+            return {"device": "cpu"}
 
         def flush(self) -> None:
             raise RuntimeError("requests are still running")

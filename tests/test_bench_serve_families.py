@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
@@ -18,7 +17,7 @@ from flashcore.bench.serve import answers as answers_module
 from flashcore.bench.serve import families, modes
 from flashcore.bench.serve.answers import distance
 from flashcore.bench.serve.deadline import Deadline
-from flashcore.bench.serve.engine import EngineOptions
+from flashcore.bench.serve.engine import Engine, EngineOptions
 from flashcore.bench.serve.pool import Job, Places, Survey, read_answers, reason, run_jobs
 from flashcore.bench.serve.shapes import SHAPES
 from flashcore.bench.serve.suite import WorkerError
@@ -69,30 +68,40 @@ def test_answers_of_unequal_length_are_infinitely_far() -> None:
     assert (told["mean_difference"], told["not_finite"]) == (math.inf, 1)
 
 
-def test_an_engine_is_asked_for_what_is_compared() -> None:
-    asked: list[Any] = []
+class Generating(Engine):
+    """SGLang's engine with made-up answers in its form."""
 
-    def generate(**options: Any) -> list[dict[str, Any]]:
-        asked.append(options)
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def flush(self) -> None:
+        self.asked.append("flush")
+
+    def generate(self, **options: Any) -> list[dict[str, Any]]:
+        self.asked.append(options)
         meta = {
             "output_token_logprobs": [(-1.0, 4, None), (-2.0, 5, None)],
             "input_token_logprobs": [(None, 1, None), (-0.5, 2, None)],
             "cached_tokens": 3,
+            "finish_reason": {"type": "length"},
         }
         return [{"output_ids": [4, 5], "meta_info": meta} for _ in options["input_ids"]]
 
-    engine = SimpleNamespace(generate=generate, flush=lambda: asked.append("flush"))
+
+def test_an_engine_is_asked_for_what_is_compared() -> None:
+    engine = Generating()
     rounds = [
         {"prompts": [[1, 2]], "output": 2, "flush": True, "prompt": True},
         {"prompts": [[1, 2], [3]], "output": 2, "options": {"return_hidden_states": True}},
     ]
-    found = answers_module.ask(engine, rounds)["rounds"]  # type: ignore[arg-type]
+    found = answers_module.ask(engine, rounds)["rounds"]
+    asked = engine.asked
     assert asked[0] == "flush"
     assert [options["logprob_start_len"] for options in asked[1:]] == [0, -1]
     assert asked[2]["return_hidden_states"] is True
     assert asked[1]["sampling_params"]["max_new_tokens"] == 2
     first = {"tokens": [4, 5], "output": [-1.0, -2.0], "cached": 3}
-    first |= {"accepted": None, "retractions": 0}
+    first |= {"accepted": None, "retractions": 0, "ended": "length"}
     assert found[0] == [{**first, "prompt": [-0.5]}]
     assert found[1] == [{**first, "prompt": []}] * 2
 

@@ -125,6 +125,19 @@ def test_table_of_model_families() -> None:
     ]
 
 
+def test_table_of_model_families_in_vllm() -> None:
+    told = {"family": "llama", "vllm": "0.26.0", "same_tokens": 9, "tokens": 10, "passed": True}
+    rows = [
+        {**told, "backend": "flashcore", "peer": "FLASH_ATTN", "mean_difference": 0.0123},
+        {**told, "backend": "TRITON_ATTN", "peer": "FLASH_ATTN", "mean_difference": 0.02},
+    ]
+    about = {**ABOUT, "versions": {"vllm": "0.26.0", "torch": "2.11.0"}}
+    lines = load_report().models_table({**about, "rows": rows}).splitlines()
+    assert "TRITON_ATTN from FLASH_ATTN" in lines[0]
+    assert lines[2] == "| llama | yes | FLASH_ATTN | 0.0123 | 0.0200 | 9 of 10 |"
+    assert "vLLM 0.26.0" in lines[-1]
+
+
 def test_tables_that_have_no_file_yet_stay_as_they_are(tmp_path: Path) -> None:
     report = load_report()
     text = "a\n<!-- table: models -->\nold\n<!-- end -->\nb\n"

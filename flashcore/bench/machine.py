@@ -25,6 +25,7 @@ _PACKAGES = (
     "sglang-kernel",
     "flash-attn-4",
     "sglang",
+    "vllm",
     "flashinfer-python",
     "triton",
     "transformers",

@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--backends",
         metavar="A,B",
-        help="(default: flashcore,fa3; with --logits and --families flashcore,fa3,triton; with "
-        "--soak and --cycles flashcore; with --engine vllm flashcore,FLASH_ATTN)",
+        help="(default: flashcore,fa3; with --logits and --families triton too; with --engine vllm "
+        "FLASH_ATTN and TRITON_ATTN in their places; with --soak and --cycles flashcore alone)",
     )
     add(
         "--workloads",
@@ -159,8 +159,6 @@ def _run(args: argparse.Namespace) -> int:
     from flashcore.bench.serve.shapes import model_shape
     from flashcore.bench.serve.suite import WorkerError
 
-    if args.engine == "vllm" and bench_serve_checks.asked(args):
-        return refuse("--logits, --families, --modes, --soak and --cycles are SGLang's")
     shape = model_shape(args.model_shape, layers=args.layers)
     workloads = [] if bench_serve_checks.asked(args) else _workloads(args, shape)
     backends = (args.backends or _default_backends(args)).split(",")
@@ -210,12 +208,13 @@ def _workloads(args: argparse.Namespace, shape: ModelShape) -> list[Workload]:
 
 
 def _default_backends(args: argparse.Namespace) -> str:
-    if args.engine == "vllm":
-        return "flashcore,FLASH_ATTN"
+    from flashcore.bench.serve.report import PEERS
+
     if args.soak is not None or args.cycles is not None:
         return "flashcore"
+    first, third = PEERS[args.engine]
     three = args.logits or args.families is not None
-    return "flashcore,fa3,triton" if three else "flashcore,fa3"
+    return f"flashcore,{first},{third}" if three else f"flashcore,{first}"
 
 
 def _options(args: argparse.Namespace, backend: str, shape: ModelShape) -> EngineOptions:

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, other: Any) -> None:
         "--modes",
         action="store_true",
         help="time nothing: compare log-probabilities in SGLang's modes (HiCache, speculation, "
-        "parallelism, torch.compile, ...)",
+        "parallelism, torch.compile, ...); not with --engine vllm",
     )
     other.add_argument(
         "--soak",
@@ -52,15 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser, other: Any) -> None:
         "--cycles",
         type=positive,
         metavar="N",
-        help="time nothing: release memory, update weights, resume, pause and go on, N times; the "
-        "tokens must stay the same",
+        help="time nothing: release memory (sleep), update weights, resume, pause and go on, N "
+        "times; the tokens must stay the same",
     )
     add = parser.add_argument
     add(
         "--hicache",
         metavar="IO[:LAYOUT]",
         help="with --soak: a hierarchical cache with I/O by kernel or direct, evictions and loads "
-        "counted",
+        "counted; not with --engine vllm",
     )
     add("--only", metavar="A,B", help="with --families, --modes: only these")
     add(
@@ -101,6 +101,12 @@ def gpus(args: argparse.Namespace, needed: int) -> int:
     Raises ValueError for options that do not belong together.
     """
     many = args.modes or args.families is not None
+    if args.engine == "vllm":
+        for name, given in (("--modes", args.modes), ("--hicache", args.hicache)):
+            if given:
+                raise ValueError(f"{name} goes with --engine sglang")
+        if args.gpus > 1:
+            raise ValueError(f"--gpus must be 1 with --engine vllm, got {args.gpus}")
     for name, given, fits in (
         ("--only", args.only, many),
         ("--resume", args.resume, many and args.log_dir is not None),
@@ -188,10 +194,10 @@ def _families(
 
     about = head(args)
     result = run_families(
-        find_families(args.families, args.only.split(",") if args.only else None),
+        find_families(args.families, args.only.split(",") if args.only else None, args.engine),
         options[0],
         [one.backend for one in options],
-        about["versions"].get("sglang", "unknown"),
+        about["versions"].get(args.engine, "unknown"),
         _survey(args, logs, about, write),
     )
     return result, format_families(result)

@@ -185,6 +185,12 @@ def vllm_layers() -> list[Kernel]:
     ]
 
 
+def vllm_specified(heads: tuple[int, int], block: int, window: int | None) -> list[Kernel]:
+    """Of a layer in one of vLLM's batch specifications."""
+    kind = Kind(Shape(*heads, 128), window is not None, (Variant(),))
+    return kernels_of(kind, "bf16", block, 33)
+
+
 LAUNCHES: dict[str, dict[str, Launches]] = {
     "test_paged_gpu": {
         "test_rules": lambda rule, tile_m: paged(rule, 32, host(tile_m)),
@@ -326,7 +332,12 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
     "test_append_gpu": {"": lambda **_: []},  # Triton's, which are not in the cache
     # Heads and lengths are those of transformers' models: compiled as they are asked for.
     "test_transformers_gpu": {"": lambda **_: []},
-    "test_vllm_gpu": {"": lambda **_: vllm_layers()},
+    "test_vllm_gpu": {
+        "": lambda **_: vllm_layers(),
+        "test_vllm_s_batch_specifications": lambda name, heads, block, window: vllm_specified(
+            heads, block, window
+        ),
+    },
     "test_sglang_gpu": {
         "test_eager": lambda mode, windows, page_tokens: engine(page_tokens, windows, mode=mode),
         "test_head_dims_and_dtypes": lambda mode, dtype, head_dim: engine(

@@ -17,6 +17,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
 from flashcore.integrations.vllm import register, versions
+from tests.vllm import specifications
 from tests.vllm.batches import Setup, attend, expected, make_engine, make_forward, run_layers
 
 FORWARDS: dict[str, Callable[[], list[Request]]] = {
@@ -83,3 +84,35 @@ def test_a_captured_graph_follows_tables_and_lengths(setup: str, invariant: None
         graph.replay()
         for actual, exact in zip(outs, expected(engine, forward), strict=True):
             assert_close(actual, exact, torch.bfloat16)
+
+
+# Each kind of batch with its heads, block size and window: the batches, models and tensor-parallel
+# ranks of vLLM's own tests.
+SPECIFIED = [
+    *((name, specifications.LLAMA, 16, None) for name in specifications.SPECIFICATIONS),
+    *((name, specifications.LLAMA, 64, None) for name in specifications.WINDOWED),
+    *(
+        (name, heads, 16, None)
+        for name in specifications.SMALL
+        for ranks, heads in specifications.HEADS.items()
+        if ranks > 1
+    ),
+    *(
+        (name, heads, 16, specifications.WINDOW)
+        for name in specifications.WINDOWED
+        for heads in specifications.PHI_HEADS.values()
+    ),
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("name", "heads", "block", "window"), SPECIFIED)
+def test_vllm_s_batch_specifications(
+    name: str, heads: tuple[int, int], block: int, window: int | None
+) -> None:
+    shape = {**COMMON, "heads": heads, "head_dim": 128}
+    setup = Setup(block, windows=(window,), **shape)
+    engine = make_engine(specifications.server(setup))
+    made = make_forward(engine, specifications.requests(name))
+    for actual, exact in zip(attend(engine, made), expected(engine, made), strict=True):
+        assert_close(actual, exact, torch.bfloat16)

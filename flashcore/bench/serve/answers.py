@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashcore.bench.serve.engine import Engine
+    from flashcore.bench.serve.running import RunningEngine
 
 # One request's answer: `tokens`, `output` their log-probabilities, `prompt` those of the prompt's
 # tokens but the first (where asked for), `cached` tokens of the prompt found in the cache, the
-# draft's `accepted` tokens a step, `retractions` for want of memory.
+# draft's `accepted` tokens a step, `retractions` for want of memory (both None where the engine
+# does not tell), `ended`: "length", "abort" or another reason; None while it goes on.
 Answer = dict[str, Any]
 
 
-def ask(engine: Engine, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def ask(engine: RunningEngine, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Answers of each round: `prompts` sent at once, `output` tokens of each, greedily.
 
     `prompt` asks for the prompts' log-probabilities as well, `flush` empties the cache before.
@@ -24,29 +25,9 @@ def ask(engine: Engine, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for one in rounds:
         if one.get("flush"):
             engine.flush()
-        sampling = {"max_new_tokens": one["output"], "ignore_eos": True, "temperature": 0.0}
-        answers = engine.generate(
-            input_ids=one["prompts"],
-            sampling_params=sampling,
-            return_logprob=True,
-            logprob_start_len=0 if one.get("prompt") else -1,
-            **one.get("options", {}),
-        )
-        found.append([_answer(answer, bool(one.get("prompt"))) for answer in answers])
+        wanted = {"prompt": bool(one.get("prompt")), **one.get("options", {})}
+        found.append(engine.answers(one["prompts"], one["output"], **wanted))
     return {"rounds": found}
-
-
-def _answer(answer: dict[str, Any], prompt: bool) -> Answer:
-    meta = answer["meta_info"]
-    prompts = meta.get("input_token_logprobs") or [] if prompt else []
-    return {
-        "tokens": answer["output_ids"],
-        "output": [entry[0] for entry in meta["output_token_logprobs"]],
-        "prompt": [entry[0] for entry in prompts][1:],  # the first token has none
-        "cached": meta.get("cached_tokens") or 0,
-        "accepted": meta.get("spec_accept_length"),
-        "retractions": meta.get("num_retractions") or 0,
-    }
 
 
 def distance(

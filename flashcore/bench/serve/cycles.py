@@ -1,8 +1,9 @@
 """What a trainer does between rollouts, over and over: the answers must stay the same.
 
 A cycle: generation is paused in the middle of answers and goes on; memory of KV cache, weights and
-CUDA graphs is released and resumed, the same weights are loaded again, the cache is flushed. Fixed
-prompts, some with a common prefix, are answered after each, in captured graphs.
+SGLang's CUDA graphs is released and resumed (vLLM sleeps and wakes), the same weights are loaded
+again, the cache is flushed. Fixed prompts, some with a common prefix, are answered after each, in
+captured graphs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 from flashcore.bench.serve.clock import EXTEND
 from flashcore.bench.serve.deadline import Deadline
-from flashcore.bench.serve.engine import Engine, EngineOptions
+from flashcore.bench.serve.engine import EngineOptions
+from flashcore.bench.serve.running import RunningEngine
 from flashcore.bench.serve.soak import device_mib
 from flashcore.bench.serve.suite import START_TIMEOUT_S, Worker, WorkerError, log_file
 from flashcore.bench.serve.workloads import Prompts, Workload
@@ -40,7 +42,7 @@ def cycle_prompts(vocab: int) -> list[list[int]]:
     ]
 
 
-def cycle(engine: Engine, number: int) -> dict[str, Any]:
+def cycle(engine: RunningEngine, number: int) -> dict[str, Any]:
     """One cycle, then the fixed prompts: from an empty cache, from what that left, and paused.
 
     Number 0 is the engine as it started, which nothing has been done to. `together` says whether
@@ -51,11 +53,10 @@ def cycle(engine: Engine, number: int) -> dict[str, Any]:
     if number:
         engine.flush()  # waits until the engine is idle, which a release asserts
         memory["held_mib"] = device_mib(engine)
-        engine.release()
+        engine.release(number)
         memory["released_mib"] = device_mib(engine)
         engine.resume()
-        # By turns the two ways in which a trainer hands weights over.
-        problem = engine.load_weights() if number % 2 else engine.update_weights()
+        problem = engine.renew_weights(number)
         if problem:
             return {"error": f"the weights were not updated: {problem}"}
     found = [
@@ -67,54 +68,64 @@ def cycle(engine: Engine, number: int) -> dict[str, Any]:
 
 
 def _answers(
-    engine: Engine, prompts: list[list[int]], way: str, seed: int
+    engine: RunningEngine, prompts: list[list[int]], way: str, seed: int
 ) -> tuple[list[list[int]], bool]:
     """Greedy answers to prompts that are one batch; whether they were, after some attempts.
 
     `seed` draws the long prompt before them, which must not be found in the cache.
     """
+    if engine.clock is None:  # nobody tells, and requests that come while it is paused wait
+        if way == "empty":
+            engine.flush()
+        work = _together(engine, None, prompts, pause=way == "paused")
+        return engine.loop.run_until_complete(work), True
     chunk = engine.options.chunked_prefill
     length = min(2 * chunk, engine.options.shape.longest - 16)
     before = Prompts(Workload("before", 1, 0, length, 1), engine.options.shape.vocab, 400 + seed)
     for _ in range(_ATTEMPTS):
         if way == "empty":
             engine.flush()
-        mark = engine.clock.mark() if engine.clock is not None else 0
+        mark = engine.clock.mark()
         work = _together(engine, before.batch()[0], prompts, pause=way == "paused")
         tokens = engine.loop.run_until_complete(work)
-        steps = engine.clock.since(mark) if engine.clock is not None else []
-        if any(s.kind == EXTEND and s.sequences == len(prompts) for s in steps):
+        if any(s.kind == EXTEND and s.sequences == len(prompts) for s in engine.clock.since(mark)):
             return tokens, True
     return tokens, False
 
 
 async def _together(
-    engine: Engine, before: list[int], prompts: list[list[int]], *, pause: bool
+    engine: RunningEngine, before: list[int] | None, prompts: list[list[int]], *, pause: bool
 ) -> list[list[int]]:
-    """Send the prompts while the engine is busy with a long one, so that it finds them all at once
-    when it looks for more."""
+    """Send the prompts while the engine is busy with a long one, or paused where there is none, so
+    that it finds them all at once when it looks for more."""
     begun = asyncio.Event()
 
     async def one(prompt: list[int], output: int) -> list[int]:
-        sampling = {"max_new_tokens": output, "ignore_eos": True, "temperature": 0.0}
         answer: dict[str, Any] = {}
-        async for part in await engine.stream(prompt, sampling):
+        async for part in engine.follow(prompt, output):
             answer = part
             if output > 1:
                 begun.set()
-        tokens: list[int] = answer["output_ids"]
+        tokens: list[int] = answer["tokens"]
         return tokens
 
-    first = asyncio.ensure_future(one(before, 1))
-    await asyncio.sleep(_BUSY_S)
+    first = []
+    if before is None:
+        await engine.pause()
+    else:
+        first = [asyncio.ensure_future(one(before, 1))]
+        await asyncio.sleep(_BUSY_S)
     running = [asyncio.ensure_future(one(prompt, OUTPUT)) for prompt in prompts]
+    if before is None:
+        await asyncio.sleep(_PAUSED_S)
+        await engine.go_on()
     if pause:
         await begun.wait()
         await engine.pause()
         await asyncio.sleep(_PAUSED_S)
         await engine.go_on()
-    answers = await asyncio.gather(first, *running)
-    return list(answers[1:])
+    await asyncio.gather(*first)
+    return list(await asyncio.gather(*running))
 
 
 def run_cycles(
@@ -131,7 +142,8 @@ def run_cycles(
 
     Raises ValueError where the memory saver is not installed or the model is no Llama-like one.
     """
-    if options.device == "cuda" and find_spec(SAVER) is None:
+    sglang = options.engine == "sglang"
+    if sglang and options.device == "cuda" and find_spec(SAVER) is None:
         raise ValueError(
             f"--cycles needs {SAVER}, which SGLang's --enable-memory-saver uses: "
             "pip install torch-memory-saver"
@@ -139,15 +151,19 @@ def run_cycles(
     if options.shape.source is not None:
         raise ValueError(f"--cycles needs a Llama-like --model-shape, got {options.shape.name}")
     prompts = cycle_prompts(options.shape.vocab)
-    saver = (("enable_memory_saver", True),) if options.device == "cuda" else ()
-    room = ("max_running_requests", 2 * len(prompts))  # the long one before them has a place too
+    saver = "enable_memory_saver" if sglang else "enable_sleep_mode"
+    arguments: tuple[tuple[str, Any], ...] = ()
+    if options.device == "cuda":
+        arguments = ((saver, True),)
+    if sglang:  # the long one before them has a place too
+        arguments += (("max_running_requests", 2 * len(prompts)),)
     ready = replace(
         options,
         checkpoint=True,
-        clock=True,
+        clock=sglang,
         decode_batches=(len(prompts),),
         max_total_tokens=options.max_total_tokens or 65536,
-        extra=(*saver, room, *options.extra),
+        extra=(*arguments, *options.extra),
     )
     told: list[dict[str, Any]] = []
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashcore.bench.serve.answers import Answer
 from flashcore.bench.serve.clock import Clock
+from flashcore.bench.serve.running import RunningEngine, check_lengths
 from flashcore.bench.serve.scheduler import Additions, run
 from flashcore.bench.serve.shapes import ModelShape
 from flashcore.bench.serve.timeline import Timeline
@@ -204,8 +206,10 @@ def load() -> None:
     _ = engine.Engine
 
 
-class Engine:
+class Engine(RunningEngine):
     """A running SGLang engine. Only one in a process."""
+
+    model_argument = "model_path"
 
     def __init__(self, options: EngineOptions, folder: Path) -> None:
         from sglang.srt.entrypoints.engine import Engine as Sglang
@@ -244,32 +248,19 @@ class Engine:
         loop: asyncio.AbstractEventLoop = self._engine.loop
         return loop
 
-    def flush(self) -> None:
-        """Empty the prefix cache. Raises RuntimeError while requests are running."""
-        for _ in range(50):  # a finished request leaves the engine a moment after its last token
-            if self._engine.flush_cache().success:
-                return
-            time.sleep(0.1)
-        raise RuntimeError("the engine did not flush its cache: requests are still running")
+    def _emptied(self) -> bool:
+        return bool(self._engine.flush_cache().success)
 
-    def run(
-        self, prompts: Sequence[list[int]], output: int, *, temperature: float = 0.0
+    async def _run(
+        self, prompts: Sequence[list[int]], output: int, temperature: float
     ) -> list[Timeline]:
-        """Send all prompts at once; wait for `output` tokens of each."""
-        sampling = {"max_new_tokens": output, "ignore_eos": True, "temperature": temperature}
-        timelines = self.loop.run_until_complete(self._run(prompts, sampling))
-        short = [timeline.tokens for timeline in timelines if timeline.tokens != output]
-        if short:
-            raise RuntimeError(f"a request answered {short[0]} tokens instead of {output}")
-        return timelines
-
-    async def _run(self, prompts: Sequence[list[int]], sampling: dict[str, Any]) -> list[Timeline]:
+        sampling = _sampling(output, temperature)
         started = time.perf_counter()
 
         async def one(prompt: list[int]) -> Timeline:
             chunks = []
             meta: dict[str, Any] = {}
-            async for answer in await self.stream(prompt, sampling):
+            async for answer in await self._stream(prompt, sampling):
                 meta = answer["meta_info"]
                 chunks.append((time.perf_counter() - started, meta["completion_tokens"]))
             return Timeline(
@@ -278,10 +269,9 @@ class Engine:
 
         return await asyncio.gather(*(one(prompt) for prompt in prompts))
 
-    async def stream(
+    async def _stream(
         self, prompt: list[int], sampling: dict[str, Any], **options: Any
     ) -> AsyncIterator[dict[str, Any]]:
-        """Answers of one request as they come."""
         answers: AsyncIterator[dict[str, Any]] = await self._engine.async_generate(
             input_ids=prompt, sampling_params=sampling, stream=True, **options
         )
@@ -292,40 +282,52 @@ class Engine:
         answers: list[dict[str, Any]] = self._engine.generate(**options)
         return answers
 
+    def answers(
+        self, prompts: Sequence[list[int]], output: int, *, prompt: bool = False, **options: Any
+    ) -> list[Answer]:
+        """options: of `sglang.Engine.generate`."""
+        found = self.generate(
+            input_ids=list(prompts),
+            sampling_params=_sampling(output, 0.0),
+            return_logprob=True,
+            logprob_start_len=0 if prompt else -1,
+            **options,
+        )
+        return [_answer(one, prompt) for one in found]
+
+    async def follow(
+        self, prompt: list[int], output: int, *, temperature: float = 0.0, name: str | None = None
+    ) -> AsyncIterator[Answer]:
+        options = {} if name is None else {"rid": name}
+        sampling = _sampling(output, temperature)
+        async for part in await self._stream(prompt, sampling, return_logprob=True, **options):
+            yield _answer(part, False)
+
     def seconds(
         self, prompts: Sequence[list[int]], output: int, *, temperature: float = 0.0
     ) -> float:
-        """Send all prompts at once; wall time until all of each answer is there, not streamed."""
-        sampling = {"max_new_tokens": output, "ignore_eos": True, "temperature": temperature}
+        sampling = _sampling(output, temperature)
         started = time.perf_counter()
         answers = self._engine.generate(input_ids=list(prompts), sampling_params=sampling)
         taken = time.perf_counter() - started
-        short = [n for a in answers if (n := a["meta_info"]["completion_tokens"]) != output]
-        if short:
-            raise RuntimeError(f"a request answered {short[0]} tokens instead of {output}")
+        check_lengths([answer["meta_info"]["completion_tokens"] for answer in answers], output)
         return taken
 
     def settle(self) -> None:
-        """Collect garbage now, and leave what is alive out of later collections."""
-        import gc
-
-        gc.collect()
-        gc.freeze()
+        super().settle()
         self._engine.freeze_gc()
 
-    def release(self) -> None:
+    def release(self, number: int) -> None:
         """Give back the memory of KV cache, weights and CUDA graphs."""
         self._engine.release_memory_occupation()
 
     def resume(self) -> None:
         self._engine.resume_memory_occupation()
 
-    def load_weights(self) -> str:
-        """Read the weights from their file once more; says why if that failed, else nothing."""
-        return _problem(self._engine.update_weights_from_disk(str(self.folder)))
-
-    def update_weights(self) -> str:
-        """Hand the same weights over as tensors; says why if that failed, else nothing."""
+    def renew_weights(self, number: int) -> str:
+        """By turns the two ways in which a trainer hands weights over: a file, and tensors."""
+        if number % 2:
+            return _problem(self._engine.update_weights_from_disk(str(self.folder)))
         from safetensors.torch import load_file
 
         device = self.options.device
@@ -334,7 +336,6 @@ class Engine:
         return _problem(self._engine.update_weights_from_tensor(list(tensors.items())))
 
     async def pause(self) -> None:
-        """Stop generating; what runs stays where it is."""
         from sglang.srt.managers.io_struct import PauseGenerationReqInput
 
         request = PauseGenerationReqInput(mode="in_place")
@@ -345,9 +346,8 @@ class Engine:
 
         await self._engine.tokenizer_manager.continue_generation(ContinueGenerationReqInput())
 
-    def abort(self, request: str) -> None:
-        """Stop a request by its id; an id that is not running is ignored."""
-        self._engine.tokenizer_manager.abort_request(rid=request)
+    def abort(self, name: str) -> None:
+        self._engine.tokenizer_manager.abort_request(rid=name)
 
     def state(self) -> dict[str, Any]:
         """What the scheduler says of itself."""
@@ -355,7 +355,6 @@ class Engine:
         return dict(states[0])
 
     def processes(self) -> list[int]:
-        """Process ids of the engine's workers."""
         return [int(pid) for pid in self._engine.get_all_child_pids()]
 
     def stop(self) -> None:
@@ -366,3 +365,21 @@ def _problem(done: Any) -> str:
     """What an update of weights says of itself if it failed: a tuple, or an object, by version."""
     success, message = done[:2] if isinstance(done, tuple) else (done.success, done.message)
     return "" if success else str(message)
+
+
+def _sampling(output: int, temperature: float) -> dict[str, Any]:
+    return {"max_new_tokens": output, "ignore_eos": True, "temperature": temperature}
+
+
+def _answer(answer: dict[str, Any], prompt: bool) -> Answer:
+    meta = answer["meta_info"]
+    prompts = meta.get("input_token_logprobs") or [] if prompt else []
+    return {
+        "tokens": answer["output_ids"],
+        "output": [entry[0] for entry in meta["output_token_logprobs"]],
+        "prompt": [entry[0] for entry in prompts][1:],  # the first token has none
+        "cached": meta.get("cached_tokens") or 0,
+        "accepted": meta.get("spec_accept_length"),
+        "retractions": meta.get("num_retractions") or 0,
+        "ended": (meta.get("finish_reason") or {}).get("type"),
+    }

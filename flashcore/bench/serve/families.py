@@ -1,7 +1,8 @@
 """Model families served by each backend: do they start, and do they answer alike?
 
 Weights are made up, of unit gain; prompts share prefixes and do not, from an empty cache and from a
-full one. A backend passes if it is no further from fa3 than triton is, or than LIMIT.
+full one. A backend passes if it is no further from the engine's FlashAttention than its Triton
+backend is, or than LIMIT.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from flashcore.bench.rows import Row
 from flashcore.bench.serve.answers import Answer, distance
 from flashcore.bench.serve.engine import EngineOptions
 from flashcore.bench.serve.pool import Job, Survey
+from flashcore.bench.serve.report import OURS, PEERS
 from flashcore.bench.serve.shapes import ModelShape, model_shape
 from flashcore.bench.serve.workloads import Prompts, Workload
 
 LIMIT = 0.03  # of a log-probability, in the mean
-OURS, PEER, THIRD = "flashcore", "fa3", "triton"
 OUTPUT = 24
 CONTEXT = 8192
 POOL = 40960
@@ -37,11 +38,20 @@ _PARTS = (
     (2, 4400, 90),
 )
 _HYBRID = {"mamba_ssm_dtype": "float32"}  # the type these models are served in
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "qwen3-next": _HYBRID,
-    "qwen3.5": {**_HYBRID, "enable_multimodal": False},  # its image processor is not in a config
-    "lfm2": {"page_size": 1},  # all that its prefix cache has
+ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
+    "sglang": {
+        "qwen3-next": _HYBRID,
+        "qwen3.5": {
+            **_HYBRID,
+            "enable_multimodal": False,
+        },  # its image processor is not in a config
+        "lfm2": {"page_size": 1},  # all that its prefix cache has
+    },
+    "vllm": {"qwen3-next": {"mamba_ssm_cache_dtype": "float32"}},
 }
+# So that many engines start side by side in vLLM, which wants this much of the GPU to be free; the
+# cache is measured by POOL, and this is only more than it takes.
+_VLLM_FRACTION, _VLLM_CACHE_BYTES = 0.08, 16 * 2**30
 # Widespread and different ones first, for a run that is cut short.
 ORDER = (
     *("llama", "gpt-oss", "gemma3", "qwen3-next", "qwen3-moe", "nemotron-h", "qwen2.5", "phi3"),
@@ -59,7 +69,9 @@ class Family:
     arguments: dict[str, Any]
 
 
-def find_families(folder: Path, only: Sequence[str] | None = None) -> list[Family]:
+def find_families(
+    folder: Path, only: Sequence[str] | None = None, engine: str = "sglang"
+) -> list[Family]:
     """The families of `folder`/NAME/config.json, in the order in which they are to run.
 
     Raises ValueError if there are none, or not one that `only` names.
@@ -71,8 +83,9 @@ def find_families(folder: Path, only: Sequence[str] | None = None) -> list[Famil
     if unknown:
         raise ValueError(f"--only {unknown[0]}: not one of {', '.join(sorted(paths))}")
     names = sorted(paths, key=lambda name: (ORDER.index(name) if name in ORDER else 99, name))
+    arguments = ARGUMENTS[engine]
     return [
-        Family(name, replace(model_shape(str(paths[name])), name=name), ARGUMENTS.get(name, {}))
+        Family(name, replace(model_shape(str(paths[name])), name=name), arguments.get(name, {}))
         for name in names
         if not only or name in only
     ]
@@ -101,6 +114,14 @@ def family_rounds(shape: ModelShape) -> list[dict[str, Any]]:
 def family_options(base: EngineOptions, family: Family, backend: str) -> EngineOptions:
     """Small enough for many side by side; decode graphs for one sequence and for BATCH."""
     shape = replace(family.shape, context=min(CONTEXT, family.shape.context))
+    # States of hybrid models would fill what memory is left.
+    small: dict[str, Any] = {"max_mamba_cache_size": 6 * BATCH}
+    fraction = 0.8
+    if base.engine == "vllm":
+        small, fraction = {"kv_cache_memory_bytes": _VLLM_CACHE_BYTES}, _VLLM_FRACTION
+        if base.device == "cuda":  # compiling takes longer than all that is asked
+            graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, BATCH]}
+            small["compilation_config"] = {"mode": 0, **graphs}
     return replace(
         base,
         backend=backend,
@@ -108,10 +129,9 @@ def family_options(base: EngineOptions, family: Family, backend: str) -> EngineO
         score_deviation=1.0,
         decode_batches=(BATCH,),
         chunked_prefill=2048,
-        mem_fraction=min(base.mem_fraction, 0.8),
+        mem_fraction=min(base.mem_fraction, fraction),
         max_total_tokens=base.max_total_tokens or POOL,
-        # States of hybrid models would fill what memory is left.
-        extra=(("max_mamba_cache_size", 6 * BATCH), *family.arguments.items(), *base.extra),
+        extra=(*small.items(), *family.arguments.items(), *base.extra),
     )
 
 
@@ -119,14 +139,16 @@ def run_families(
     families: Sequence[Family],
     base: EngineOptions,
     backends: Sequence[str],
-    sglang: str,
+    version: str,
     survey: Survey,
 ) -> dict[str, Any]:
-    """`rows` and `passed` of the JSON object; a job is called FAMILY.BACKEND. sglang: version."""
+    """`rows` and `passed` of the JSON object; a job is called FAMILY.BACKEND. version: of the
+    engine, which stands in a row under the engine's name."""
+    about = {base.engine: version}
 
     def result() -> dict[str, Any]:
         names, answers = [family.name for family in families], survey.answers
-        rows = [row for name in names for row in _rows(name, backends, answers, sglang)]
+        rows = [row for name in names for row in _rows(name, backends, answers, about)]
         ours = [row for row in rows if row["backend"] == OURS]
         return {"rows": rows, "passed": bool(ours) and all(row["passed"] for row in ours)}
 
@@ -143,18 +165,23 @@ def run_families(
 
 
 def _rows(
-    family: str, backends: Sequence[str], answers: dict[str, dict[str, Any]], sglang: str
+    family: str,
+    backends: Sequence[str],
+    answers: dict[str, dict[str, Any]],
+    about: dict[str, str],
 ) -> list[Row]:
-    """A row for each backend but the peer itself; none until its engine has been asked."""
+    """A row for each backend but the peer itself; none until its engine has been asked. about: the
+    engine's name and version."""
+    first, third = PEERS[next(iter(about))]
     found = {b: answers[f"{family}.{b}"] for b in backends if f"{family}.{b}" in answers}
     ran = {b: answer["rounds"] for b, answer in found.items() if "error" not in answer}
-    peers = distance(ran[PEER], ran[THIRD]) if PEER in ran and THIRD in ran else None
+    peers = distance(ran[first], ran[third]) if first in ran and third in ran else None
     rows = []
     for backend, answer in found.items():
-        peer = next((b for b in (PEER, THIRD) if b in ran and b != backend), None)
-        if backend == PEER and "error" not in answer:
+        peer = next((b for b in (first, third) if b in ran and b != backend), None)
+        if backend == first and "error" not in answer:
             continue
-        row: Row = {"family": family, "sglang": sglang, "backend": backend, "peer": peer}
+        row: Row = {"family": family, **about, "backend": backend, "peer": peer}
         if "error" in answer:
             nothing = dict.fromkeys(("mean_difference", "same_tokens", "tokens"))
             passed = False if backend == OURS else None
@@ -191,9 +218,10 @@ def _alone(answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
 
 def format_families(result: dict[str, Any]) -> str:
     """A line a row, and the verdict."""
-    lines = [f"{'family':<14}{'backend':<11}{'to':<8}{'mean':>9}{'peers':>9}{'same tokens':>14}"]
+    titles = (f"{'mean':>9}", f"{'peers':>9}", f"{'same tokens':>14}")
+    lines = [f"{'family':<14}{'backend':<13}{'to':<12}" + "".join(titles)]
     for row in result["rows"]:
-        head = f"{row['family']:<14}{row['backend']:<11}{row['peer'] or '-':<8}"
+        head = f"{row['family']:<14}{row['backend']:<13}{row['peer'] or '-':<12}"
         if row.get("error"):
             lines.append(f"{head}did not run: {row['error']}")
             continue

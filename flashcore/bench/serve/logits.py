@@ -66,11 +66,27 @@ def comparison_prompts(vocab: int) -> list[list[int]]:
     ]
 
 
-def record(engine: Engine, file: Path, forced: list[list[int]] | None) -> dict[str, Any]:
-    """Decode STEPS tokens of each prompt; logits float32 [prompts, STEPS, vocab] go to `file`."""
+def record(engine: Any, file: Path, forced: list[list[int]] | None) -> dict[str, Any]:
+    """Decode STEPS tokens of each prompt; logits float32 [prompts, STEPS, vocab] go to `file`, with
+    vLLM a part of the vocabulary."""
+    prompts = comparison_prompts(engine.options.shape.vocab)
+    if engine.options.engine == "vllm":
+        from flashcore.bench.serve.vllm_logits import record_rows
+
+        tokens, values = record_rows(engine, prompts, STEPS, forced)
+    else:
+        tokens, values = _record_rows(engine, prompts, forced)
+    if forced is not None and tokens != forced:
+        raise RuntimeError("the engine did not follow the tokens it was told to")
+    np.save(file, values)
+    return {"tokens": tokens}
+
+
+def _record_rows(
+    engine: Engine, prompts: list[list[int]], forced: list[list[int]] | None
+) -> tuple[list[list[int]], np.ndarray[Any, Any]]:
     import dill
 
-    prompts = comparison_prompts(engine.options.shape.vocab)
     with tempfile.TemporaryDirectory() as folder:
         answers = engine.generate(
             input_ids=prompts,
@@ -89,20 +105,11 @@ def record(engine: Engine, file: Path, forced: list[list[int]] | None) -> dict[s
             ],
             custom_logit_processor=json.dumps({"callable": dill.dumps(LogitRecorder).hex()}),
         )
-        tokens = [answer["output_ids"] for answer in answers]
-        if forced is not None and tokens != forced:
-            raise RuntimeError("the engine did not follow the tokens it was told to")
-        rows = range(len(prompts))
-        np.save(
-            file,
-            np.stack(
-                [
-                    np.stack([np.load(Path(folder) / f"{row}-{step}.npy") for step in range(STEPS)])
-                    for row in rows
-                ]
-            ),
-        )
-    return {"tokens": tokens}
+        rows = [
+            np.stack([np.load(Path(folder) / f"{row}-{step}.npy") for step in range(STEPS)])
+            for row in range(len(prompts))
+        ]
+    return [answer["output_ids"] for answer in answers], np.stack(rows)
 
 
 def compare_backends(
@@ -118,7 +125,7 @@ def compare_backends(
         ready = [_fitted(one) for one in sorted(options, key=lambda one: one.backend == OURS)]
         with contextlib.ExitStack() as stack:
             logs = [stack.enter_context(log_file(log_dir, one)) for one in ready]
-            # All load SGLang now; the engines start one after the other.
+            # All load their engine now; the engines start one after the other.
             workers = [stack.enter_context(Worker(*pair)) for pair in zip(ready, logs, strict=True)]
             for worker in workers:
                 with worker:
@@ -134,9 +141,9 @@ def _fitted(options: EngineOptions) -> EngineOptions:
     return replace(
         options,
         # Steps are counted by the tokens a request has, which overlap would run behind.
-        overlap=False,
+        overlap=options.engine != "sglang",
         score_deviation=2.5,
-        logit_processor=True,
+        logit_processor=options.engine == "sglang",
         decode_batches=(len(prompts),),
         max_total_tokens=options.max_total_tokens or 2 * sum(map(len, prompts)),
     )
@@ -145,7 +152,8 @@ def _fitted(options: EngineOptions) -> EngineOptions:
 def compare(logits: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
     """How far the backends' logits [prompts, steps, vocab] lie apart, pair by pair.
 
-    `distance` of two rows is the norm of their difference over the norm of the first backend's row.
+    `distance` of two rows is the norm of their difference over the norm of the first backend's row;
+    `same_token`, how often their largest values are the same token's.
     Passed: all values are finite, and flashcore is no further from the nearest of the others than
     these are from each other, in the median row and in the worst.
     """

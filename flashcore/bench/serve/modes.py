@@ -15,12 +15,14 @@ from typing import Any
 from flashcore.bench.rows import Row
 from flashcore.bench.serve.answers import distance
 from flashcore.bench.serve.engine import EngineOptions
-from flashcore.bench.serve.families import LIMIT, OURS, PEER
+from flashcore.bench.serve.families import LIMIT
 from flashcore.bench.serve.pool import Job, Survey
+from flashcore.bench.serve.report import BASELINES, OURS
 from flashcore.bench.serve.shapes import SHAPES, ModelShape
 from flashcore.bench.serve.workloads import Prompts, Workload
 
 SHAPE = ModelShape("llama-3.1-8b-3l", 3, 4096, 4096, 32, 8, 128, 32000, context=8192)
+PEER = BASELINES["sglang"]
 OUTPUT = 32
 DOCUMENTS, DOCUMENT, ROUNDS, QUESTIONS = 5, 3000, 3, 4
 POOL, SMALL_POOL, TIGHT_POOL = 40960, 14016, 4032  # tokens

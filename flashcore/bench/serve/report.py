@@ -9,8 +9,10 @@ from typing import Any
 from flashcore.bench.rows import Row, by_workload
 
 OURS = "flashcore"
-BASELINES = {"sglang": "fa3", "vllm": "FLASH_ATTN"}
-"""What an engine's other backends are compared with: FlashAttention-3 in both."""
+PEERS = {"sglang": ("fa3", "triton"), "vllm": ("FLASH_ATTN", "TRITON_ATTN")}
+"""Of each engine the backend that others are compared with, FlashAttention-3 in both, and one that
+shows how far apart backends usually are."""
+BASELINES = {engine: peers[0] for engine, peers in PEERS.items()}
 NAMES = {"sglang": "SGLang", "vllm": "vLLM"}
 ORDER = (OURS, "fa3", "flashinfer", "triton", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 _OF_PEERS = ("#c8553d", "#e0a030", "#5a9367")

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flashcore.bench.serve.engine import Engine, EngineOptions
+from flashcore.bench.serve.engine import EngineOptions
 from flashcore.bench.serve.hicache import read_counts
+from flashcore.bench.serve.running import RunningEngine
 from flashcore.bench.serve.workloads import RESERVED_IDS
 
 GRAPH_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -41,6 +42,7 @@ _OUTSTANDING = 96  # requests at a time, half as many again as may run
 _SAMPLE_EVERY_S = 5.0
 _TOLD_EVERY_S = 60.0
 _CANARY_EVERY_S = 10.0
+_CANARY_TOKENS = 16
 _LONG_EVERY_S = 120.0
 _NEW_PREFIX_EVERY_S = 10.0
 _DRAIN_S = 240.0  # for what is running when the time is up
@@ -109,7 +111,7 @@ class Traffic:
         return "unrelated", [self.ids(pick.randint(1, self._longest // 16))], output
 
     def longest(self) -> tuple[str, list[list[int]], int]:
-        """A request as long as SGLang takes them."""
+        """A request as long as both engines take them."""
         output = min(64, self._longest // 8)
         return "context limit", [self.ids(self._longest - output)], output
 
@@ -127,7 +129,7 @@ class Traffic:
         return self._random.randint(0, 6) if self._random.random() < 0.1 else None
 
 
-def soak(engine: Engine, *, minutes: float, seed: int) -> dict[str, Any]:
+def soak(engine: RunningEngine, *, minutes: float, seed: int) -> dict[str, Any]:
     """Load the engine for so long; the result without its verdict."""
     record = Record()
     engine.loop.run_until_complete(_Soak(engine, record, seed).run(60 * minutes))
@@ -144,12 +146,12 @@ def soak(engine: Engine, *, minutes: float, seed: int) -> dict[str, Any]:
         "errors": record.errors[:20],
         "canary_drift": record.canary_drift,
         "memory": record.memory,
-        "arguments": {**engine.arguments, "model_path": engine.options.shape.name},
+        "arguments": engine.about(),
     }
 
 
 class _Soak:
-    def __init__(self, engine: Engine, record: Record, seed: int) -> None:
+    def __init__(self, engine: RunningEngine, record: Record, seed: int) -> None:
         self._engine, self._record = engine, record
         shape = engine.options.shape
         self._vocab = shape.vocab
@@ -208,23 +210,19 @@ class _Soak:
         self._serial += 1
         # SGLang aborts every request whose id begins with the given one: all are equally long.
         name, abort_after = f"soak-{self._serial:09d}", self._traffic.abort_after()
-        sampling = {"max_new_tokens": output, "ignore_eos": True, "temperature": 1.0}
         if abort_after == 0:  # while it waits, or in its prefill
             asyncio.get_running_loop().call_later(0.02, self._engine.abort, name)
         arrivals, answer = 0, dict[str, Any]()
-        answers = await self._engine.stream(prompt, sampling, rid=name, return_logprob=True)
-        async for part in answers:
+        async for part in self._engine.follow(prompt, output, temperature=1.0, name=name):
             answer = part
             arrivals += 1
             if arrivals == abort_after:
                 self._engine.abort(name)
-        meta = answer["meta_info"]
-        reason = (meta.get("finish_reason") or {}).get("type")
+        reason, tokens = answer["ended"], answer["tokens"]
         if reason == "abort" and abort_after is not None:
             self._record.requests["aborted"] += 1
             return
-        logprobs = [float(entry[0]) for entry in meta["output_token_logprobs"]]
-        tokens = answer["output_ids"]
+        logprobs = [float(value) for value in answer["output"]]
         problem = fault(reason, logprobs, tokens, output, self._vocab)
         if problem:
             self._record.errors.append(f"{kind}, prompt of {len(prompt)} tokens: {problem}")
@@ -234,11 +232,10 @@ class _Soak:
 
     async def _ask_canary(self) -> None:
         """The same prompt again, greedily; compared as far as the tokens are the same."""
-        sampling = {"max_new_tokens": 16, "ignore_eos": True, "temperature": 0.0}
         answer: dict[str, Any] = {}
-        async for part in await self._engine.stream(self._canary, sampling, return_logprob=True):
+        async for part in self._engine.follow(self._canary, _CANARY_TOKENS):
             answer = part
-        found = [(float(e[0]), int(e[1])) for e in answer["meta_info"]["output_token_logprobs"]]
+        found = list(zip(map(float, answer["output"]), answer["tokens"], strict=True))
         if self._expected is None:
             self._expected = found
         self._record.requests["canary"] += 1
@@ -292,7 +289,7 @@ def host_mib(processes: Sequence[int]) -> float:
     return total / 1024
 
 
-def device_mib(engine: Engine) -> float | None:
+def device_mib(engine: RunningEngine) -> float | None:
     """Memory of the engine's processes on all GPUs, in MiB; None where there are none."""
     if engine.options.device != "cuda":
         return None

@@ -1,4 +1,4 @@
-"""vLLM's engine with the interface of `engine.Engine`: the same requests, timed in the same way."""
+"""vLLM's engine: its arguments, and requests in the form that the benchmark knows."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from flashcore.bench.serve.answers import Answer
 from flashcore.bench.serve.engine import STREAM_INTERVAL, EngineOptions, write_model
+from flashcore.bench.serve.running import RunningEngine, check_lengths
 from flashcore.bench.serve.scheduler import Additions
 from flashcore.bench.serve.timeline import Timeline
-
-if TYPE_CHECKING:
-    from flashcore.bench.serve.clock import Clock
 
 OURS = "flashcore"
 _WORKER = "flashcore.bench.serve.vllm_worker.BenchWorker"
@@ -43,7 +42,7 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
         ("--dp", data > 1),
         ("--prefill-graph", options.prefill_graph),
         ("--base-gpu", options.base_gpu > 0),
-        ("a checkpoint", options.checkpoint),
+        ("--hicache", options.counts),
         ("a draft model", options.draft is not None),
     ):
         if asked:
@@ -51,7 +50,7 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
     batches = max(4, *options.decode_batches) if options.decode_batches else 4
     arguments: dict[str, Any] = {
         "model": model_path,
-        "load_format": "dummy",
+        "load_format": "auto" if options.checkpoint else "dummy",
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
         "attention_backend": backend_name(options.backend),
@@ -90,21 +89,23 @@ def backend_name(backend: str) -> str:
     return ours()
 
 
-class VllmEngine:
+class VllmEngine(RunningEngine):
     """A running vLLM engine. Only one in a process."""
+
+    model_argument = "model"
 
     def __init__(self, options: EngineOptions, folder: Path) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        write_model(options.shape, folder, checkpoint=False, device=options.device)
+        write_model(options.shape, folder, checkpoint=options.checkpoint, device=options.device)
         self.options, self.folder = options, folder
         self.arguments = server_arguments(options, str(folder))
-        self.clock: Clock | None = None  # steps are timed by difference
         Additions(score_deviation=options.score_deviation).announce()
         os.environ.setdefault("VLLM_LOG_STATS_INTERVAL", "1")  # counters within a measurement
-        self.loop = asyncio.new_event_loop()
+        self._loop = asyncio.new_event_loop()
         self._numbers = itertools.count()
+        self._aborts: set[asyncio.Future[None]] = set()
         started = time.perf_counter()
         self._engine = self.loop.run_until_complete(self._start(AsyncLLM, AsyncEngineArgs))
         self.start_seconds = time.perf_counter() - started
@@ -115,66 +116,148 @@ class VllmEngine:
     async def _start(self, engine: Any, arguments: Any) -> Any:
         return engine.from_engine_args(arguments(**self.arguments))
 
-    def flush(self) -> None:
-        """Empty the prefix cache. Raises RuntimeError while requests are running."""
-        for _ in range(50):  # a finished request leaves the engine a moment after its last token
-            if self.loop.run_until_complete(self._engine.reset_prefix_cache()):
-                return
-            time.sleep(0.1)
-        raise RuntimeError("the engine did not flush its cache: requests are still running")
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
 
-    def run(
-        self, prompts: Sequence[list[int]], output: int, *, temperature: float = 0.0
-    ) -> list[Timeline]:
-        """Send all prompts at once; wait for `output` tokens of each."""
-        return self._all(prompts, output, temperature, streamed=True)
+    def _emptied(self) -> bool:
+        return bool(self.loop.run_until_complete(self._engine.reset_prefix_cache()))
 
     def seconds(
         self, prompts: Sequence[list[int]], output: int, *, temperature: float = 0.0
     ) -> float:
-        """Send all prompts at once; wall time until all of each answer is there, not streamed."""
-        timelines = self._all(prompts, output, temperature, streamed=False)
+        work = self._run(prompts, output, temperature, streamed=False)
+        timelines = self.loop.run_until_complete(work)
+        check_lengths([timeline.tokens for timeline in timelines], output)
         return max(timeline.last for timeline in timelines)
 
-    def _all(
-        self, prompts: Sequence[list[int]], output: int, temperature: float, *, streamed: bool
+    async def _run(
+        self,
+        prompts: Sequence[list[int]],
+        output: int,
+        temperature: float,
+        *,
+        streamed: bool = True,
     ) -> list[Timeline]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        kinds = RequestOutputKind
-        sampling = SamplingParams(
-            temperature=temperature,
-            max_tokens=output,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=kinds.CUMULATIVE if streamed else kinds.FINAL_ONLY,
-        )
-        timelines = self.loop.run_until_complete(self._run(prompts, sampling))
-        short = [timeline.tokens for timeline in timelines if timeline.tokens != output]
-        if short:
-            raise RuntimeError(f"a request answered {short[0]} tokens instead of {output}")
-        return timelines
-
-    async def _run(self, prompts: Sequence[list[int]], sampling: Any) -> list[Timeline]:
+        sampling = sampling_of(output, streamed=streamed, temperature=temperature)
         started = time.perf_counter()
 
         async def one(prompt: list[int]) -> Timeline:
             chunks, cached = [], 0
-            request = {"prompt_token_ids": prompt}
-            async for answer in self._engine.generate(request, sampling, str(next(self._numbers))):
+            async for answer in self._generate(prompt, sampling):
                 chunks.append((time.perf_counter() - started, len(answer.outputs[0].token_ids)))
                 cached = answer.num_cached_tokens or cached
             return Timeline(tuple(chunks), cached)
 
         return await asyncio.gather(*(one(prompt) for prompt in prompts))
 
-    def settle(self) -> None:
-        """Collect garbage now, and leave what is alive out of later collections."""
-        import gc
+    def _generate(
+        self, prompt: list[int], sampling: Any, name: str | None = None
+    ) -> AsyncIterator[Any]:
+        request = {"prompt_token_ids": prompt}
+        answers: AsyncIterator[Any] = self._engine.generate(
+            request, sampling, name or str(next(self._numbers))
+        )
+        return answers
 
-        gc.collect()
-        gc.freeze()
+    def answers(
+        self, prompts: Sequence[list[int]], output: int, *, prompt: bool = False, **options: Any
+    ) -> list[Answer]:
+        """options: of vLLM's `SamplingParams`. vLLM reads nothing from its cache for a request that
+        asks for its prompt's log-probabilities."""
+        asked: dict[str, Any] = {"logprobs": 0, **options}
+        if prompt:
+            asked["prompt_logprobs"] = 0
+        found = self.last_of(prompts, [sampling_of(output, streamed=False, **asked)] * len(prompts))
+        return [_answer(one) for one in found]
+
+    def last_of(self, prompts: Sequence[list[int]], samplings: Sequence[Any]) -> list[Any]:
+        """vLLM's last `RequestOutput` of each prompt, all sent at once."""
+
+        async def one(prompt: list[int], sampling: Any) -> Any:
+            last = None
+            async for answer in self._generate(prompt, sampling):
+                last = answer
+            return last
+
+        async def everything() -> list[Any]:
+            pairs = zip(prompts, samplings, strict=True)
+            return await asyncio.gather(*(one(*pair) for pair in pairs))
+
+        return self.loop.run_until_complete(everything())
+
+    async def follow(
+        self, prompt: list[int], output: int, *, temperature: float = 0.0, name: str | None = None
+    ) -> AsyncIterator[Answer]:
+        sampling = sampling_of(output, streamed=True, temperature=temperature, logprobs=0)
+        async for answer in self._generate(prompt, sampling, name):
+            yield _answer(answer)
+
+    def abort(self, name: str) -> None:
+        task = asyncio.ensure_future(self._engine.abort(name), loop=self.loop)
+        self._aborts.add(task)  # the loop itself would let it be collected
+        task.add_done_callback(self._aborts.discard)
+
+    async def pause(self) -> None:
+        await self._engine.pause_generation(mode="keep", clear_cache=False)
+
+    async def go_on(self) -> None:
+        await self._engine.resume_generation()
+
+    def release(self, number: int) -> None:
+        """Sleep: by turns level 1, which keeps the weights on the host, and level 2."""
+        self._level = 2 - number % 2
+        self.loop.run_until_complete(self._engine.sleep(self._level))
+
+    def resume(self) -> None:
+        self.loop.run_until_complete(self._engine.wake_up())
+
+    def renew_weights(self, number: int) -> str:
+        """Read them from their file once more; after a sleep that kept them there is no need."""
+        if self._level == 2:
+            try:
+                self.loop.run_until_complete(self._engine.collective_rpc("reload_weights"))
+            except Exception as error:  # of whatever kind the engine's process had
+                return f"{type(error).__name__}: {error}"
+        return ""
+
+    def processes(self) -> list[int]:
+        import psutil  # vLLM needs it, too
+
+        return [child.pid for child in psutil.Process().children(recursive=True)]
 
     def stop(self) -> None:
         self._engine.shutdown()
+
+
+def sampling_of(output: int, *, streamed: bool, temperature: float = 0.0, **options: Any) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    kinds = RequestOutputKind
+    return SamplingParams(
+        temperature=temperature,
+        max_tokens=output,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=kinds.CUMULATIVE if streamed else kinds.FINAL_ONLY,
+        **options,
+    )
+
+
+def _answer(answer: Any) -> Answer:
+    """Of vLLM's `RequestOutput`."""
+    output = answer.outputs[0]
+    tokens = list(output.token_ids)
+    prompt = zip(answer.prompt_token_ids or (), answer.prompt_logprobs or (), strict=False)
+    return {
+        "tokens": tokens,
+        "output": [
+            step[token].logprob for token, step in zip(tokens, output.logprobs or (), strict=False)
+        ],
+        "prompt": [step[token].logprob for token, step in prompt if step],
+        "cached": answer.num_cached_tokens or 0,
+        "accepted": None,
+        "retractions": None,
+        "ended": output.finish_reason,
+    }

@@ -45,7 +45,7 @@ def serve(commands: IO[str], answers: IO[str], name: str = "sglang") -> None:
                 {
                     "start_s": engine.start_seconds,
                     "capacity": engine.capacity,
-                    "arguments": {**engine.arguments, _MODEL[name]: options.shape.name},
+                    "arguments": engine.about(),
                 }
             )
             asked = Commands(engine)
@@ -66,9 +66,6 @@ def options_from(values: dict[str, Any]) -> EngineOptions:
             "extra": tuple((key, value) for key, value in values["extra"]),
         }
     )
-
-
-_MODEL = {"sglang": "model_path", "vllm": "model"}  # the argument that names a folder
 
 
 class Commands:
