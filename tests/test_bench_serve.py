@@ -120,6 +120,13 @@ def test_llama_8b_is_as_large_as_it_is() -> None:
     assert (half.layers, half.kv_bytes_per_token) == (16, 65536)
 
 
+def test_llama_70b_is_as_large_as_it_is() -> None:
+    shape = model_shape("llama-3.1-70b")
+    embedding = 2 * shape.hidden * shape.vocab
+    assert (shape.weight_bytes_per_step + embedding) / 2 == pytest.approx(70.55e9, rel=1e-3)
+    assert shape.kv_bytes_per_token == 327680
+
+
 def test_a_shape_from_its_config_file(tmp_path: Path) -> None:
     for name in ("llama-3.2-1b", "qwen2.5-1.5b"):
         folder = tmp_path / name

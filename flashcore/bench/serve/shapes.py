@@ -84,6 +84,7 @@ class ModelShape:
 SHAPES = {
     shape.name: shape
     for shape in (
+        ModelShape("llama-3.1-70b", 80, 8192, 28672, 64, 8, 128, 128256),
         ModelShape("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256),
         ModelShape("llama-3.2-3b", 28, 3072, 8192, 24, 8, 128, 128256, tied=True),
         ModelShape("llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, 128256, tied=True),
