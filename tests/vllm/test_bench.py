@@ -35,6 +35,9 @@ def test_arguments_are_those_of_this_vllm() -> None:
     assert arguments["max_num_seqs"] == 64
     assert arguments["compilation_config"] == {"max_cudagraph_capture_size": 64}
     assert arguments["num_gpu_blocks_override"] == 100
+    assert arguments["max_model_len"] == SHAPES["tiny"].context
+    small = server_arguments(replace(options, max_total_tokens=1000), "a-folder")
+    assert (small["num_gpu_blocks_override"], small["max_model_len"]) == (15, 960)
     assert arguments["tensor_parallel_size"] == 2
     named = server_arguments(replace(OPTIONS, backend="TRITON_ATTN"), "a-folder")
     assert named["attention_backend"] == "TRITON_ATTN"

@@ -48,6 +48,11 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
         if asked:
             raise ValueError(f"{what} is not there with --engine vllm")
     batches = max(4, *options.decode_batches) if options.decode_batches else 4
+    longest, blocks = options.shape.context, None
+    if options.max_total_tokens is not None:
+        blocks = options.max_total_tokens // options.page_size
+        # vLLM does not start where its cache is too small for the longest sequence.
+        longest = min(longest, blocks * options.page_size)
     arguments: dict[str, Any] = {
         "model": model_path,
         "load_format": "auto" if options.checkpoint else "dummy",
@@ -57,7 +62,7 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
         "block_size": options.page_size,
         "gpu_memory_utilization": options.mem_fraction,
         "max_num_batched_tokens": max(options.chunked_prefill, batches),
-        "max_model_len": options.shape.context,
+        "max_model_len": longest,
         "max_num_seqs": batches,
         "enable_prefix_caching": True,
         "stream_interval": STREAM_INTERVAL,
@@ -72,8 +77,8 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
         arguments["compilation_config"] = {"max_cudagraph_capture_size": batches}
     else:
         arguments["enforce_eager"] = True
-    if options.max_total_tokens is not None:
-        arguments["num_gpu_blocks_override"] = options.max_total_tokens // options.page_size
+    if blocks is not None:
+        arguments["num_gpu_blocks_override"] = blocks
     unknown = sorted({key for key, _ in options.extra} - known)
     if unknown:
         raise ValueError(f"--engine-args: vLLM has no argument {unknown[0]!r}")
