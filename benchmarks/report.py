@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flashcore.bench.latency import method_of
 from flashcore.bench.rows import by_workload
 from flashcore.bench.serve.report import NAMES, PEERS
 from flashcore.bench.serve.workloads import parse_workload
@@ -135,6 +136,31 @@ def paged_table(data: dict[str, Any]) -> str:
         f"GB/s, streamed in the same run by {read['method']}{fastest}. {data['device']}, driver "
         f"{data['driver']}, torch {versions['torch']}, {', '.join(named)}, {data['date'][:10]}, "
         f"commit {data['commit']}; `{data['command']}`"
+    )
+
+
+def latency_table(data: dict[str, Any]) -> str:
+    """Figures of latency_*.json as Markdown: microseconds of a layer, its bounds, what is above."""
+    run = {row["kernel"] for row in data["rows"]}
+    shown = [name for name in (*PAGED_KERNELS, "flashinfer_xqa") if name in run]
+    shown.sort(key=lambda name: name != "flashcore")
+    head = ["batch", "bound, DRAM", "bound, arithmetic", "flashcore's excess"]
+    head += [PAGED_KERNELS.get(name, "FlashInfer XQA") for name in shown]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, kernels in by_workload(data["rows"]).items():
+        first, ours = next(iter(kernels.values())), kernels.get("flashcore")
+        cells = [f"{1e3 * first[bound]:.1f}" for bound in ("bound_ms", "arithmetic_ms")]
+        cells.append("" if ours is None else f"{ours['excess_us']:.1f}")
+        cells += [f"{1e3 * kernels[k]['ms']:.1f}" if k in kernels else "" for k in shown]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    for plan in data["plan"]:
+        blank = " |" * (len(shown) - 1)
+        name = f"plan, {plan['sequences']} x {plan['pages']} pages"
+        rows.append(f"| {name} | | | | {plan['us']:.1f} |{blank}")
+    return (
+        "\n".join(rows) + f"\n\nMicroseconds. {method_of(data)}. {data['device']}, driver "
+        f"{data['driver']}, torch {data['versions']['torch']}, {data['date'][:10]}, commit "
+        f"{data['commit']}; `{data['command']}`"
     )
 
 
@@ -403,6 +429,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 LATER: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "dense-h200": ("dense_h200.json", dense_table),
     "paged-h200": ("paged_h200.json", paged_table),
+    "latency": ("latency_h200.json", latency_table),
     "serve-small": ("serve_small_h200.json", serve_small_table),
     "models": ("models_h200.json", models_table),
     "models-vllm": ("models_vllm_h200.json", models_table),

@@ -1,9 +1,9 @@
 """What this project wants to reach, held against results: python tools/bars.py RESULT.json ...
 
-Results of `flashcore bench paged` and of `flashcore bench serve --small`. A line for each bar:
-PASS, MISS, or a dash where the figure was not measured in that run. Every bar is the most that a
-figure may be: a time over another time, bytes over bytes, an error over an error; a goal is what
-the bar is the cautious form of. Exit status 1 where one is missed.
+Results of `flashcore bench paged`, also with --latency, and of `flashcore bench serve --small`. A
+line for each bar: PASS, MISS, or a dash where the figure was not measured in that run. Every bar is
+the most that a figure may be: a time over another time, bytes over bytes, an error over an error,
+microseconds; a goal is what the bar is the cautious form of. Exit status 1 where one is missed.
 """
 
 from __future__ import annotations
@@ -41,6 +41,28 @@ FA3 = ("prefill-16x2048",)
 """Workloads that must not take longer than FlashAttention-3: bound by arithmetic."""
 DRAM_BYTES = 1.1
 PLAN_US = 40.0
+EXCESS_US = {
+    "64x16384+512-4/1": (8, 5),
+    "256x4096+512-8/1": (8, 5),
+    "64x4096+512-32/2": (8, 5),
+    "64x4096+512-28/4": (8, 5),
+    "64x4096+512-32/8": (8, 5),
+    "64x4096+512-96/8": (12, 6),
+    "64x8192+512-64/8-d64": (16, 8),
+    "64x8192+512-16/2-d256": (11, 6),
+    "64x8192+512-8/4-d256": (7, 6),
+    "64x8192-90": (7, 5),
+    "256x4096-90": (7, 5),
+    "4x4x1024+256-page16": (5, 4),
+    "128x256+128-32/8": (7, 5),
+    "512x128+128-32/8": (12, 5),
+    "1x0+128-32/8": (5, 3),
+    "8x0+1024-8/1": (8, 5),
+}
+"""Workload of --latency -> (bar, goal) of what it takes above the launch and the longer bound."""
+LATENCY_PLAN_US = {64: (18.0, 6.0), 256: (28.0, 6.0)}
+"""Sequences -> (bar, goal) of a plan in --latency; fewer sequences are FEW_PLAN_US."""
+FEW_PLAN_US = (12.0, 6.0)
 RANDOM_MEDIAN, RANDOM_WORST = 1.0, 1.05
 ERROR_OVER_FA3 = 1.5
 DISTANCE_OVER_ERROR = 2.0
@@ -57,6 +79,32 @@ def paged_bars(result: dict[str, Any]) -> list[Row]:
             found += _of_workload(workload, kernels)
     found += list(_of_extras(result))
     return found
+
+
+def latency_bars(result: dict[str, Any]) -> list[Row]:
+    """The same of a result of --latency: excess, the best peer's time, bits, plans."""
+    found: list[Row] = []
+    for workload, kernels in by_workload(result["rows"]).items():
+        if OURS not in kernels:
+            continue
+        ours = kernels[OURS]
+        if workload in EXCESS_US:
+            found.append(_bar(workload, "excess, us", ours["excess_us"], *EXCESS_US[workload]))
+        peers = [row["ms"] for name, row in kernels.items() if name != OURS]
+        over = ours["ms"] / min(peers) if peers else None
+        found.append(_bar(workload, "time / the best peer's", over, 1.0))
+        if "same_bits_on_repeats" in ours:
+            found.append(_same_bits(workload, ours))
+    for plan in result["plan"]:
+        name = f"{plan['sequences']}x{plan['pages']} pages"
+        limits = LATENCY_PLAN_US.get(plan["sequences"], FEW_PLAN_US)
+        found.append(_bar(name, "plan on the GPU, us", plan["us"], *limits))
+    return found
+
+
+def _same_bits(workload: str, ours: Row) -> Row:
+    differ = float(not ours["same_bits_on_repeats"])
+    return _bar(workload, f"other bits in {ours['repeats']} repeats", differ, 0.0)
 
 
 def _of_workload(workload: str, kernels: dict[str, Row]) -> list[Row]:
@@ -84,8 +132,7 @@ def _of_workload(workload: str, kernels: dict[str, Row]) -> list[Row]:
         over = ours["relative_distance_with_sharing_ignored"] / least
         figure = "sharing found to ignored / error"
         found.append(_bar(workload, figure, over, DISTANCE_OVER_ERROR))
-        differ = float(not ours["same_bits_on_repeats"])
-        found.append(_bar(workload, f"other bits in {ours['repeats']} repeats", differ, 0.0))
+        found.append(_same_bits(workload, ours))
     return found
 
 
@@ -126,6 +173,8 @@ def bars_of(result: dict[str, Any]) -> list[Row]:
     """`workload, figure, value, bar, goal, met` of each; value and met are None where not
     measured. ValueError for a result that has none."""
     rows = result.get("rows") or [{}]
+    if "arithmetic" in result:
+        return latency_bars(result)
     if {"kernel", "workload"} <= rows[0].keys():
         return paged_bars(result)
     if any("over_fa3" in row for row in rows):
@@ -140,7 +189,7 @@ def format_bars(bars: list[Row]) -> list[str]:
         word = {True: "PASS", False: "MISS", None: "-"}[bar["met"]]
         value = "not measured" if bar["value"] is None else f"{bar['value']:.3f}"
         goal = "" if bar["goal"] is None else f", goal {bar['goal']:g}"
-        text = f"{word:<5}{bar['workload']:<20}{bar['figure']:<44}{value:>12}"
+        text = f"{word:<5}{bar['workload']:<24}{bar['figure']:<44}{value:>12}"
         lines.append(f"{text}, bar {bar['bar']:g}{goal}")
     return lines
 

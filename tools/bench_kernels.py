@@ -11,26 +11,26 @@ import os
 import sys
 from pathlib import Path
 
+from flashcore.bench.latency import PLAN_SHAPES, latency_problems
 from flashcore.bench.paged_problems import paged_problems
+from flashcore.bench.plan_time import SHAPES
 from flashcore.jit.cache import KernelCache
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.prebuild import prebuild
+from flashcore.problem import Problem, Rules
 from flashcore.sm90.config import planner
-from flashcore.sm90.config.paged import PagedCall, choose, choose_merge
-from flashcore.sm90.families import MERGE, PAGED
-from flashcore.sm90.launch.planner import PLANNER
+from flashcore.sm90.families import PLANNER
+from flashcore.sm90.needed import Plans, kernels_for
 
 
 def kernels() -> list[Kernel]:
-    """Both tile heights for every workload, both merges, the planner."""
-    found = [Kernel(PLANNER, planner.choose(256))]
-    for partials in (1, 1000):
-        found.append(Kernel(MERGE, choose_merge("bf16", 128, False, partials, 1)))
-    for p in paged_problems():
-        group = p.q_heads // p.kv_heads
-        for tile_m in (64, 128):
-            config = choose(PagedCall("bf16", p.head_dim, p.page_tokens, group), tile_m)
-            found.append(Kernel(PAGED, config))
+    """Both tile heights and both merges for every workload, also of --latency; the planners."""
+    found = []
+    for p in (*paged_problems(), *latency_problems()):
+        shape = Problem(p.q_heads, p.kv_heads, p.head_dim, p.head_dim, p.page_tokens)
+        found += kernels_for(shape, Rules(1.0, True), Plans((64, 128)))
+    found += [Kernel(PLANNER, planner.choose(rows)) for rows, _ in (*SHAPES, *PLAN_SHAPES)]
+    found.append(Kernel(PLANNER, planner.choose_small(chunks=False)))
     return list(dict.fromkeys(found))
 
 

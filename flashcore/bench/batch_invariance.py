@@ -68,4 +68,4 @@ def _first_sequence(problem: PagedProblem, inputs: PagedInputs) -> tuple[PagedPr
         seq_lens=inputs.seq_lens[:1],
         q=inputs.q[: problem.q_len],
     )
-    return replace(problem, sequences=1, prefix_tokens=0, tree=None), alone
+    return replace(problem, sequences=1, prefix_tokens=0, tree=None, groups=1), alone

@@ -188,6 +188,7 @@ def _row(
     facts: Row,
 ) -> Row:
     unique = inputs.batch.unique_tokens * problem.token_bytes
+    flops = problem.flops(inputs.batch.seq_lens)
     row: Row = {
         "workload": problem.name,
         "sequences": problem.sequences,
@@ -205,9 +206,10 @@ def _row(
         "ms_p90": timing.p90_ms,
         "rounds": timing.rounds,
         "unique_kv_bytes": unique,
+        "flops": flops,
         "unique_gb_per_s": unique / timing.median_ms / 1e6,
         **facts,
     }
     if problem.q_len > 1:
-        row["tflops"] = problem.flops(inputs.batch.seq_lens) / timing.median_ms / 1e9
+        row["tflops"] = flops / timing.median_ms / 1e9
     return row

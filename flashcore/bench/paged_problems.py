@@ -15,8 +15,9 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class PagedProblem:
-    """`sequences` of `tokens` KV tokens, the first `prefix_tokens` of them common to all; or, with
-    `tree`, of random lengths from 1 to `tokens` along a prefix tree."""
+    """`sequences` of `tokens` KV tokens, the first `prefix_tokens` of them common to all of one of
+    `groups` equal groups; or, with `tree`, of random lengths from 1 to `tokens` along a prefix
+    tree."""
 
     name: str  # as it is chosen on the command line
     sequences: int
@@ -28,6 +29,7 @@ class PagedProblem:
     head_dim: int = 128
     page_tokens: int = 128
     q_len: int = 1  # query tokens of each sequence, its last ones
+    groups: int = 1  # neighbours; a divisor of `sequences`
 
     @property
     def total_q(self) -> int:
@@ -141,11 +143,14 @@ def make_batch(problem: PagedProblem, seed: int = 0) -> Batch:
         return _tree_batch(problem, problem.tree, rng)
     lens = torch.full((problem.sequences,), problem.tokens, dtype=torch.int32)
     shared = [problem.prefix_tokens // problem.page_tokens] * problem.sequences
-    runs = [[("prefix", pages)] if pages else [] for pages in shared]
+    node = [row * problem.groups // problem.sequences for row in range(problem.sequences)]
+    runs = [
+        [(f"prefix {one}", pages)] if pages else [] for one, pages in zip(node, shared, strict=True)
+    ]
     table, num_pages = _page_table(runs, lens, problem.page_tokens, rng)
     levels = []
     if shared[0]:
-        levels = _levels(problem, table, lens, [shared], [[0] * problem.sequences])
+        levels = _levels(problem, table, lens, [shared], [node])
     return Batch(table, lens, num_pages, unique_tokens(table, lens, problem.page_tokens), levels)
 
 

@@ -34,8 +34,9 @@ class PagedProvider:
     prepare: Callable[[PagedProblem, PagedInputs], Call]
 
 
-def paged_providers() -> tuple[list[PagedProvider], dict[str, str]]:
-    """(providers that can be imported, name of each other -> why not)."""
+def paged_providers(xqa: bool = False) -> tuple[list[PagedProvider], dict[str, str]]:
+    """(providers that can be imported, name of each other -> why not). xqa: with FlashInfer's
+    kernel of that name, which is compiled for every shape at its first use."""
     makers: dict[str, Callable[[], PagedProvider]] = {
         OURS: _flashcore,
         "fa3": _fa3,
@@ -45,6 +46,8 @@ def paged_providers() -> tuple[list[PagedProvider], dict[str, str]]:
         "cascade_fa2": lambda: _cascade("cascade_fa2", "fa2"),
         "cascade_fa3": lambda: _cascade("cascade_fa3", "fa3"),
     }
+    if xqa:
+        makers["flashinfer_xqa"] = _flashinfer_xqa
     found, missing = [], {}
     for name, make in makers.items():
         try:
@@ -215,6 +218,31 @@ def _flashinfer(name: str, backend: str) -> PagedProvider:
         return lambda: wrapper.run(inputs.q, pool)
 
     return PagedProvider(name, str(flashinfer.__version__), prepare)
+
+
+def _flashinfer_xqa() -> PagedProvider:
+    """Its decode for few query heads a KV head, every sequence for itself."""
+    flashinfer = import_module("flashinfer")
+    attend = import_module("flashinfer.decode").xqa_batch_decode_with_kv_cache
+
+    def prepare(problem: PagedProblem, inputs: PagedInputs) -> Call:
+        if problem.q_len > 1:
+            raise UnsupportedError("it is timed in decode")
+        workspace = _workspace(inputs).zero_()  # as it wants it
+        pool, lens = (inputs.k_pages, inputs.v_pages), inputs.seq_lens.to(torch.uint32)
+        scale = problem.head_dim**-0.5
+
+        def call() -> torch.Tensor:
+            out = attend(
+                *(inputs.q, pool, workspace, inputs.page_table, lens, problem.tokens),
+                bmm1_scale=scale,
+                kv_layout="NHD",
+            )
+            return _rows(out, problem)
+
+        return call
+
+    return PagedProvider("flashinfer_xqa", str(flashinfer.__version__), prepare)
 
 
 def _cascade(name: str, backend: str) -> PagedProvider:

@@ -14,13 +14,14 @@ LABELS = {
     "fa4": "FA4",
     "flashinfer": "FlashInfer",
     "flashinfer_fa3": "FlashInfer fa3",
+    "flashinfer_xqa": "FlashInfer XQA",
     "cascade_fa2": "cascade fa2",
     "cascade_fa3": "cascade fa3",
 }
 _COLOURS = dict(
     zip(
         LABELS,
-        ("#1b6ca8", "#c8553d", "#e0a030", "#5a9367", "#9bb858", "#8d7b9c", "#c0a0c8"),
+        ("#1b6ca8", "#c8553d", "#e0a030", "#5a9367", "#9bb858", "#3d8f8f", "#8d7b9c", "#c0a0c8"),
         strict=True,
     )
 )

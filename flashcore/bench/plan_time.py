@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,14 +11,16 @@ from flashcore.bench.graphs import Graph, capture, time_graphs
 from flashcore.bench.paged import Machine
 from flashcore.bench.paged_problems import PagedProblem, make_batch
 
-_SHAPES = ((256, 64), (64, 1024), (64, 64), (16, 64), (8, 16), (1, 8))
+SHAPES = ((256, 64), (64, 1024), (64, 64), (16, 64), (8, 16), (1, 8))
 _UPDATES = 20  # in a graph, so that the launch of the first does not count
 
 
-def plan_times(machine: Machine, rounds: int) -> list[dict[str, Any]]:
+def plan_times(
+    machine: Machine, rounds: int, sizes: Sequence[tuple[int, int]] = SHAPES
+) -> list[dict[str, Any]]:
     """For sequences x pages of 128 tokens, half of each sequence common to all."""
     graphs: dict[str, Graph] = {}
-    shapes = {f"{n}x{pages}": (n, pages) for n, pages in _SHAPES}
+    shapes = {f"{n}x{pages}": (n, pages) for n, pages in sizes}
     for name, (sequences, pages) in shapes.items():
         graphs[name] = capture(_updates(sequences, pages, machine.device))
     timings = time_graphs(graphs, rounds=rounds, start=machine.start)

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         metavar="A,B",
         help="only these of flashcore, fa3, fa4, flashinfer, flashinfer_fa3, cascade_fa2, "
-        "cascade_fa3",
+        "cascade_fa3, and with --latency flashinfer_xqa",
     )
     parser.add_argument(
         "--flush",
@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="also time N random batches with sharing found and with sharing ignored",
+    )
+    parser.add_argument(
+        "--latency",
+        action="store_true",
+        help="other workloads, which read little, and plans: how much longer each takes than an "
+        "empty graph and the longer of two bounds, by DRAM and by arithmetic",
     )
     parser.add_argument("--plan", action="store_true", help="also time the plan on the GPU")
     parser.add_argument(
@@ -77,28 +83,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out: 0 done, 1 nothing was timed, 2 it cannot run here."""
+    from flashcore.bench.latency import latency_problems
     from flashcore.bench.paged_problems import paged_problems
-    from flashcore.bench.paged_report import format_table, plot
 
     if args.from_json is not None:
         try:
             result = read_result(args.from_json, _NEEDED)
         except ValueError as error:
             return refuse(str(error))
-        return deliver(args, result, format_table, plot)
+        return _deliver(args, result)
+    if args.latency:
+        for name, given in (
+            ("--random", args.random),
+            ("--plan", args.plan),
+            ("--batch-invariant", args.batch_invariant),
+            ("--dram", args.dram is not None),
+            ("--once", args.once),
+            ("--plot", args.plot is not None),
+        ):
+            if given:
+                return refuse(f"{name} does not go with --latency")
 
     import torch
 
     wanted = args.workload.split(",")
-    problems = [p for p in paged_problems() if any(text in p.name for text in wanted)]
+    known_problems = latency_problems() if args.latency else paged_problems()
+    problems = [p for p in known_problems if any(text in p.name for text in wanted)]
     if not problems:
-        names = ", ".join(p.name for p in paged_problems())
+        names = ", ".join(p.name for p in known_problems)
         return refuse(f"no workload has {args.workload!r} in its name; there are {names}")
     if not torch.cuda.is_available():
         return refuse("torch sees no CUDA device to time on")
     from flashcore.bench.paged_providers import paged_providers
 
-    providers, missing = paged_providers()
+    providers, missing = paged_providers(xqa=args.latency)
     if args.kernels:
         known = sorted({*missing, *(p.name for p in providers)})
         try:
@@ -114,7 +132,18 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(run_once(problems, providers)))
             return 0
         result = _measure(args, problems, providers, missing)
-    return deliver(args, result, format_table, plot)
+    return _deliver(args, result)
+
+
+def _deliver(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    from flashcore.bench.latency import format_latency
+    from flashcore.bench.paged_report import format_table, plot
+
+    if "arithmetic" not in result:
+        return deliver(args, result, format_table, plot)
+    if args.plot is not None:
+        return refuse("--plot does not go with a result of --latency")
+    return deliver(args, result, format_latency, plot)
 
 
 def _measure(
@@ -148,7 +177,10 @@ def _measure(
     fastest = max(rates, key=lambda name: rates[name])
     rows, skipped = measured["rows"], measured["skipped"]
     add_bounds(rows, rates[TORCH_SUM], rates[fastest])
+    empty = empty_graph_ms(machine, args.rounds)
     extra = _extras(args, problems, machine)
+    if args.latency:
+        extra = _latency(args, rows, [idle, *measured["clocks"]], empty, machine)
     if args.dram is not None:
         _add_dram(args.dram, rows, skipped)
     return {
@@ -167,12 +199,36 @@ def _measure(
         },
         "streaming_read_gbs": rates[TORCH_SUM] / 1e9,
         "fastest_read_gbs": rates[fastest] / 1e9,
-        "empty_graph_ms": empty_graph_ms(machine, args.rounds),
+        "empty_graph_ms": empty,
         "skipped": [f"{name}: {why}" for name, why in missing.items()] + skipped,
         "rows": rows,
         "summary": summarise(rows),
         **extra,
     }
+
+
+def _latency(
+    args: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    clocks: list[dict[str, Any]],
+    empty: float,
+    machine: Machine,
+) -> dict[str, Any]:
+    """What --latency adds to the rows, and to the result."""
+    import torch
+
+    from flashcore.bench.latency import PLAN_SHAPES, add_excess, arithmetic_rates
+    from flashcore.bench.machine import describe_device
+    from flashcore.bench.plan_time import plan_times
+
+    _say("timing plans")
+    plans = plan_times(machine, args.rounds, PLAN_SHAPES)
+    torch.cuda.empty_cache()
+    _say("timing a matrix product")
+    sms = describe_device()["sm_count"]
+    rates = arithmetic_rates(machine, clocks, sms, args.rounds)
+    add_excess(rows, rates, empty)
+    return {"arithmetic": rates, "plan": plans}
 
 
 def _extras(
