@@ -53,6 +53,7 @@ class PagedConfig:
     sinks: bool = False
     tree: bool = False  # a tree mask takes the place of causal
     device_counts: bool = False  # of a plan made on the device: tensors are at capacity
+    chunked: bool = False  # each chunk by itself, then their fold: of a batch-invariant plan
     rescale_log2: float = 8.0  # a row maximum may lag by this factor (log2) before O is rescaled
     producer_registers: int = 40
     consumer_registers: int = 232
@@ -90,11 +91,23 @@ class PagedConfig:
         return 4 if self.kv_load == "gather" else 1
 
     @property
+    def total_rows(self) -> int:
+        """fp32 numbers about the rows of a running total in shared memory."""
+        return 2 * self.tile_m * self.chunked
+
+    @property
+    def total_elements(self) -> int:
+        """fp32 elements of a running total in shared memory."""
+        return self.tile_m * self.v_columns * self.chunked
+
+    @property
     def smem_bytes(self) -> int:
-        """Shared memory of one CTA; 1024 covers barriers, the work slot and alignment."""
+        """Shared memory of one CTA; 1024 covers barriers, the work slot, the numbers about 64 rows
+        and alignment."""
         k_row, v_row = 2 * self.k_columns, 2 * self.v_columns
         kv = self.stages * self.tile_n * (k_row + v_row)
-        return self.tile_m * k_row + kv + 1024
+        totals = total_bytes(self.tile_m, self.v_head_dim) if self.chunked else 0
+        return self.tile_m * k_row + kv + totals + 1024
 
     @property
     def threads(self) -> int:
@@ -173,6 +186,7 @@ class PagedCall(NamedTuple):
     sinks: bool = False
     tree: bool = False
     device_counts: bool = False
+    chunked: bool = False
 
 
 def choose(call: PagedCall, tile_m: int) -> PagedConfig:
@@ -183,11 +197,14 @@ def choose(call: PagedCall, tile_m: int) -> PagedConfig:
     if tile_m not in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS):
         raise ValueError(f"tile_m must be 64 or 128, got {tile_m}")
     warpgroups = tile_m // WARPGROUP_ROWS
-    ctas = ctas_per_sm(head_dim, tile_m, v_head_dim)
+    ctas = ctas_per_sm(head_dim, tile_m, v_head_dim, call.chunked)
     kv_load = "gather" if call.page_tokens <= LONGEST_GATHERED_PAGE else "tma"
     # Wider tiles have fewer waits, as long as two stages of them are no more than is wanted.
     key_bytes = 2 * (head_dim + v_head_dim)
-    tile_n = 128 if ctas * 2 * 128 * key_bytes <= KV_BYTES_PER_SM else 64
+    beside = ctas
+    if call.chunked:  # the order of sums is one for all tiles: that of the lower
+        beside = ctas_per_sm(head_dim, WARPGROUP_ROWS, v_head_dim, True)
+    tile_n = 128 if beside * 2 * 128 * key_bytes <= KV_BYTES_PER_SM else 64
     config = PagedConfig(
         dtype=call.dtype,
         head_dim=head_dim,
@@ -196,10 +213,10 @@ def choose(call: PagedCall, tile_m: int) -> PagedConfig:
         group_size=call.group_size,
         num_consumer_warpgroups=warpgroups,
         tile_n=tile_n,
-        stages=_stages(kv_load, head_dim, v_head_dim, tile_m, tile_n, ctas),
+        stages=_stages(kv_load, head_dim, v_head_dim, tile_m, tile_n, ctas, call.chunked),
         kv_load=kv_load,
         producer_registers=40 if ctas == 1 else 56,
-        consumer_registers=232 if ctas == 1 else 200,
+        consumer_registers=_consumer_registers(ctas, warpgroups, call.chunked),
         evict_first=tile_m == WARPGROUP_ROWS,
         ctas_per_sm=ctas,
         causal=call.causal and not call.tree,
@@ -208,6 +225,7 @@ def choose(call: PagedCall, tile_m: int) -> PagedConfig:
         sinks=call.sinks,
         tree=call.tree,
         device_counts=call.device_counts,
+        chunked=call.chunked,
     )
     reason = illegal_reason(config)
     if reason is not None:
@@ -215,7 +233,16 @@ def choose(call: PagedCall, tile_m: int) -> PagedConfig:
     return config
 
 
-def ctas_per_sm(head_dim: int, tile_m: int, v_head_dim: int | None = None) -> int:
+def _consumer_registers(ctas: int, warpgroups: int, chunked: bool) -> int:
+    """As many as there are; a warpgroup alone has more of them than any thread can use."""
+    if ctas > 1:
+        return 200
+    return 248 if chunked and warpgroups == 1 else 232
+
+
+def ctas_per_sm(
+    head_dim: int, tile_m: int, v_head_dim: int | None = None, chunked: bool = False
+) -> int:
     """CTAs of the chosen kernel that an SM runs at once.
 
     Two where two stages of 64 keys each fit: while one changes items, the other reads. Measured for
@@ -223,7 +250,7 @@ def ctas_per_sm(head_dim: int, tile_m: int, v_head_dim: int | None = None) -> in
     two; gathered pages of 1 token, 64 x 8192 with 90 % shared: 20 %.
     """
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
-    fitting = _fitting_stages(head_dim, v_head_dim, tile_m, 64, ctas=2)
+    fitting = _fitting_stages(head_dim, v_head_dim, tile_m, 64, 2, chunked)
     return 2 if tile_m == WARPGROUP_ROWS and fitting >= 2 else 1
 
 
@@ -243,22 +270,37 @@ def rows_at_a_time(columns: int, warpgroups: int) -> int:
 
 
 def _stages(
-    kv_load: str, head_dim: int, v_head_dim: int, tile_m: int, tile_n: int, ctas: int
+    kv_load: str,
+    head_dim: int,
+    v_head_dim: int,
+    tile_m: int,
+    tile_n: int,
+    ctas: int,
+    chunked: bool,
 ) -> int:
     """Boxes: as many as come nearest to KV_BYTES_PER_SM on their way. Padding is not read, so it
     counts only where stages must fit. Gathered rows: as many as fit. At least two, at most four.
     """
-    stages = _fitting_stages(head_dim, v_head_dim, tile_m, tile_n, ctas)
+    stages = _fitting_stages(head_dim, v_head_dim, tile_m, tile_n, ctas, chunked)
     if kv_load == "tma":
         on_the_way = 2 * ctas * tile_n * (head_dim + v_head_dim)
         stages = min(stages, max(2, round(KV_BYTES_PER_SM / on_the_way)))
     return min(stages, MOST_STAGES)
 
 
-def _fitting_stages(head_dim: int, v_head_dim: int, tile_m: int, tile_n: int, ctas: int) -> int:
+def total_bytes(tile_m: int, v_head_dim: int) -> int:
+    """Shared memory of a running total, and 1024 for the numbers about more than 64 rows."""
+    return 4 * tile_m * tile_columns(v_head_dim) + (tile_m > WARPGROUP_ROWS) * 1024
+
+
+def _fitting_stages(
+    head_dim: int, v_head_dim: int, tile_m: int, tile_n: int, ctas: int, chunked: bool
+) -> int:
     """Stages of K and V that fit beside Q into a CTA's share of an SM."""
     k_row, v_row = 2 * tile_columns(head_dim), 2 * tile_columns(v_head_dim)
-    return (smem_bytes_of_cta(ctas) - 1024 - tile_m * k_row) // (tile_n * (k_row + v_row))
+    totals = total_bytes(tile_m, v_head_dim) if chunked else 0
+    room = smem_bytes_of_cta(ctas) - 1024 - totals - tile_m * k_row
+    return room // (tile_n * (k_row + v_row))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from flashcore.sm90.config.paged import PagedConfig
 from flashcore.sm90.kernels.attention.paged.intervals import Rows
 from flashcore.sm90.kernels.attention.paged.operands import Operands
 from flashcore.sm90.kernels.attention.paged.work_loop import Item
-from flashcore.sm90.kernels.attention.parts import matmul
+from flashcore.sm90.kernels.attention.parts import fold, matmul
 from flashcore.sm90.kernels.attention.parts.consumer import Fragments, Scale
 from flashcore.sm90.kernels.attention.parts.epilogue import store_row
 from flashcore.sm90.kernels.attention.parts.softmax import finalize, quad_sum
@@ -36,12 +36,17 @@ def store_rows(
         packed = item.row_begin + row
         head = item.kv_head * c.group_size + packed % c.group_size
         there = row < item.num_rows
-        total = quad_sum(frag.row_sum[r])
+        total = frag.row_sum[r]
+        if const_expr(not c.chunked):
+            total = quad_sum(total)
         if item.partial < 0:
             sink = Float32(0.0)
             if const_expr(c.sinks):
                 sink = m.sinks[head]
-            factor, lse = finalize(frag.row_max[r], total, scale.log2, sink, c.sinks)
+            if const_expr(c.chunked):
+                factor, lse = fold.finish(frag.row_max[r], total, sink, c.sinks)
+            else:
+                factor, lse = finalize(frag.row_max[r], total, scale.log2, sink, c.sinks)
             rO = cute.make_rmem_tensor(columns, dtype)
             for col in cutlass.range_constexpr(columns):
                 rO[col] = (out[r, col] * factor).to(dtype)
@@ -50,7 +55,10 @@ def store_rows(
             if there and lane % 4 == 0:
                 m.lse[token, head] = lse
         else:
-            factor, lse = finalize(frag.row_max[r], total, scale.log2, Float32(0.0), False)
+            if const_expr(c.chunked):
+                factor, lse = fold.finish(frag.row_max[r], total, Float32(0.0), False)
+            else:
+                factor, lse = finalize(frag.row_max[r], total, scale.log2, Float32(0.0), False)
             first = item.row_begin // c.group_size
             partial = item.partial + packed // c.group_size - first
             if there:

@@ -16,7 +16,14 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from flashcore.contract.work import Work
 from flashcore.sm90.config.dense import SMEM_BYTES_PER_SM90_CTA
 from flashcore.sm90.config.paged import PagedConfig, illegal_reason
-from flashcore.sm90.kernels.attention.paged import barriers, gather, nonfinite, pages, work_loop
+from flashcore.sm90.kernels.attention.paged import (
+    barriers,
+    chunks,
+    gather,
+    nonfinite,
+    pages,
+    work_loop,
+)
 from flashcore.sm90.kernels.attention.paged.epilogue import store_rows
 from flashcore.sm90.kernels.attention.paged.intervals import (
     Bounds,
@@ -45,7 +52,7 @@ from flashcore.sm90.kernels.attention.parts.softmax import (
 from flashcore.sm90.kernels.dsl import SmemAllocator
 
 
-class PagedAttention:
+class PagedAttention(chunks.ChunkedConsumer):
     """Partial or final results of every work item of a plan, for one `PagedConfig`."""
 
     def __init__(self, config: PagedConfig):
@@ -101,9 +108,11 @@ class PagedAttention:
             v_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
             slot_barriers: cute.struct.MemRange[Int64, 2]
             slot: cute.struct.MemRange[Int32, SLOT_WORDS]
+            row_totals: cute.struct.MemRange[Float32, c.total_rows]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sQ_l)], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sK_l)], 1024]
             v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sV_l)], 1024]
+            totals: cute.struct.Align[cute.struct.MemRange[Float32, c.total_elements], 16]
 
         assert Storage.size_in_bytes() <= SMEM_BYTES_PER_SM90_CTA
         self.Storage = Storage
@@ -197,10 +206,20 @@ class PagedAttention:
                 self.produce(tma_k, gK, tma_v, gV, sK, sV, ring_k, ring_v, slot, m, window, words)
         else:
             cute.arch.setmaxregister_increase(c.consumer_registers)
-            self.consume(
-                m, sQ, sK, sV, ring_k, ring_v, slot, softmax_scale, softcap, window, mma_qk,
-                mma_pv, tidx - 128,
-            )  # fmt: skip
+            if const_expr(c.chunked):
+                totals = chunks.Totals(
+                    storage.totals.get_tensor(chunks.totals_layout(c)),
+                    storage.row_totals.get_tensor(cute.make_layout(c.total_rows)),
+                )
+                self.consume_chunks(
+                    m, sQ, sK, sV, totals, ring_k, ring_v, slot, softmax_scale, softcap,
+                    window, mma_qk, mma_pv, tidx - 128,
+                )  # fmt: skip
+            else:
+                self.consume(
+                    m, sQ, sK, sV, ring_k, ring_v, slot, softmax_scale, softcap, window, mma_qk,
+                    mma_pv, tidx - 128,
+                )  # fmt: skip
 
     @cute.jit
     def clear_padding(self, sK: cute.Tensor, sV: cute.Tensor, tidx: Int32):
