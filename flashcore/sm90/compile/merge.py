@@ -16,6 +16,7 @@ def compile_merge(config: MergeConfig, options: str = "") -> Any:
     import cutlass.cute as cute
     from cutlass import Float32, Int32
 
+    from flashcore.sm90.kernels.fold_merge import FoldMerge
     from flashcore.sm90.kernels.merge import Merge as MergeKernel
 
     dtype = element_of(config.dtype)
@@ -31,4 +32,5 @@ def compile_merge(config: MergeConfig, options: str = "") -> Any:
         counts=vector(Int32, int(Count.SIZE)) if config.device_counts else None,
         tree_width=Int32(1),
     )
-    return compiled(MergeKernel(config), *operands, options=options)
+    kernel = FoldMerge(config) if config.fixed_order else MergeKernel(config)
+    return compiled(kernel, *operands, options=options)
