@@ -27,7 +27,7 @@ from tests.plans import active_rows, assert_groups, members_of, tree
 from tests.test_paged_attention import REGIMES, rules
 
 FEW_QUERIES = 2
-LONG_CHUNKS = 3  # times the others
+WHOLE = 1 << 20  # pages
 SHAPE = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
 chunk_sizes = st.sampled_from([1, 2, 4])
 any_plan = given(
@@ -42,9 +42,7 @@ any_plan = given(
 def small_chunks(batch: Batch, pages: int) -> Any:
     """Chunks of so few pages that small batches have several."""
     tokens = pages * batch.page_tokens
-    return mock.patch.multiple(
-        chunks, CHUNK_TOKENS=tokens, LONG_CHUNK_TOKENS=LONG_CHUNKS * tokens, FEW_QUERIES=FEW_QUERIES
-    )
+    return mock.patch.multiple(chunks, CHUNK_TOKENS=tokens, FEW_QUERIES=FEW_QUERIES)
 
 
 def invariant(batch: Batch, pages: int, **options: Any) -> flashcore.Plan:
@@ -53,7 +51,11 @@ def invariant(batch: Batch, pages: int, **options: Any) -> flashcore.Plan:
 
 
 def chunk_pages(batch: Batch, pages: int) -> list[int]:
-    return [LONG_CHUNKS * pages if n > FEW_QUERIES else pages for n in batch.q_lens]
+    rows, whole = active_rows(batch), []
+    for row, n in zip(rows, batch.q_lens, strict=True):
+        broken = any(tokens < batch.page_tokens for _, tokens in row[:-1])
+        whole.append(n > FEW_QUERIES and not broken)
+    return [WHOLE if uncut else pages for uncut in whole]
 
 
 def recipe(plan: flashcore.Plan, row: int) -> list[list[tuple[int, int, int, bool]]]:
@@ -127,7 +129,6 @@ def test_a_sequence_is_computed_as_if_it_were_alone(
     batch: Batch, pages: int, fold: Any, share: bool, workers: int
 ):
     plan = invariant(batch, pages, fold=fold, share=share, num_workers=workers)
-    assert plan.tile_m == 64
     for row in range(len(batch.q_lens)):
         assert recipe(plan, row) == recipe(invariant(picked(batch, [row]), pages), 0)
 
@@ -168,10 +169,10 @@ def test_less_than_a_chunk_is_left_to_each_sequence():
     assert invariant_tree(1008, 1024, 16, fold=False).stats().num_shared_groups == 0
 
 
-def test_many_queries_make_long_chunks():
+def test_many_queries_are_not_cut():
     q_lens = [1, chunks.FEW_QUERIES, chunks.FEW_QUERIES + 1]
     plan = invariant_tree(0, 16384, 3, q_lens=q_lens)
-    assert plan.groups[:, Group.NUM_SPLITS].tolist() == [16, 16, 2]
+    assert plan.groups[:, Group.NUM_SPLITS].tolist() == [16, 16, 1]
 
 
 # Nearly all that the workloads of `flashcore bench paged` share is shared by chunks as well.
@@ -189,8 +190,7 @@ def test_shared_workloads_stay_shared(name: str):
 
 
 def test_chunks_are_whole_pages_and_tiles():
-    for tokens in (chunks.CHUNK_TOKENS, chunks.LONG_CHUNK_TOKENS):
-        assert tokens % 128 == 0
+    assert chunks.CHUNK_TOKENS % 128 == 0
     layout = tree(4, 2, 1, page_tokens=48)
     with pytest.raises(
         ValueError, match="page_tokens must divide 1024 for batch_invariant, got 48"
@@ -205,7 +205,6 @@ def test_the_plan_says_so():
     assert not flashcore.plan(tree(4, 2, 1), **SHAPE, page_tokens=16).batch_invariant
 
 
-# The merge is what such a plan runs a kernel of its own for; its order is that of any batch.
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_kernels_of_a_launch(monkeypatch: pytest.MonkeyPatch, batch_invariant: bool):
     configs = []
@@ -225,7 +224,8 @@ def test_kernels_of_a_launch(monkeypatch: pytest.MonkeyPatch, batch_invariant: b
     pages = torch.zeros(256, 16, 8, 128, dtype=torch.bfloat16)
     q = torch.zeros(2, 32, 128, dtype=torch.bfloat16)
     flashcore.paged_attention(q, pages, pages, plan)
-    _, merge = configs
+    attend, merge = configs
+    assert attend.chunked == batch_invariant
     assert isinstance(merge, MergeConfig)
     assert merge.fixed_order == batch_invariant
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from flashcore import validate
+from flashcore.contract.chunks import TILE_M, tallest_tile
 from flashcore.contract.reasons import Reason
 from flashcore.contract.work import DIRECT, FIELDS, Group, Work
 from flashcore.dispatch import resident_ctas
@@ -57,10 +58,10 @@ def plan(
         share: False reads every sequence's pages for itself (for comparison; same results).
         fold: True gives groups back to their sequences where sharing would not pay. False keeps
             every group however small; "always" keeps none that can be given back.
-        batch_invariant: cut runs at fixed places of each sequence and share them by whole pieces,
-            so that on the Hopper kernels the bits of a sequence's results do not depend on the rest
-            of the batch (docs/kernels/planner.md#batch-invariant-plans). Wants pages that divide
-            1024 tokens.
+        batch_invariant: on the Hopper kernels, the bits of a query token's output and LSE follow
+            from its sequence's tokens up to it and from nothing else: not from the rest of the
+            batch, sharing, q_len, the page size or the GPU's size (docs/determinism.md). Wants
+            pages that divide 1024 tokens.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
@@ -125,8 +126,9 @@ def _plan(layout: Layout, lengths: torch.Tensor, problem: Problem, choices: _Cho
     _check_queries(lengths, kv_lens)
     chunk_pages = None
     if choices.batch_invariant:
-        chunk_pages = chunks.chunk_pages(lengths, page_tokens)
-        tile_m = tile_m or chunks.TILE_M
+        chunk_pages = chunks.chunk_pages(lengths, counts, layout.row_offsets, page_tokens)
+        if tallest_tile(problem.v_head_dim) == TILE_M:
+            tile_m = tile_m or TILE_M
 
     pages = layout.cols
     if not choices.share:  # every entry a page of its own

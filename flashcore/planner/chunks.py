@@ -1,9 +1,12 @@
 """Batch-invariant plans: sequences are cut into chunks by themselves alone, and shared by chunks.
 
-The bits of a result depend on where its KV run is cut, and on how many partial results are merged.
-So nothing in the batch may move a cut: a sequence is cut every `CHUNK_TOKENS` tokens, counted from
-its beginning, and every work item is one chunk of its members. Two sequences share a chunk if all
-of it is the same in both; else each reads its own, to the same bits.
+The bits of a result depend on where its KV run is cut, and on how the pieces are put together. So
+nothing moves a cut: a sequence falls into chunks of `CHUNK_TOKENS` tokens, counted from its
+beginning, whose results are folded from the last to the first with one arithmetic
+(`flashcore.reference_fold`). A work item is one chunk of its members, and the merge folds; or, for
+a sequence whose own query tokens fill the GPU, it is the whole sequence, and the attention kernel
+folds as it goes. Two sequences share a chunk if all of it is the same in both; else each reads its
+own, to the same bits.
 
 A page that is not full (a token map may have one anywhere) may only end a run, so it ends its
 chunk too, and the count begins again after it.
@@ -15,21 +18,16 @@ from typing import NamedTuple
 
 import torch
 
-CHUNK_TOKENS = 1024
-"""Of two kinds of cost (docs/experiments/planner.md#batch-invariant-plans): shorter ones write more
-partial results (512 tokens for 64 sequences of 32 heads: as many bytes as the chunk's K and V),
-longer ones leave workers idle (2048: two items a worker at 1 x 131072)."""
-
-LONG_CHUNK_TOKENS = 8192
-"""Of sequences with more than `FEW_QUERIES` query tokens. These fill the GPU without cuts, and a
-partial result of each of them for each 1024 tokens would need 17 GB for 8192 of them at 131072
-tokens (32 heads of 128)."""
+from flashcore.contract.chunks import CHUNK_TOKENS
 
 FEW_QUERIES = 64
+"""Query tokens of a sequence up to which it is cut. More fill the GPU without cuts, and a partial
+result of each of them for each chunk would need 17 GB for 8192 of them at 131072 tokens (32 heads
+of 128)."""
 
-TILE_M = 64
-"""One height for all batches: at head_dim 128, tiles of 128 rows have longer K stages, and so
-another order of sums."""
+WHOLE_TOKENS = 1 << 30
+"""Tokens of a piece that is not cut: longer than any sequence, and no sum of two is too large for
+an int32."""
 
 
 class Chunks(NamedTuple):
@@ -41,18 +39,30 @@ class Chunks(NamedTuple):
 
 
 def lengths(page_tokens: int) -> tuple[int, int]:
-    """Pages of a chunk and of a long one; ValueError where chunks are not whole pages."""
+    """Pages of a chunk, and of a piece that is not cut. ValueError where chunks are not pages."""
     if CHUNK_TOKENS % page_tokens:
         raise ValueError(
             f"page_tokens must divide {CHUNK_TOKENS} for batch_invariant, got {page_tokens}"
         )
-    return CHUNK_TOKENS // page_tokens, LONG_CHUNK_TOKENS // page_tokens
+    return CHUNK_TOKENS // page_tokens, WHOLE_TOKENS // page_tokens
 
 
-def chunk_pages(q_lens: torch.Tensor, page_tokens: int) -> torch.Tensor:
-    """Pages of a chunk of each sequence."""
-    short, long = lengths(page_tokens)
-    return torch.where(q_lens > FEW_QUERIES, long, short)
+def chunk_pages(
+    q_lens: torch.Tensor, counts: torch.Tensor, row_offsets: torch.Tensor, page_tokens: int
+) -> torch.Tensor:
+    """Pages of a piece of each sequence.
+
+    counts: tokens of each entry. One with a page before its last that is not full is cut whatever
+    its q_len: chunks begin anew there, which the attention kernel does not know of.
+    """
+    short, whole = lengths(page_tokens)
+    row = torch.repeat_interleave(row_offsets.diff().long())
+    inside = torch.ones_like(row, dtype=torch.bool)
+    inside[:-1] = row[1:] == row[:-1]
+    inside[-1:] = False
+    broken = torch.zeros_like(q_lens, dtype=torch.bool)
+    broken[row[inside & (counts < page_tokens)]] = True
+    return torch.where((q_lens > FEW_QUERIES) & ~broken, whole, short)
 
 
 def cut(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flashcore import validate
-from flashcore.planner.chunks import CHUNK_TOKENS, FEW_QUERIES, LONG_CHUNK_TOKENS
+from flashcore.planner.chunks import CHUNK_TOKENS, FEW_QUERIES
 from flashcore.planner.device_plan import (
     Capacities,
     most_queries,
@@ -77,10 +77,9 @@ def room_of(limits: Limits, page_tokens: int, window: int) -> Room:
     if not limits.batch_invariant:
         return Room(limits.batch, entries, limits.queries)
     longest = page_tokens * width(limits, page_tokens, window, limits.queries)
-    short, long = -(-longest // CHUNK_TOKENS), -(-longest // LONG_CHUNK_TOKENS)
-    few = min(limits.queries, FEW_QUERIES * limits.batch)  # tokens in the shorter chunks
-    partials = few * short + (limits.queries - few) * long
-    return Room(limits.batch, entries, limits.queries, limits.batch * short, partials)
+    chunks = -(-longest // CHUNK_TOKENS)
+    few = min(limits.queries, FEW_QUERIES * limits.batch)  # of sequences that are cut
+    return Room(limits.batch, entries, limits.queries, limits.batch * chunks, few * chunks)
 
 
 def workspace_of(limits: Limits, page_tokens: int, kinds: list[Kind]) -> int:

@@ -50,7 +50,9 @@ def kernels_for(
 
     Raises ValueError where there is none, naming what is not served.
     """
-    call = call_of(problem, rules, attached, plans.on_device)
+    call = call_of(problem, rules, attached, plans.on_device)._replace(
+        chunked=plans.batch_invariant
+    )
     kernels = [Kernel(PAGED, paged.choose(call, tile_m)) for tile_m in plans.tiles]
     kernels += [Kernel(MERGE, config) for config in _merges(problem, plans, attached)]
     planners = [planner.choose(rows, chunks=plans.batch_invariant) for rows in plans.max_batch]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from flashcore.contract.chunks import tallest_tile
 from flashcore.jit.kernel import Kernel
 from flashcore.sm90.config import paged
 from flashcore.sm90.config.dense import DTYPES, HEAD_DIMS, DenseConfig, DenseProblem, choose
@@ -100,6 +101,17 @@ def _paged_configs() -> list[PagedConfig]:
         for dim, v_dim in OTHER_PAGED_DIMS
         for page in (64, 1)
     ]
+    # Batch-invariant plans, in every tile that there is room for.
+    configs += [
+        pick("bf16", dim, 64, 4, m, chunked=True, device_counts=on_device)
+        for dim in PAGED_DIMS
+        for m in (64, 128)
+        if m <= tallest_tile(dim)
+        for on_device in (False, True)
+    ]
+    configs += [pick("bf16", 128, n, 4, 64, chunked=True, device_counts=True) for n in (1, 16, 128)]
+    configs.append(pick("bf16", 64, 64, 8, 64, window=True, sinks=True, chunked=True))
+    configs.append(pick("bf16", 256, 64, 2, 64, window=True, softcap=True, chunked=True))
     options = {"window": True, "sinks": True, "tree": True, "device_counts": True}
     configs.append(pick("bf16", 64, 64, 8, 64, **options))
     return list(dict.fromkeys(configs))
@@ -109,7 +121,6 @@ def _merge_configs() -> list[MergeConfig]:
     """One for each head_dim and dtype, and with sinks for the models that have them."""
     plain = [MergeConfig(dtype, dim) for dtype in DTYPES for dim in PAGED_DIMS]
     long = [MergeConfig("bf16", dim, warps_per_row=8) for dim in PAGED_DIMS]
-    # Batch-invariant plans differ in the merge alone.
     fixed = [
         MergeConfig("bf16", dim, warps_per_row=warps, fixed_order=True)
         for dim in PAGED_DIMS

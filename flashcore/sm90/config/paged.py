@@ -313,7 +313,7 @@ class MergeConfig:
     warps_per_row: int = 1  # that share a merge list; 8 where lists are long
     heads_per_warp: int = 1  # that a warp takes in turn; more only with one warp for a row
     device_counts: bool = False  # as in `PagedConfig`
-    fixed_order: bool = False  # warps_per_row has no say in the order of a sum
+    fixed_order: bool = False  # the fold of chunks, whatever warps_per_row: `kernels.fold_merge`
 
 
 LONG_LIST = 8

@@ -14,7 +14,7 @@ from cutlass import Float32, Int32, const_expr
 
 from flashcore.sm90.kernels.attention.parts import fold
 from flashcore.sm90.kernels.dsl import SmemAllocator
-from flashcore.sm90.kernels.merge import LANES, UNROLL, WARPS, Merge, Share
+from flashcore.sm90.kernels.merge import LANES, UNROLL, Merge, Share
 
 
 class FoldMerge(Merge):
@@ -24,10 +24,6 @@ class FoldMerge(Merge):
     def share(self, begin: Int32, end: Int32, warp: Int32):
         """The whole list, of which every warp reads all weights."""
         return begin, end
-
-    @cute.jit
-    def place(self, begin: Int32, i: Int32, warp: Int32) -> Int32:
-        return i
 
     @cute.jit
     def merge(

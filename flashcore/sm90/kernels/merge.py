@@ -2,9 +2,7 @@
 
 One warp per (query token, head), or a CTA of eight where lists are long, or one warp for eight
 heads of a token where tokens are many: few of them have anything to merge then. The list is walked
-in its order, so the same inputs give the same bits. In a fixed order any number of warps gives the
-same bits: eight sums take four entries in turn and are added up, all by one warp or each by its
-own.
+in its order, so the same inputs give the same bits.
 
 Tokens whose only result is in the output already are left alone; tokens with an empty list see no
 key. With a plan made on the device, tokens whose sequence could not be planned become NaN, and
@@ -35,7 +33,7 @@ class Share(NamedTuple):
 
     begin: Int32
     end: Int32
-    first: Int32  # as `Merge.place` counts
+    first: Int32
     last: Int32
     any_entry: Int32
     own_entry: Int32
@@ -50,7 +48,6 @@ class Merge:
         # A power of two for whole vectors; lanes past the last column work along and write nothing.
         self.columns = next(n for n in (2, 4, 8) if n * LANES >= config.head_dim)  # of a lane
         self.lanes = config.head_dim // self.columns
-        self.turns = config.fixed_order and config.warps_per_row > 1
 
     @cute.jit
     def __call__(
@@ -111,7 +108,7 @@ class Merge:
             any_entry = self.entry(mList, begin + lane, end)
             own_entry = any_entry
             if const_expr(self.config.warps_per_row > 1):
-                own_entry = self.entry(mList, self.place(begin, first + lane, warp), end)
+                own_entry = self.entry(mList, first + lane, end)
         cute.arch.griddepcontrol_wait()
         if there:
             leading = Int32(0)  # DIRECT and INVALID are negative and stand alone
@@ -154,26 +151,14 @@ class Merge:
 
     @cute.jit
     def share(self, begin: Int32, end: Int32, warp: Int32):
-        """First and last + 1 of a warp's part of a list, as `place` counts."""
-        if const_expr(self.turns):
-            rest = (end - begin) % LANES - UNROLL * warp
-            first = Int32(0)
-            last = (end - begin) // LANES * UNROLL + min(max(rest, 0), UNROLL)
-        else:
-            # A contiguous share for each warp: the order of the sum depends on nothing else.
-            share = cute.ceil_div(end - begin, self.config.warps_per_row)
-            first = begin
-            if const_expr(self.config.warps_per_row > 1):
-                first = min(begin + warp * share, end)
-            last = min(first + share, end)
+        """First and last + 1 of a warp's part of a list: a contiguous share for each, so that the
+        order of the sum depends on nothing else."""
+        share = cute.ceil_div(end - begin, self.config.warps_per_row)
+        first = begin
+        if const_expr(self.config.warps_per_row > 1):
+            first = min(begin + warp * share, end)
+        last = min(first + share, end)
         return first, last
-
-    @cute.jit
-    def place(self, begin: Int32, i: Int32, warp: Int32) -> Int32:
-        """Place in the merge lists of the i-th entry of a warp that takes four in turn."""
-        if const_expr(self.turns):
-            i = begin + i // UNROLL * LANES + UNROLL * warp + i % UNROLL
-        return i
 
     @cute.jit
     def entry(self, mList: cute.Tensor, i: Int32, end: Int32) -> Int32:
@@ -223,36 +208,24 @@ class Merge:
         if const_expr(self.config.sinks):
             peak = cute.arch.fmax(peak, mSinks[head])
         safe = Float32(0.0) if peak == -Float32.inf else peak
-        sums = const_expr(WARPS if self.config.fixed_order and not self.turns else 1)
-        acc = cute.make_rmem_tensor((sums, columns + 1), Float32)  # weights in the last column
+        acc = cute.make_rmem_tensor(columns + 1, Float32)  # weights in the last column
         acc.fill(0.0)
         chunk = first
         while chunk < last:
             # 32 entries: an entry and its weight in each lane.
             if chunk > first:
-                own_entry = self.entry(mList, self.place(begin, chunk + lane, warp), end)
+                own_entry = self.entry(mList, chunk + lane, end)
                 own_term = -Float32.inf
                 if chunk + lane < last:
                     own_term = mPartialLSE[own_entry, head]
                 self.load_rows(mPartialO, own_entry, Int32(0), head, lane, rows)
             weight = cute.math.exp2((own_term - safe) * LOG2_E, fastmath=True)
             count = min(last - chunk, Int32(LANES))
-            if const_expr(sums == 1):
-                for j in cutlass.range(0, count, UNROLL, unroll=1):
-                    self.add_rows(acc, 0, weight, j, count, rows)
-                    if j + UNROLL < count:
-                        self.load_rows(mPartialO, own_entry, j + UNROLL, head, lane, rows)
-            else:
-                for turn in cutlass.range_constexpr(WARPS):
-                    j = Int32(UNROLL * turn)
-                    if j < count:
-                        self.add_rows(acc, turn, weight, j, count, rows)
-                        if j + UNROLL < count:
-                            self.load_rows(mPartialO, own_entry, j + UNROLL, head, lane, rows)
+            for j in cutlass.range(0, count, UNROLL, unroll=1):
+                self.add_rows(acc, weight, j, count, rows)
+                if j + UNROLL < count:
+                    self.load_rows(mPartialO, own_entry, j + UNROLL, head, lane, rows)
             chunk += LANES
-        for turn in cutlass.range_constexpr(1, sums):
-            for c in cutlass.range_constexpr(columns + 1):
-                acc[0, c] = acc[0, c] + acc[turn, c]
         if const_expr(self.config.warps_per_row == 1):
             self.store(mO, mLSE, mSinks, token, head, lane, safe, acc)
         else:
@@ -264,7 +237,6 @@ class Merge:
     def add_rows(
         self,
         acc: cute.Tensor,
-        which: cutlass.Constexpr[int],  # of the sums
         weight: Float32,  # of this lane's entry
         j: Int32,
         count: Int32,
@@ -276,9 +248,9 @@ class Merge:
             w = cute.arch.shuffle_sync(weight, j + u)
             if j + u >= count:
                 w = Float32(0.0)
-            acc[which, columns] = acc[which, columns] + w
+            acc[columns] = acc[columns] + w
             for c in cutlass.range_constexpr(columns):
-                acc[which, c] = acc[which, c] + w * rows[u, c]
+                acc[c] = acc[c] + w * rows[u, c]
 
     @cute.jit
     def load_rows(
@@ -306,11 +278,11 @@ class Merge:
         layout = cute.make_layout((WARPS, LANES, width), stride=(LANES * width, width, 1))
         shares = SmemAllocator().allocate_tensor(Float32, layout, byte_alignment=16)
         for c in cutlass.range_constexpr(width):
-            shares[warp, lane, c] = acc[0, c]
+            shares[warp, lane, c] = acc[c]
         cute.arch.sync_threads()
         for w in cutlass.range_constexpr(1, WARPS):
             for c in cutlass.range_constexpr(width):
-                acc[0, c] = acc[0, c] + shares[w, lane, c]
+                acc[c] = acc[c] + shares[w, lane, c]
 
     @cute.jit
     def store(
@@ -326,13 +298,13 @@ class Merge:
     ):
         """Normalise and write a row, with its LSE."""
         columns = const_expr(self.columns)
-        total = acc[0, columns]
+        total = acc[columns]
         if const_expr(self.config.sinks):
             total += cute.math.exp2((mSinks[head] - peak) * LOG2_E, fastmath=True)
         factor = Float32(0.0) if total == 0.0 else 1.0 / total
         rO = cute.make_rmem_tensor(columns, self.dtype)
         for c in cutlass.range_constexpr(columns):
-            rO[c] = (acc[0, c] * factor).to(self.dtype)
+            rO[c] = (acc[c] * factor).to(self.dtype)
         self.write(rO, mO[token, head, None], lane)
         if lane == 0:
             lse = -Float32.inf

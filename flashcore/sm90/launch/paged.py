@@ -282,6 +282,7 @@ def _config(
         sinks=extras.sinks is not None,
         tree=extras.tree_mask is not None,
         device_counts=planned.counts is not None,
+        chunked=planned.numbers.batch_invariant,
     )
     return _choose(call, planned.numbers.tile_m)
 

@@ -17,9 +17,9 @@ from flashcore.contract.chunks import CHUNK_TOKENS
 from flashcore.sm90.config.paged import PagedConfig
 from flashcore.sm90.kernels.attention.paged import work_loop
 from flashcore.sm90.kernels.attention.paged.epilogue import store_rows
-from flashcore.sm90.kernels.attention.paged.intervals import Bounds, Rows, row_intervals
+from flashcore.sm90.kernels.attention.paged.intervals import Bounds, row_intervals
 from flashcore.sm90.kernels.attention.paged.operands import Operands
-from flashcore.sm90.kernels.attention.paged.work_loop import Item, Slot
+from flashcore.sm90.kernels.attention.paged.work_loop import Slot
 from flashcore.sm90.kernels.attention.parts import fold, matmul, pipelines
 from flashcore.sm90.kernels.attention.parts.consumer import (
     ROWS,
@@ -101,15 +101,15 @@ class ChunkedConsumer:
                     plain_end = min(masked_end, max(begin, item.full_low))
                     for j in cutlass.range(last - masked_end, unroll=1):
                         self.tile(
-                            frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
-                            column, last - 1 - j, True,
+                            frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid,
+                            item, column, last - 1 - j, True,
                         )  # fmt: skip
                         k_state.advance()
                         v_state.advance()
                     for _ in cutlass.range(masked_end - plain_end, unroll=1):
                         self.tile(
-                            frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
-                            column, 0, False,
+                            frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid,
+                            item, column, 0, False,
                         )  # fmt: skip
                         k_state.advance()
                         v_state.advance()
