@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from flashcore.contract.chunks import tallest_tile
 from flashcore.jit.kernel import Kernel
 from flashcore.problem import Problem, Rules
 from flashcore.serving.kernels import Kind, Variant, kernels_of
@@ -66,6 +67,7 @@ def device(tile_m: int = 64, max_batch: int = ROWS, **options: Any) -> Plans:
 
 
 FIXED = host(batch_invariant=True)
+TALL = host(128, batch_invariant=True)
 
 
 def chain(*max_batch: int, chunks: bool = False) -> list[Kernel]:
@@ -267,6 +269,28 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
             *paged("causal", page_tokens, FIXED),
         ],
         "test_same_bits_every_time": lambda: paged("causal", 64, FIXED),
+    },
+    "test_deterministic_gpu": {
+        "test_bits": lambda dtype, head_dim: [
+            kernel
+            for page, tile in product((1, 16, 64), (64, 128))
+            if tile <= tallest_tile(head_dim)
+            for kernel in paged(
+                "causal", page, host(tile, batch_invariant=True), head_dim, dtype=dtype
+            )
+        ],
+        "test_planned_on_the_device_and_replayed": lambda page_tokens: [
+            *paged("causal", page_tokens, device(batch_invariant=True)),
+            *paged("causal", page_tokens, FIXED),
+            *paged("causal", page_tokens, TALL),
+        ],
+        "test_rules": lambda rule: [
+            kernel for plans in (FIXED, TALL) for kernel in paged(rule, 16, plans)
+        ],
+        "test_token_by_token": lambda: [
+            *paged("causal", 64, FIXED),
+            *paged("causal", 64, TALL),
+        ],
     },
     "test_masks_gpu": {
         "test_tree_window_is_that_of_each_path": lambda page_tokens, left: [
