@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from flashcore import validate
-from flashcore.planner.chunks import CHUNK_TOKENS, FEW_QUERIES
+from flashcore.contract.chunks import CHUNK_TOKENS
+from flashcore.planner.chunks import FEW_QUERIES
 from flashcore.planner.device_plan import (
     Capacities,
     most_queries,

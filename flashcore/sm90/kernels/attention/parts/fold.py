@@ -4,7 +4,7 @@ A chunk's result is (out, lse), normalised, fp32; the running total (out, peak, 
 out / total with an LSE of peak + log(total). A chunk of which the row sees no key changes no bit of
 the total, and the first one that it sees is the total. Products and sums are written as the
 instructions that they are: ptxas would contract them as the code around them suggests, which the
-attention kernel and the merge do not share. `flashcore.reference_fold` is the specification.
+attention kernel and the merge do not share. `flashcore/reference_fold.py` is the specification.
 """
 
 from __future__ import annotations
