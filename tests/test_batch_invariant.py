@@ -14,11 +14,19 @@ from hypothesis import strategies as st
 import flashcore
 from flashcore import ops
 from flashcore.bench.paged_problems import make_batch, paged_problems
+from flashcore.contract.chunks import tallest_tile
 from flashcore.contract.work import DIRECT, Group, Work
 from flashcore.dispatch import Path
 from flashcore.planner import chunks
 from flashcore.reference import paged_attention_reference
-from flashcore.sm90.config.paged import MergeConfig, choose_device_merge, choose_merge
+from flashcore.sm90.config.paged import (
+    PAGE_TOKENS,
+    MergeConfig,
+    PagedCall,
+    choose,
+    choose_device_merge,
+    choose_merge,
+)
 from flashcore.sm90.launch import paged as launch_paged
 from tests import oracle
 from tests.cases import Batch, batches, picked
@@ -235,3 +243,37 @@ def test_merges_of_all_lengths_have_the_fixed_order():
         assert choose_merge("bf16", 128, False, partials, 1, True).fixed_order
     for rows in (1, 10**4):
         assert choose_device_merge("bf16", 128, False, rows, True).fixed_order
+
+
+@pytest.mark.parametrize("v_head_dim", [0, 64, 128])
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_one_order_of_sums_for_all_tiles_and_pages(head_dim: int, v_head_dim: int):
+    """Tiles of one width, so one sequence of products; the chunk is whole tiles of them."""
+    if v_head_dim > head_dim:
+        return
+    widths = set()
+    for page_tokens in PAGE_TOKENS:
+        call = PagedCall("bf16", head_dim, page_tokens, 4, v_head_dim, chunked=True)
+        for tile_m in {64, tallest_tile(v_head_dim or head_dim)}:
+            widths.add(choose(call, tile_m).tile_n)
+    (width,) = widths
+    assert chunks.CHUNK_TOKENS % width == 0
+
+
+@settings(max_examples=200, deadline=None)
+@any_plan
+def test_what_is_folded_does_not_depend_on_the_number_of_queries(
+    batch: Batch, pages: int, fold: Any, share: bool, workers: int
+):
+    """A query token's chunks are those of its sequence, as items or inside of one."""
+    plan = invariant(batch, pages, fold=fold, share=share, num_workers=workers)
+    for row, entries in enumerate(active_rows(batch)):
+        cut = oracle.chunks(entries, pages, batch.page_tokens)
+        before = [sum(n for _, n in entries[:first]) for first, _ in cut]
+        for pieces in recipe(plan, row):
+            begins = [begin for begin, *_ in pieces]
+            if len(cut) > 1 and len(pieces) == 1 and pieces[0][3]:
+                assert begins == [0]  # the kernel counts chunks from the item's beginning
+                assert before == [i * pages * batch.page_tokens for i in range(len(cut))]
+            else:
+                assert begins == before

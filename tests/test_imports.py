@@ -23,7 +23,7 @@ FLOORS = (
     ("sm90",),
     ("ops", "checks", "kv_checks"),
     ("one_off",),
-    ("api", "append", "append_kernel", "reference"),
+    ("api", "append", "append_kernel", "reference", "reference_fold"),
     ("",),  # the package's own names, loaded on first use
     ("serving",),
     ("integrations",),

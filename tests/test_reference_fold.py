@@ -48,7 +48,9 @@ def test_a_chunk_without_a_key_changes_no_bit():
     expected = fold_chunks(outs, lses)
     for place in range(6):
         empty = torch.zeros(1, 3, 8), torch.full((1, 3), -math.inf)
-        parts = (torch.cat([x[:place], e, x[place:]]) for x, e in zip((outs, lses), empty, strict=True))
+        parts = (
+            torch.cat([x[:place], e, x[place:]]) for x, e in zip((outs, lses), empty, strict=True)
+        )
         for found, wanted in zip(fold_chunks(*parts), expected, strict=True):
             assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
 
