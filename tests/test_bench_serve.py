@@ -115,16 +115,17 @@ def test_llama_8b_is_as_large_as_it_is() -> None:
     shape = model_shape("llama-3.1-8b")
     embedding = 2 * shape.hidden * shape.vocab
     assert (shape.weight_bytes_per_step + embedding) / 2 == pytest.approx(8.03e9, rel=1e-3)
-    assert shape.kv_bytes_per_token == 131072
+    assert shape.kv_bytes_per_token() == shape.kv_bytes_per_token("bfloat16") == 131072
+    assert shape.kv_bytes_per_token("fp8_e4m3") == shape.kv_bytes_per_token("fp8_e5m2") == 65536
     half = model_shape("llama-3.1-8b", layers=16)
-    assert (half.layers, half.kv_bytes_per_token) == (16, 65536)
+    assert (half.layers, half.kv_bytes_per_token()) == (16, 65536)
 
 
 def test_llama_70b_is_as_large_as_it_is() -> None:
     shape = model_shape("llama-3.1-70b")
     embedding = 2 * shape.hidden * shape.vocab
     assert (shape.weight_bytes_per_step + embedding) / 2 == pytest.approx(70.55e9, rel=1e-3)
-    assert shape.kv_bytes_per_token == 327680
+    assert shape.kv_bytes_per_token() == 327680
 
 
 def test_a_shape_from_its_config_file(tmp_path: Path) -> None:
@@ -274,15 +275,21 @@ def test_a_workload_that_does_not_fit_is_refused() -> None:
 def test_row_is_the_median_and_keeps_its_samples() -> None:
     workload = parse_workload("4x16+8:40")
     samples = [{"step_ms": 20.0, "ttft_ms": 7.0}, {"step_ms": 10.0}, {"step_ms": 90.0}]
-    row = make_row(workload, "fa3", TINY, 4, samples)
+    row = make_row(workload, "fa3", TINY, OPTIONS, samples)
     assert row["engine"] == "sglang"
     assert {"workload", "backend", "tokens_per_s", "step_ms", "ttft_ms"} <= set(row)
     assert (row["step_ms"], row["ttft_ms"], row["step_ms_all"]) == (20.0, 7.0, [20.0, 10.0, 90.0])
     assert row["tokens_per_s"] == pytest.approx(4 / 0.020)
     assert row["reuse"] == pytest.approx((4 * 44) / (16 + 4 * 28))
-    traffic = TINY.weight_bytes_per_step + (16 + 4 * 28) * TINY.kv_bytes_per_token
+    traffic = TINY.weight_bytes_per_step + (16 + 4 * 28) * TINY.kv_bytes_per_token()
     assert row["gb_per_step"] == pytest.approx(traffic / 1e9)
-    only_prefill = make_row(parse_workload("4x16+8:1"), "fa3", TINY, 4, [{"ttft_ms": 5.0}])
+    assert row["kv_cache_dtype"] == "auto"
+    of_fp8 = replace(OPTIONS, kv_cache_dtype="fp8_e4m3")
+    row = make_row(workload, "fa3", TINY, of_fp8, samples)
+    assert row["kv_cache_dtype"] == "fp8_e4m3"
+    traffic -= (16 + 4 * 28) * TINY.kv_bytes_per_token() // 2
+    assert row["gb_per_step"] == pytest.approx(traffic / 1e9)
+    only_prefill = make_row(parse_workload("4x16+8:1"), "fa3", TINY, OPTIONS, [{"ttft_ms": 5.0}])
     assert (only_prefill["tokens_per_s"], only_prefill["ttft_ms"]) == (None, 5.0)
 
 

@@ -66,6 +66,7 @@ def test_refusals(
         (("--base-gpu", "-1"), "--base-gpu must be at least 0, got -1"),
         (("--dp-attention", "--tp", "2"), "--tp 2 must be a multiple of --dp 1, and that above 1"),
         (("--dp-attention", "--tp", "3", "--dp", "2"), "--tp 3 must be a multiple of --dp 2"),
+        (("--kv-cache-dtype", "fp8_e5m2"), "SGLang runs triton in the place of fa3"),
         (("--only", "llama"), "--only goes with --families or --modes"),
         (("--modes", "--resume"), "--resume goes with --families or --modes, and --log-dir"),
         (("--hicache", "direct"), "--hicache goes with --soak"),
@@ -91,6 +92,7 @@ def test_values_that_make_no_sense(words: tuple[str, ...], message: str) -> None
     "words",
     [
         ("--mem-fraction", "1.5"),
+        ("--kv-cache-dtype", "fp8"),
         ("--repeats", "0"),
         ("--engine-args", "[1]"),
         ("--engine-args", "{"),
@@ -147,14 +149,18 @@ def test_options_reach_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashcore.bench.serve.engine import server_arguments
 
     words = ("--tp", "4", "--dp", "2", "--dp-attention", "--base-gpu", "1", "--kv-pool", "4096")
+    words = (*words, "--kv-cache-dtype", "fp8_e4m3")
     options = bench_serve._options(parse(*words), "fa3", SHAPES["tiny"])
     assert (options.gpus, options.max_total_tokens) == (4, 4096)
     known = {"cuda_graph_bs", "cuda_graph_max_bs", "disable_prefill_cuda_graph"}
     monkeypatch.setattr(engine_module, "_server_fields", lambda: known)
     arguments = server_arguments(options, "/m")
     wanted = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True, "base_gpu_id": 1}
+    wanted["kv_cache_dtype"] = "fp8_e4m3"
     assert wanted.items() <= arguments.items()
     assert "pp_size" not in arguments
+    plain = server_arguments(bench_serve._options(parse(), "fa3", SHAPES["tiny"]), "/m")
+    assert "kv_cache_dtype" not in plain
 
 
 @pytest.mark.parametrize(

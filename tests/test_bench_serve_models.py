@@ -19,6 +19,7 @@ from flashcore.bench.serve.scheduler import VARIABLE, Additions, announced
 from flashcore.bench.serve.shapes import SHAPES, ModelShape, model_shape
 from flashcore.bench.serve.suite import make_row
 from flashcore.bench.serve.workloads import SMALL, parse_workload
+from tests.serve_fakes import OPTIONS
 
 # Cutting layers
 
@@ -109,7 +110,7 @@ def test_any_config_makes_a_shape_that_writes_itself_again(tmp_path: Path) -> No
     assert ModelShape(**json.loads(json.dumps(asdict(short)))) == short
     with pytest.raises(ValueError, match=r"--layers for .* must be at least 2"):
         model_shape(written(tmp_path, layer_types=kinds), layers=1)
-    row = make_row(parse_workload("4x16+8:40"), "fa3", shape, 4, [{"step_ms": 20.0}])
+    row = make_row(parse_workload("4x16+8:40"), "fa3", shape, OPTIONS, [{"step_ms": 20.0}])
     assert (row["gb_per_step"], row["step_ms"]) == (None, 20.0)
 
 

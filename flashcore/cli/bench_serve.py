@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashcore.bench.serve.shapes import DEFAULT_SHAPE, SHAPES
+from flashcore.bench.serve.shapes import DEFAULT_SHAPE, KV_CACHE_DTYPES, SHAPES
 from flashcore.cli import bench_serve_checks
 from flashcore.cli.files import prepare_folder, prepare_output
 from flashcore.cli.results import positive, read_result, refuse
@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dp-attention", action="store_true", help="data parallelism of the attention only")
     add("--base-gpu", type=int, default=0, metavar="N", help="the first GPU to use (default: 0)")
     add("--page-size", type=positive, default=64, metavar="N", help="(default: 64)")
+    add(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="of every engine; auto: the model's own, bfloat16 (default: auto)",
+    )
     add(
         "--mem-fraction",
         type=_fraction,
@@ -226,11 +232,17 @@ def _options(args: argparse.Namespace, backend: str, shape: ModelShape) -> Engin
         raise ValueError(
             f"--dp-attention: --tp {args.tp} must be a multiple of --dp {args.dp}, and that above 1"
         )
+    if backend == "fa3" and args.kv_cache_dtype == "fp8_e5m2":
+        raise ValueError(
+            "--kv-cache-dtype fp8_e5m2: SGLang runs triton in the place of fa3; give --backends "
+            "flashcore,triton"
+        )
     return EngineOptions(
         backend=backend,
         shape=shape,
         decode_batches=(),
         page_size=args.page_size,
+        kv_cache_dtype=args.kv_cache_dtype,
         mem_fraction=args.mem_fraction,
         max_total_tokens=args.kv_pool,
         prefill_graph=args.prefill_graph,

@@ -39,6 +39,10 @@ def test_arguments_are_those_of_this_vllm() -> None:
     small = server_arguments(replace(options, max_total_tokens=1000), "a-folder")
     assert (small["num_gpu_blocks_override"], small["max_model_len"]) == (15, 960)
     assert arguments["tensor_parallel_size"] == 2
+    assert "kv_cache_dtype" not in arguments
+    for dtype in ("fp8_e4m3", "fp8_e5m2", "bfloat16"):
+        of_dtype = server_arguments(replace(OPTIONS, kv_cache_dtype=dtype), "a-folder")
+        assert AsyncEngineArgs(**of_dtype).kv_cache_dtype == dtype
     named = server_arguments(replace(OPTIONS, backend="TRITON_ATTN"), "a-folder")
     assert named["attention_backend"] == "TRITON_ATTN"
 

@@ -49,6 +49,7 @@ class EngineOptions:
     shape: ModelShape
     decode_batches: tuple[int, ...]
     page_size: int = 64
+    kv_cache_dtype: str = "auto"  # one of `shapes.KV_CACHE_DTYPES`
     mem_fraction: float = 0.88
     max_total_tokens: int | None = None  # None: what fits
     chunked_prefill: int = 8192
@@ -101,6 +102,8 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
         "disable_overlap_schedule": not options.overlap,
         "enable_custom_logit_processor": options.logit_processor,
     }
+    if options.kv_cache_dtype != "auto":
+        arguments["kv_cache_dtype"] = options.kv_cache_dtype
     if options.base_gpu:
         arguments["base_gpu_id"] = options.base_gpu
     for name, ranks in zip(("tp_size", "pp_size", "dp_size"), options.ranks, strict=True):

@@ -10,10 +10,13 @@ from typing import Any
 
 from flashcore.bench.serve.configs import cut_layers, text_config
 
+KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8_e4m3", "fp8_e5m2")
+"""As both engines call them. auto: the model's own, which is bfloat16."""
+
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama-like decoder (gated MLP, grouped-query attention), 16-bit weights and KV.
+    """Sizes of a Llama-like decoder (gated MLP, grouped-query attention), 16-bit weights.
 
     With `source`, a config.json as text, it is whatever model that describes; its sizes are then
     those that the config names, and what a step reads is not known.
@@ -49,10 +52,10 @@ class ModelShape:
         layer = projections + 3 * self.hidden * self.intermediate
         return 2 * (self.layers * layer + self.hidden * self.vocab)
 
-    @property
-    def kv_bytes_per_token(self) -> int:
+    def kv_bytes_per_token(self, kv_cache_dtype: str = "auto") -> int:
         """Bytes of K and V of one token in all layers."""
-        return 4 * self.layers * self.kv_heads * self.head_dim
+        itemsize = 1 if kv_cache_dtype.startswith("fp8") else 2
+        return 2 * itemsize * self.layers * self.kv_heads * self.head_dim
 
     def config(self) -> dict[str, Any]:
         """The model's config.json."""

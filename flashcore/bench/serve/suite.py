@@ -178,7 +178,6 @@ def run_serve(
     with that one. `after` is told what was done; `keep` is given the result so far after each
     workload.
     """
-    page = options[0].page_size
     samples: dict[tuple[str, str], list[Sample]] = {}
     skipped: dict[str, str] = {}
     engines: list[dict[str, Any]] = []
@@ -197,7 +196,7 @@ def run_serve(
 
     def result() -> dict[str, Any]:
         rows = [
-            make_row(workload, backend, shapes[workload.name], page, taken, options[0].engine)
+            make_row(workload, backend, shapes[workload.name], options[0], taken)
             for workload in workloads
             for backend in dict.fromkeys(one.backend for one in options)
             if (taken := samples.get((workload.name, backend)))
@@ -282,11 +281,11 @@ def make_row(
     workload: Workload,
     backend: str,
     shape: ModelShape,
-    page: int,
+    options: EngineOptions,
     samples: Sequence[Sample],
-    engine: str = "sglang",
 ) -> Row:
-    """One line of the result: medians over the samples, and the samples themselves."""
+    """One line of the result: medians over the samples, and the samples themselves. options: what
+    the engines of all backends have in common."""
 
     def values(name: str) -> list[float]:
         return [sample[name] for sample in samples if sample.get(name) is not None]
@@ -296,17 +295,19 @@ def make_row(
         return statistics.median(found) if found else None
 
     step_ms = median("step_ms")
+    page, kv_bytes = options.page_size, shape.kv_bytes_per_token(options.kv_cache_dtype)
     half = workload.output / 2  # the batch as it is in the middle of decoding
     unique = workload.tokens_unique(half, page)
     weights = shape.weight_bytes_per_step
-    traffic = None if weights is None else weights + unique * shape.kv_bytes_per_token
+    traffic = None if weights is None else weights + unique * kv_bytes
     return {
         "workload": workload.name,
         "spec": workload.spec,
         "model": shape.name,
-        "engine": engine,
+        "engine": options.engine,
         "backend": backend,
         "page_size": page,
+        "kv_cache_dtype": options.kv_cache_dtype,
         "tokens_per_s": None if step_ms is None else 1e3 * workload.batch / step_ms,
         "step_ms": step_ms,
         "step_ms_all": values("step_ms"),

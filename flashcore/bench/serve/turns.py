@@ -208,13 +208,13 @@ class _Run:
 
     def row(self, workload: Workload, backend: str) -> Row | None:
         """One line of the result; None where nothing was measured."""
-        taken, page = self._taken[workload.name], self._options[0].page_size
+        taken = self._taken[workload.name]
         samples = [*taken.later.get(backend, []), *taken.decode.get(backend, [])]
         first = [sample["ttft_ms"] for sample in taken.first.get(backend, [])]
         if not samples:  # nothing but a first request, which alone says little
             return None
-        engine = self._options[0].engine
-        row = make_row(workload, backend, self.shapes[workload.name], page, samples, engine)
+        options = self._options[0]
+        row = make_row(workload, backend, self.shapes[workload.name], options, samples)
         found = {
             name: [sample[name] for sample in samples if sample.get(name) is not None]
             for name in ("step_ms_p50", "host_us", "metadata_us")
@@ -226,7 +226,7 @@ class _Run:
             "first_request_ttft_ms_all": first,
             "step_ms_quartiles": quartiles(row["step_ms_all"]),
             "ttft_ms_quartiles": quartiles(row["ttft_ms_all"]),
-            f"over_{BASELINES[engine]}": self._ratios(taken, backend),
+            f"over_{BASELINES[options.engine]}": self._ratios(taken, backend),
         }
 
     def _ratios(self, taken: _Taken, backend: str) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
         arguments["compilation_config"] = {"max_cudagraph_capture_size": batches}
     else:
         arguments["enforce_eager"] = True
+    if options.kv_cache_dtype != "auto":
+        arguments["kv_cache_dtype"] = options.kv_cache_dtype
     if blocks is not None:
         arguments["num_gpu_blocks_override"] = blocks
     unknown = sorted({key for key, _ in options.extra} - known)
