@@ -18,6 +18,7 @@ from flashcore.bench.serve.scheduler import Additions
 from flashcore.bench.serve.timeline import Timeline
 
 OURS = "flashcore"
+_SHARED_FRACTION = 0.1  # of a GPU that is free when an engine starts beside others
 _WORKER = "flashcore.bench.serve.vllm_worker.BenchWorker"
 
 
@@ -81,6 +82,12 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
         arguments["kv_cache_dtype"] = options.kv_cache_dtype
     if blocks is not None:
         arguments["num_gpu_blocks_override"] = blocks
+        if options.shape.source is None and options.device == "cuda":
+            # Measuring the memory would take engines that start beside this one for a part of it.
+            tokens = blocks * options.page_size
+            cache = tokens * options.shape.kv_bytes_per_token // (tensor * pipeline)
+            arguments["kv_cache_memory_bytes"] = cache
+            arguments["gpu_memory_utilization"] = min(options.mem_fraction, _SHARED_FRACTION)
     unknown = sorted({key for key, _ in options.extra} - known)
     if unknown:
         raise ValueError(f"--engine-args: vLLM has no argument {unknown[0]!r}")
