@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from flashcore.contract.work import DIRECT, Group
-from flashcore.eager import run
+from flashcore.eager import chunked, run
 from flashcore.eager.merge import apply_sinks, merge_partials
 from flashcore.eager.run import Tree, attend_runs, sees_all
 from flashcore.eager.workspace import scratch
@@ -49,7 +49,8 @@ def paged_attention(
         scaled = scaled * kv.k_scale.expand(num_kv_heads)[:, None, None]
     runs = _runs(plan.groups, positions, kv.k.shape[1])
     reader = _PageReader(kv, plan.cols.long())
-    for batch in _batches(runs, rules, tree_mask is not None):
+    invariant = planned.numbers.batch_invariant
+    for batch in [[r] for r in runs] if invariant else _batches(runs, rules, tree_mask is not None):
         first = batch[0]
         index = torch.tensor([run.q_begin for run in batch], device=q.device)[:, None]
         index = index + torch.arange(first.num_q, device=q.device)
@@ -61,7 +62,8 @@ def paged_attention(
             if depth is not None:
                 place = (tree.first_key + depth[tokens[0]])[None]
         load = reader.loader(batch)
-        result, logs = attend_runs(scaled[tokens], place, first.num_keys, load, rules, v_dim, tree)
+        asked = scaled[tokens], place, first.num_keys, load, rules, v_dim, tree
+        result, logs = chunked.attend_runs(*asked) if invariant else attend_runs(*asked)
         result, logs = result.flatten(2, 3), logs.flatten(2, 3)
         if first.partial == DIRECT:
             out[tokens], lse[tokens] = result, logs
@@ -69,7 +71,8 @@ def paged_attention(
             begin = torch.tensor([run.partial for run in batch], device=q.device)[:, None]
             index = begin + torch.arange(first.num_q, device=q.device)
             partial_out[index], partial_lse[index] = result, logs
-    merge_partials(partial_out, partial_lse, plan.merge_offsets, plan.merge_partials, out, lse)
+    lists = plan.merge_offsets, plan.merge_partials
+    (chunked.merge if invariant else merge_partials)(partial_out, partial_lse, *lists, out, lse)
     if kv.v_scale is not None:
         grouped = out.view(total_q, num_kv_heads, num_q_heads // num_kv_heads, v_dim)
         grouped *= kv.v_scale.expand(num_kv_heads)[:, None, None]

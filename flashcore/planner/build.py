@@ -58,8 +58,8 @@ def plan(
         share: False reads every sequence's pages for itself (for comparison; same results).
         fold: True gives groups back to their sequences where sharing would not pay. False keeps
             every group however small; "always" keeps none that can be given back.
-        batch_invariant: on the Hopper kernels, the bits of a query token's output and LSE follow
-            from its sequence's tokens up to it and from nothing else: not from the rest of the
+        batch_invariant: the bits of a query token's output and LSE follow from its sequence's
+            tokens up to it and from nothing else: not from the rest of the
             batch, sharing, q_len, the page size or the GPU's size (docs/determinism.md). Wants
             pages that divide 1024 tokens.
 
