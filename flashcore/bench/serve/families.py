@@ -47,7 +47,10 @@ ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
         },  # its image processor is not in a config
         "lfm2": {"page_size": 1},  # all that its prefix cache has
     },
-    "vllm": {"qwen3-next": {"mamba_ssm_cache_dtype": "float32"}},
+    "vllm": {
+        # FlashInfer's kernel for the linear layers would be compiled for minutes.
+        "qwen3-next": {"mamba_ssm_cache_dtype": "float32", "gdn_prefill_backend": "triton"},
+    },
 }
 # So that many engines start side by side in vLLM, which wants this much of the GPU to be free; the
 # cache is measured by POOL, and this is only more than it takes.
