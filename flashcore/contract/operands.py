@@ -37,11 +37,14 @@ class Dense(NamedTuple):
 
 
 class Paged(NamedTuple):
-    """Attention over a plan's work list. q, pages and out are bf16 or fp16."""
+    """Attention over a plan's work list. q and out are bf16 or fp16, pages the same or bytes of
+    fp8."""
 
     q: Tensor  # [total_q, heads, head_dim]
     k_pages: Tensor  # [pages, page_tokens, kv_heads, head_dim]
     v_pages: Tensor  # [pages, page_tokens, kv_heads, v_head_dim]
+    k_scale: Tensor  # fp32 [kv_heads] of fp8 pages, in any stride; else None
+    v_scale: Tensor
     out: Tensor  # [total_q, heads, v_head_dim]
     lse: Tensor  # fp32 [total_q, heads]
     partial_out: Tensor  # fp32 [partial tokens, heads, v_head_dim]

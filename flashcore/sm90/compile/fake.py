@@ -25,11 +25,12 @@ def element_of(dtype: str) -> Any:
 
 
 def strided(element: Any, *shape: Any) -> Any:
-    """Free strides in multiples of the 8 elements that TMA and 16-byte copies need."""
+    """Free strides in multiples of the 16 bytes that TMA and 16-byte copies need."""
     import cutlass.cute as cute
     from cutlass.cute.runtime import make_fake_tensor
 
-    stride = [cute.sym_int64(divisibility=8) for _ in shape[:-1]]
+    vector = max(8, 128 // element.width)
+    stride = [cute.sym_int64(divisibility=vector) for _ in shape[:-1]]
     return make_fake_tensor(element, shape, (*stride, 1), assumed_align=16)
 
 
@@ -38,6 +39,15 @@ def vector(element: Any, extent: Any) -> Any:
     from cutlass.cute.runtime import make_fake_tensor
 
     return make_fake_tensor(element, (extent,), (1,), assumed_align=element.width // 8)
+
+
+def any_stride(element: Any, extent: Any) -> Any:
+    """Elements at any distance, as of a single one that is repeated."""
+    import cutlass.cute as cute
+    from cutlass.cute.runtime import make_fake_tensor
+
+    stride = (cute.sym_int64(),)
+    return make_fake_tensor(element, (extent,), stride, assumed_align=element.width // 8)
 
 
 def matrix(element: Any, rows: Any, columns: Any, align: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from flashcore.contract.counts import Count
 from flashcore.contract.operands import Paged
 from flashcore.contract.work import FIELDS
-from flashcore.sm90.compile.fake import compiled, element_of, matrix, strided, table, vector
+from flashcore.sm90.compile.fake import any_stride, compiled, element_of, matrix, strided, table, vector
 from flashcore.sm90.config.paged import PagedConfig, illegal_reason
 
 
@@ -31,13 +31,16 @@ def _operands(config: PagedConfig) -> Paged:
 
     c = config
     dtype = element_of(c.dtype)
+    of_pages = Uint8 if c.kv_dtype else dtype
     total_q, partials, heads = cute.sym_int(), cute.sym_int(), cute.sym_int()
     pages, kv_heads = cute.sym_int(), cute.sym_int()
     gathered = cute.sym_int()
     return Paged(
         q=strided(dtype, total_q, heads, c.head_dim),
-        k_pages=strided(dtype, pages, c.page_tokens, kv_heads, c.head_dim),
-        v_pages=strided(dtype, pages, c.page_tokens, kv_heads, c.v_head_dim),
+        k_pages=strided(of_pages, pages, c.page_tokens, kv_heads, c.head_dim),
+        v_pages=strided(of_pages, pages, c.page_tokens, kv_heads, c.v_head_dim),
+        k_scale=any_stride(Float32, kv_heads) if c.kv_dtype else None,
+        v_scale=any_stride(Float32, kv_heads) if c.kv_dtype else None,
         out=strided(dtype, total_q, heads, c.v_head_dim),
         lse=matrix(Float32, total_q, heads, 4),
         partial_out=strided(Float32, partials, heads, c.v_head_dim),

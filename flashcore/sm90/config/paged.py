@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flashcore.sm90.config.dense import (
     DTYPES,
@@ -24,6 +24,9 @@ LARGEST_DIM = HEAD_DIMS[-1]
 PRODUCT_STEP = 16  # columns of Q and K that one WGMMA takes
 SMEM_BYTES_RESERVED_PER_CTA = 1024
 KV_LOADS = ("tma", "gather")
+KV_DTYPES = ("e4m3", "e5m2")
+NARROW_DIM_STEP = 16  # columns of a 16-byte copy of fp8
+CONVERTED_ROWS = 16  # that a warp converts at a time are whole, in each swizzle
 LONGEST_GATHERED_PAGE = 8
 """Page tokens up to which rows are gathered. With a TMA box each, pages of 1 took ten times the
 bound; pages of 16 took 1.029 where gathered rows took 1.032."""
@@ -38,7 +41,7 @@ PAGE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 class PagedConfig:
     """A compiled paged kernel: features, tile, schedule."""
 
-    dtype: str  # "bf16" | "fp16": of q, the pages and out
+    dtype: str  # "bf16" | "fp16": of q and out, and of the pages where kv_dtype is ""
     head_dim: int  # columns of q and of the K pages as they are: padding is compiled in
     v_head_dim: int  # of the V pages, of out and of partial results; at most head_dim
     page_tokens: int
@@ -59,6 +62,11 @@ class PagedConfig:
     consumer_registers: int = 232
     evict_first: bool = False  # K and V may leave L2 first: decode reads them once
     ctas_per_sm: int = 1  # resident together, each with its share of registers and shared memory
+    kv_dtype: str = ""  # "e4m3" | "e5m2": fp8 pages, converted in shared memory to fp16, which the
+    # products take; what follows is 0 without it. `stages` are then of fp8.
+    wide_stages: int = 0  # of fp16, of K and of V
+    converting_warps: int = 0  # of the producer warpgroup, its last
+    converted_rows: int = 0  # that one of them converts at a time: a tile, or part of one
 
     @property
     def tile_m(self) -> int:
@@ -88,7 +96,25 @@ class PagedConfig:
     @property
     def loading_warps(self) -> int:
         """Warps of the producer warpgroup that copy K and V."""
-        return 4 if self.kv_load == "gather" else 1
+        if self.kv_load == "gather":
+            return 2 if self.kv_dtype else 4
+        return 1
+
+    @property
+    def awaiting_warps(self) -> int:
+        """Warps that read published items: the consumers, and producers but the one by TMA."""
+        gathering = self.loading_warps if self.kv_load == "gather" else 0
+        return 4 * self.num_consumer_warpgroups + gathering + self.converting_warps
+
+    @property
+    def product_stages(self) -> int:
+        """Stages of K and of V that products read."""
+        return self.wide_stages if self.kv_dtype else self.stages
+
+    @property
+    def converted_parts(self) -> int:
+        """Parts of a tile that are converted one by one."""
+        return self.tile_n // self.converted_rows
 
     @property
     def total_rows(self) -> int:
@@ -104,10 +130,12 @@ class PagedConfig:
     def smem_bytes(self) -> int:
         """Shared memory of one CTA; 1024 covers barriers, the work slot, the numbers about 64 rows
         and alignment."""
-        k_row, v_row = 2 * self.k_columns, 2 * self.v_columns
-        kv = self.stages * self.tile_n * (k_row + v_row)
+        columns = self.k_columns + self.v_columns
+        kv = 2 * self.product_stages * self.tile_n * columns
+        if self.kv_dtype:
+            kv += self.stages * self.tile_n * columns
         totals = total_bytes(self.tile_m, self.v_head_dim) if self.chunked else 0
-        return self.tile_m * k_row + kv + totals + 1024
+        return 2 * self.tile_m * self.k_columns + kv + totals + 1024
 
     @property
     def threads(self) -> int:
@@ -155,6 +183,7 @@ def illegal_reason(config: PagedConfig) -> str | None:
             f"tile_n {c.tile_n}: the consumers clear rows of V in whole passes",
         ),
         (c.stages >= 2, "at least two K/V stages"),
+        *_conversion_rules(c),
         (c.group_size >= 1, "at least one query head for each KV head"),
         (not (c.causal and c.tree), "a tree mask takes the place of causal"),
         (
@@ -167,6 +196,31 @@ def illegal_reason(config: PagedConfig) -> str | None:
         ),
     )
     return next((reason for ok, reason in rules if not ok), None)
+
+
+def _conversion_rules(c: PagedConfig) -> tuple[tuple[bool, str], ...]:
+    """What must hold of fp8 pages, or of their absence."""
+    if not c.kv_dtype:
+        spare = (c.wide_stages, c.converting_warps, c.converted_rows)
+        return ((spare == (0, 0, 0), "stages of fp16 and their warps are for fp8 pages"),)
+    return (
+        (c.kv_dtype in KV_DTYPES, f"kv_dtype {c.kv_dtype!r} is not one of {KV_DTYPES}"),
+        *(
+            (dim % NARROW_DIM_STEP == 0, f"{name} of fp8 pages: a multiple of 16, got {dim}")
+            for name, dim in (("head_dim", c.head_dim), ("v_head_dim", c.v_head_dim))
+        ),
+        (c.wide_stages >= 1, "at least one stage of fp16"),
+        (
+            1 <= c.converting_warps <= 4 - c.loading_warps,
+            f"{c.converting_warps} converting warps beside {c.loading_warps} that load",
+        ),
+        (
+            c.converted_rows > 0
+            and c.converted_rows % CONVERTED_ROWS == 0
+            and c.tile_n % c.converted_rows == 0,
+            f"converted_rows {c.converted_rows}: multiples of {CONVERTED_ROWS} that divide tile_n",
+        ),
+    )
 
 
 class PagedCall(NamedTuple):
@@ -187,6 +241,7 @@ class PagedCall(NamedTuple):
     tree: bool = False
     device_counts: bool = False
     chunked: bool = False
+    kv_dtype: str = ""
 
 
 def choose(call: PagedCall, tile_m: int) -> PagedConfig:
@@ -196,29 +251,25 @@ def choose(call: PagedCall, tile_m: int) -> PagedConfig:
         raise ValueError(unserved)
     if tile_m not in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS):
         raise ValueError(f"tile_m must be 64 or 128, got {tile_m}")
-    warpgroups = tile_m // WARPGROUP_ROWS
-    ctas = ctas_per_sm(head_dim, tile_m, v_head_dim, call.chunked)
+    if call.kv_dtype not in ("", *KV_DTYPES):
+        raise ValueError(f"kv_dtype must be one of {KV_DTYPES} or empty, got {call.kv_dtype!r}")
+    if call.kv_dtype:
+        for name, dim in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
+            if dim % NARROW_DIM_STEP:
+                raise ValueError(f"{name} of fp8 pages must be a multiple of 16, got {dim}")
     kv_load = "gather" if call.page_tokens <= LONGEST_GATHERED_PAGE else "tma"
-    # Wider tiles have fewer waits, as long as two stages of them are no more than is wanted.
-    key_bytes = 2 * (head_dim + v_head_dim)
-    beside = ctas
-    if call.chunked:  # the order of sums is one for all tiles: that of the lower
-        beside = ctas_per_sm(head_dim, WARPGROUP_ROWS, v_head_dim, True)
-    tile_n = 128 if beside * 2 * 128 * key_bytes <= KV_BYTES_PER_SM else 64
+    tile = _tile(head_dim, v_head_dim, tile_m, call.chunked)
     config = PagedConfig(
         dtype=call.dtype,
         head_dim=head_dim,
         v_head_dim=v_head_dim,
         page_tokens=call.page_tokens,
         group_size=call.group_size,
-        num_consumer_warpgroups=warpgroups,
-        tile_n=tile_n,
-        stages=_stages(kv_load, head_dim, v_head_dim, tile_m, tile_n, ctas, call.chunked),
+        num_consumer_warpgroups=tile_m // WARPGROUP_ROWS,
         kv_load=kv_load,
-        producer_registers=40 if ctas == 1 else 56,
-        consumer_registers=_consumer_registers(ctas, warpgroups, call.chunked),
+        **(_converting(tile, kv_load) if call.kv_dtype else _as_it_lies(tile, kv_load)),
+        kv_dtype=call.kv_dtype,
         evict_first=tile_m == WARPGROUP_ROWS,
-        ctas_per_sm=ctas,
         causal=call.causal and not call.tree,
         window=call.window,
         softcap=call.softcap,
@@ -233,11 +284,43 @@ def choose(call: PagedCall, tile_m: int) -> PagedConfig:
     return config
 
 
-def _consumer_registers(ctas: int, warpgroups: int, chunked: bool) -> int:
-    """As many as there are; a warpgroup alone has more of them than any thread can use."""
-    if ctas > 1:
-        return 200
-    return 248 if chunked and warpgroups == 1 else 232
+class _Tile(NamedTuple):
+    """What decides on a schedule."""
+
+    head_dim: int
+    v_head_dim: int
+    tile_m: int
+    tile_n: int
+    ctas: int  # of an SM
+    chunked: bool
+
+    @property
+    def columns(self) -> int:
+        """Of K and V in shared memory."""
+        return tile_columns(self.head_dim) + tile_columns(self.v_head_dim)
+
+    @property
+    def kv_room(self) -> int:
+        """Bytes that a CTA has beside Q and running totals."""
+        q = 2 * self.tile_m * tile_columns(self.head_dim)
+        totals = total_bytes(self.tile_m, self.v_head_dim) if self.chunked else 0
+        return smem_bytes_of_cta(self.ctas) - 1024 - totals - q
+
+    def wanted_stages(self, itemsize: int) -> int:
+        """As many as come nearest to KV_BYTES_PER_SM on their way; padding is not read."""
+        on_the_way = itemsize * self.ctas * self.tile_n * (self.head_dim + self.v_head_dim)
+        return max(2, round(KV_BYTES_PER_SM / on_the_way))
+
+
+def _tile(head_dim: int, v_head_dim: int, tile_m: int, chunked: bool) -> _Tile:
+    """The same for fp8 and 16-bit pages, so that results are."""
+    ctas = beside = ctas_per_sm(head_dim, tile_m, v_head_dim, chunked)
+    if chunked:  # the order of sums is one for all tiles: that of the lower
+        beside = ctas_per_sm(head_dim, WARPGROUP_ROWS, v_head_dim, True)
+    # Wider tiles have fewer waits, as long as two stages of them are no more than is wanted.
+    key_bytes = 2 * (head_dim + v_head_dim)
+    tile_n = 128 if beside * 2 * 128 * key_bytes <= KV_BYTES_PER_SM else 64
+    return _Tile(head_dim, v_head_dim, tile_m, tile_n, ctas, chunked)
 
 
 def ctas_per_sm(
@@ -250,7 +333,8 @@ def ctas_per_sm(
     two; gathered pages of 1 token, 64 x 8192 with 90 % shared: 20 %.
     """
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
-    fitting = _fitting_stages(head_dim, v_head_dim, tile_m, 64, 2, chunked)
+    tile = _Tile(head_dim, v_head_dim, tile_m, 64, 2, chunked)
+    fitting = tile.kv_room // (2 * tile.tile_n * tile.columns)
     return 2 if tile_m == WARPGROUP_ROWS and fitting >= 2 else 1
 
 
@@ -269,38 +353,45 @@ def rows_at_a_time(columns: int, warpgroups: int) -> int:
     return threads // gcd(columns // DIM_STEP, threads)
 
 
-def _stages(
-    kv_load: str,
-    head_dim: int,
-    v_head_dim: int,
-    tile_m: int,
-    tile_n: int,
-    ctas: int,
-    chunked: bool,
-) -> int:
-    """Boxes: as many as come nearest to KV_BYTES_PER_SM on their way. Padding is not read, so it
-    counts only where stages must fit. Gathered rows: as many as fit. At least two, at most four.
-    """
-    stages = _fitting_stages(head_dim, v_head_dim, tile_m, tile_n, ctas, chunked)
-    if kv_load == "tma":
-        on_the_way = 2 * ctas * tile_n * (head_dim + v_head_dim)
-        stages = min(stages, max(2, round(KV_BYTES_PER_SM / on_the_way)))
-    return min(stages, MOST_STAGES)
-
-
 def total_bytes(tile_m: int, v_head_dim: int) -> int:
     """Shared memory of a running total, and 1024 for the numbers about more than 64 rows."""
     return 4 * tile_m * tile_columns(v_head_dim) + (tile_m > WARPGROUP_ROWS) * 1024
 
 
-def _fitting_stages(
-    head_dim: int, v_head_dim: int, tile_m: int, tile_n: int, ctas: int, chunked: bool
-) -> int:
-    """Stages of K and V that fit beside Q into a CTA's share of an SM."""
-    k_row, v_row = 2 * tile_columns(head_dim), 2 * tile_columns(v_head_dim)
-    totals = total_bytes(tile_m, v_head_dim) if chunked else 0
-    room = smem_bytes_of_cta(ctas) - 1024 - totals - tile_m * k_row
-    return room // (tile_n * (k_row + v_row))
+def _as_it_lies(tile: _Tile, kv_load: str) -> dict[str, Any]:
+    """Schedule of 16-bit pages. Gathered rows: as many stages as fit, at most four."""
+    stages = tile.kv_room // (2 * tile.tile_n * tile.columns)
+    if kv_load == "tma":
+        stages = min(stages, tile.wanted_stages(2))
+    return {
+        "tile_n": tile.tile_n,
+        "stages": min(stages, MOST_STAGES),
+        "ctas_per_sm": tile.ctas,
+        "producer_registers": 40 if tile.ctas == 1 else 56,
+        "consumer_registers": 200 if tile.ctas == 2 else _registers_of_one(tile, 232),
+    }
+
+
+def _converting(tile: _Tile, kv_load: str) -> dict[str, Any]:
+    """Schedule of fp8 pages: one stage of fp16, the rest of the room for what is on its way."""
+    wide_bytes = 2 * tile.tile_n * tile.columns
+    fitting = (tile.kv_room - wide_bytes) // (tile.tile_n * tile.columns)
+    of_one = _registers_of_one(tile, 240 if tile.tile_m == WARPGROUP_ROWS else 216)
+    return {
+        "tile_n": tile.tile_n,
+        "stages": min(fitting, tile.wanted_stages(1), MOST_STAGES),
+        "ctas_per_sm": tile.ctas,
+        "producer_registers": 72,
+        "consumer_registers": 184 if tile.ctas == 2 else of_one,
+        "wide_stages": 1,
+        "converting_warps": 2 if kv_load == "gather" else 3,
+        "converted_rows": tile.tile_n // 2,
+    }
+
+
+def _registers_of_one(tile: _Tile, usual: int) -> int:
+    """Of a consumer thread of the only CTA; a warpgroup alone has more than any thread can use."""
+    return 248 if tile.chunked and tile.tile_m == WARPGROUP_ROWS else usual
 
 
 @dataclass(frozen=True)

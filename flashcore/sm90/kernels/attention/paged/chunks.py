@@ -15,7 +15,7 @@ from cutlass import Float32, Int32, const_expr
 
 from flashcore.contract.chunks import CHUNK_TOKENS
 from flashcore.sm90.config.paged import PagedConfig
-from flashcore.sm90.kernels.attention.paged import work_loop
+from flashcore.sm90.kernels.attention.paged import convert, work_loop
 from flashcore.sm90.kernels.attention.paged.epilogue import store_rows
 from flashcore.sm90.kernels.attention.paged.intervals import Bounds, row_intervals
 from flashcore.sm90.kernels.attention.paged.operands import Operands
@@ -73,8 +73,8 @@ class ChunkedConsumer:
         lane = tid % 32
         thread_row = tid // 32 * 16 + lane // 4
         column = 2 * (lane % 4)
-        k_state = pipelines.consumer_state(c.stages)
-        v_state = pipelines.consumer_state(c.stages)
+        k_state = pipelines.consumer_state(c.product_stages)
+        v_state = pipelines.consumer_state(c.product_stages)
         pipelines.first_turn(wg, self.warpgroups)
         per_chunk = const_expr(CHUNK_TOKENS // c.tile_n)
         slot_phase = Int32(0)
@@ -82,6 +82,10 @@ class ChunkedConsumer:
         while item.valid >= 0:
             slot_phase ^= 1
             rows = row_intervals(c, m, item, window, thread_row)
+            of_item, v_scale = scale, Float32(1.0)
+            if const_expr(c.kv_dtype):
+                of_item = convert.item_scale(c, scale, m, item.kv_head)
+                v_scale = m.v_scale[item.kv_head]
             frag.accO.fill(0.0)
             frag.row_max.fill(-Float32.inf)
             frag.row_sum.fill(0.0)
@@ -92,7 +96,7 @@ class ChunkedConsumer:
                     begin = max(item.first, (end - 1) // per_chunk * per_chunk)
                     frag.accO.fill(0.0)
                     self.first_tile(
-                        frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid,
+                        frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid,
                         item._replace(end=end), column,
                     )  # fmt: skip
                     k_state.advance()
@@ -101,14 +105,14 @@ class ChunkedConsumer:
                     plain_end = min(masked_end, max(begin, item.full_low))
                     for j in cutlass.range(last - masked_end, unroll=1):
                         self.tile(
-                            frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid,
+                            frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid,
                             item, column, last - 1 - j, True,
                         )  # fmt: skip
                         k_state.advance()
                         v_state.advance()
                     for _ in cutlass.range(masked_end - plain_end, unroll=1):
                         self.tile(
-                            frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid,
+                            frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid,
                             item, column, 0, False,
                         )  # fmt: skip
                         k_state.advance()
@@ -116,29 +120,31 @@ class ChunkedConsumer:
                     if const_expr(c.window):
                         for j in cutlass.range(plain_end - begin, unroll=1):
                             self.tile(
-                                frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid,
+                                frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid,
                                 item, column, plain_end - 1 - j, True,
                             )  # fmt: skip
                             k_state.advance()
                             v_state.advance()
                     last_product(frag, ring_v, v_state)
                     v_state.advance()
-                    close(frag, scale)
+                    close(c, frag, of_item, v_scale)
                     if end < item.end:
                         add_to_total(frag, totals, tid)
                     if begin > item.first:
                         keep_total(frag, totals, tid)
                     end = begin
-            store_rows(c, self.dtype, frag, m, item, rows, thread_row, lane, scale)
+            store_rows(c, self.out_dtype, frag, m, item, rows, thread_row, lane, of_item)
             item = work_loop.await_item(slot, slot_phase)
 
 
 @cute.jit
-def close(frag: Fragments, scale: Scale):
+def close(config: cutlass.Constexpr[PagedConfig], frag: Fragments, scale: Scale, v_scale: Float32):
     """From what the online softmax leaves to a total of one chunk."""
     out = matmul.acc_rows_cols(frag.accO)
     for r in cutlass.range_constexpr(ROWS):
         factor, lse = fold.close(frag.row_max[r], quad_sum(frag.row_sum[r]), scale.log2)
+        if const_expr(config.kv_dtype):
+            factor = fold.mul(factor, v_scale)
         for col in cutlass.range_constexpr(cute.size(out, mode=[1])):
             out[r, col] = fold.mul(out[r, col], factor)
         frag.row_max[r] = lse

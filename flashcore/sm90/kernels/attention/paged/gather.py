@@ -1,7 +1,7 @@
 """K/V rows gathered by cp.async: the load path for pages too short for a TMA box each.
 
 Two of the four producer warps load K, two V, each every second tile: a warp waits for no stage but
-its own. A lane finds the address of one row of 32; eight lanes copy a row's 128-byte pieces, 16
+its own. Rows of fp8 are half as long, so one warp each is enough, and the others convert them. A lane finds the address of one row of 32; eight lanes copy a row's 128-byte pieces, 16
 bytes each, as the swizzle of the stages has them.
 """
 
@@ -21,14 +21,13 @@ from flashcore.sm90.config.paged import PagedConfig
 from flashcore.sm90.kernels.attention.paged import work_loop
 from flashcore.sm90.kernels.attention.paged.intervals import Bounds, measure_item
 from flashcore.sm90.kernels.attention.paged.operands import Operands
-from flashcore.sm90.kernels.attention.paged.pages import EVICT_FIRST, VECTOR
+from flashcore.sm90.kernels.attention.paged.pages import EVICT_FIRST
 from flashcore.sm90.kernels.attention.paged.work_loop import Item, Slot
 from flashcore.sm90.kernels.attention.parts import counter, pipelines
 from flashcore.sm90.kernels.attention.parts import device_counts as device_plan
 
 LANES_PER_ROW = 8
 ROWS_PER_COPY = 4  # of a warp
-LOADERS = 2  # warps that take turns at the tiles of K, and as many at those of V
 
 
 class Rows(NamedTuple):
@@ -43,7 +42,12 @@ class Stages(NamedTuple):
     """The stages of K or of V in shared memory."""
 
     start: Int32  # byte address
-    bytes: cute.ComposedLayout  # (tile_n, bytes of a row, stage) -> byte
+    bytes: cute.ComposedLayout | cute.Layout  # (tile_n, bytes of a row, stage) -> byte
+
+
+def loaders(config: PagedConfig) -> int:
+    """Warps that take turns at the tiles of K, and as many at those of V."""
+    return config.loading_warps // 2
 
 
 def byte_layout(layout: cute.ComposedLayout) -> cute.ComposedLayout:
@@ -129,7 +133,7 @@ def copy_vector(dst: Int32, src: Int64, evict_first: bool, whole_lines: bool, *,
 @cute.jit
 def copy_tile(
     config: cutlass.Constexpr[PagedConfig],
-    dim: cutlass.Constexpr[int],  # columns of the rows
+    row_bytes: cutlass.Constexpr[int],
     addresses: list[Int64],  # of `find_rows`
     stages: Stages,
     stage: Int32,
@@ -138,7 +142,7 @@ def copy_tile(
     c = config
     lane = cute.arch.lane_idx()
     vector = lane % LANES_PER_ROW
-    vectors = const_expr(dim // VECTOR)
+    vectors = const_expr(row_bytes // 16)
     for b in cutlass.range_constexpr(len(addresses)):
         for i in cutlass.range(block_rows(c) // ROWS_PER_COPY, unroll=2):
             row = i * ROWS_PER_COPY + lane // LANES_PER_ROW
@@ -149,9 +153,9 @@ def copy_tile(
                 to, start = stages.start + at, src + 16 * LANES_PER_ROW * j
                 if const_expr(LANES_PER_ROW * (j + 1) > vectors):
                     if vector < vectors - LANES_PER_ROW * j:
-                        copy_vector(to, start, c.evict_first, dim % 128 == 0)
+                        copy_vector(to, start, c.evict_first, row_bytes % 256 == 0)
                 else:
-                    copy_vector(to, start, c.evict_first, dim % 128 == 0)
+                    copy_vector(to, start, c.evict_first, row_bytes % 256 == 0)
 
 
 @cute.jit
@@ -168,18 +172,19 @@ def load_item(
     """This warp's tiles of an item, page ids a tile ahead; the next `state` and `skip`."""
     c = config
     rows = head_rows(mPages, item.kv_head)
+    row_bytes = const_expr(mPages.shape[3] * mPages.element_type.width // 8)
     found = cute.make_rmem_tensor(c.tile_n // block_rows(c), Int32)
     n = item.end - 1 - skip
     find_pages(c, mCols, n, item, found)
     while n >= item.first:
         addresses = find_rows(c, rows, n, item, found)
-        find_pages(c, mCols, n - LOADERS, item, found)
+        find_pages(c, mCols, n - loaders(c), item, found)
         ring.producer_acquire(state)
-        copy_tile(c, mPages.shape[3], addresses, stages, state.index)
+        copy_tile(c, row_bytes, addresses, stages, state.index)
         ring.producer_commit(state)
-        for _ in cutlass.range_constexpr(LOADERS):
+        for _ in cutlass.range_constexpr(loaders(c)):
             state.advance()
-        n -= LOADERS
+        n -= const_expr(loaders(c))
     return state, item.first - 1 - n
 
 
@@ -228,14 +233,14 @@ def produce(
     window: Bounds,
     warp: Int32,
 ):
-    """The producer warps: 0 and 1 load K, 2 and 3 V; warp 0 also draws items and publishes them."""
+    """The loading warps: the first half loads K, the other V; warp 0 also draws items and publishes them."""
     c = config
     index, _, _ = cute.arch.block_idx()
     num_items = device_plan.count_items(c, m)
     if warp == 0:
         publish(c, slot, Int32(1), m, window, index, num_items)
-    turn = warp % LOADERS
-    if warp < LOADERS:
+    turn = warp % const_expr(loaders(c))
+    if warp < const_expr(loaders(c)):
         load_items(c, mKPages, k_stages, ring_k, slot, m, window, index, num_items, turn, warp == 0)
     else:
         load_items(c, mVPages, v_stages, ring_v, slot, m, window, index, num_items, turn, False)

@@ -1,6 +1,7 @@
 """Paged attention for Hopper over a plan's work list: each run of shared pages is read once.
 
-A producer warp (four where rows are gathered), one or two consumer warpgroups, persistent. A work
+A producer warp (four where rows are gathered), one or two consumer warpgroups, persistent; pages of
+fp8 pass through warps that convert them, and what follows is as of fp16 (convert.py). A work
 item is a KV run of a group, up to tile_m packed query rows of its members, and one KV head
 (flashcore/contract/work.py); sharing only decides how many rows ride on a run. Every mask but the
 tree's is an interval of keys per row.
@@ -10,15 +11,15 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Float16, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from flashcore.contract.work import Work
-from flashcore.sm90.config.dense import SMEM_BYTES_PER_SM90_CTA
 from flashcore.sm90.config.paged import PagedConfig, illegal_reason
 from flashcore.sm90.kernels.attention.paged import (
     barriers,
     chunks,
+    convert,
     gather,
     nonfinite,
     pages,
@@ -33,6 +34,12 @@ from flashcore.sm90.kernels.attention.paged.intervals import (
     row_intervals,
 )
 from flashcore.sm90.kernels.attention.paged.operands import Operands
+from flashcore.sm90.kernels.attention.paged.storage import (
+    Layouts,
+    layouts_of,
+    rings_of,
+    storage_of,
+)
 from flashcore.sm90.kernels.attention.paged.work_loop import SLOT_WORDS, Item, Slot
 from flashcore.sm90.kernels.attention.parts import counter, matmul, pipelines
 from flashcore.sm90.kernels.attention.parts import device_counts as device_plan
@@ -60,7 +67,8 @@ class PagedAttention(chunks.ChunkedConsumer):
         if reason is not None:
             raise ValueError(reason)
         self.config = config
-        self.dtype = {"bf16": BFloat16, "fp16": Float16}[config.dtype]
+        self.out_dtype = {"bf16": BFloat16, "fp16": Float16}[config.dtype]
+        self.dtype = Float16 if config.kv_dtype else self.out_dtype  # of the products
         self.warpgroups = config.num_consumer_warpgroups
 
     @cute.jit
@@ -69,6 +77,8 @@ class PagedAttention(chunks.ChunkedConsumer):
         q: cute.Tensor,  # these as in `contract.operands.Paged`
         k_pages: cute.Tensor,
         v_pages: cute.Tensor,
+        k_scale: cute.Tensor | None,
+        v_scale: cute.Tensor | None,
         out: cute.Tensor,
         lse: cute.Tensor,
         partial_out: cute.Tensor,
@@ -91,38 +101,24 @@ class PagedAttention(chunks.ChunkedConsumer):
         stream,
     ):
         c = self.config
-        sQ_l = matmul.smem_layout(self.dtype, c.tile_m, c.k_columns)
-        sK_l = matmul.smem_layout(self.dtype, c.tile_n, c.k_columns, c.stages)
-        sV_l = matmul.smem_layout(self.dtype, c.tile_n, c.v_columns, c.stages)
+        layouts = layouts_of(c, self.dtype)
         if const_expr(c.kv_load == "tma"):
-            tma_k, gK = pages.page_copy(c, k_pages, sK_l)
-            tma_v, gV = pages.page_copy(c, v_pages, sV_l)
+            tma_k, gK = pages.page_copy(c, k_pages, layouts.loaded[0])
+            tma_v, gV = pages.page_copy(c, v_pages, layouts.loaded[1])
         else:
             tma_k, gK, tma_v, gV = None, k_pages, None, v_pages
         mma_qk = matmul.qk_product(self.dtype, self.warpgroups, c.tile_n)
         mma_pv = matmul.pv_product(self.dtype, self.warpgroups, c.v_columns)
 
-        @cute.struct
-        class Storage:
-            k_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
-            v_barriers: cute.struct.MemRange[Int64, 2 * c.stages]
-            slot_barriers: cute.struct.MemRange[Int64, 2]
-            slot: cute.struct.MemRange[Int32, SLOT_WORDS]
-            row_totals: cute.struct.MemRange[Float32, c.total_rows]
-            q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sQ_l)], 1024]
-            k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sK_l)], 1024]
-            v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sV_l)], 1024]
-            totals: cute.struct.Align[cute.struct.MemRange[Float32, c.total_elements], 16]
-
-        assert Storage.size_in_bytes() <= SMEM_BYTES_PER_SM90_CTA
-        self.Storage = Storage
+        self.Storage = storage_of(c, self.dtype, layouts)
+        assert self.Storage.size_in_bytes() <= c.smem_bytes
         operands = Operands(
             q, out, lse, partial_out, partial_lse, cols, work, q_tokens, q_positions, q_index,
-            tree_mask, tree_positions, sinks, counter, counts,
+            tree_mask, tree_positions, sinks, k_scale, v_scale, counter, counts,
         )  # fmt: skip
         self.kernel(
             tma_k, gK, tma_v, gV, operands, softmax_scale, softcap,
-            Bounds(window_left, window_right), sQ_l, sK_l, sV_l, mma_qk, mma_pv,
+            Bounds(window_left, window_right), layouts, mma_qk, mma_pv,
         ).launch(
             grid=[num_ctas, 1, 1],
             block=[c.threads, 1, 1],
@@ -142,9 +138,7 @@ class PagedAttention(chunks.ChunkedConsumer):
         softmax_scale: Float32,
         softcap: Float32,
         window: Bounds,
-        sQ_l: cute.ComposedLayout,
-        sK_l: cute.ComposedLayout,
-        sV_l: cute.ComposedLayout,
+        layouts: Layouts,
         mma_qk: cute.TiledMma,
         mma_pv: cute.TiledMma,
     ):
@@ -158,39 +152,24 @@ class PagedAttention(chunks.ChunkedConsumer):
             # The first item is on its way while the barriers are made.
             words = work_loop.work_row(m.work, cute.arch.block_idx()[0])
         storage = SmemAllocator().allocate(self.Storage)
-        sQ = storage.q.get_tensor(sQ_l.outer, swizzle=sQ_l.inner)
-        sK = storage.k.get_tensor(sK_l.outer, swizzle=sK_l.inner)
-        sV = storage.v.get_tensor(sV_l.outer, swizzle=sV_l.inner)
+        sQ = storage.q.get_tensor(layouts.q.outer, swizzle=layouts.q.inner)
+        sK = storage.k.get_tensor(layouts.k.outer, swizzle=layouts.k.inner)
+        sV = storage.v.get_tensor(layouts.v.outer, swizzle=layouts.v.inner)
+        loaded_k, loaded_v = sK, sV
+        if const_expr(c.kv_dtype):
+            loaded_k = storage.narrow_k.get_tensor(layouts.narrow_k)
+            loaded_v = storage.narrow_v.get_tensor(layouts.narrow_v)
         slot_barriers = storage.slot_barriers.data_ptr()
         slot = Slot(
             storage.slot.get_tensor(cute.make_layout(SLOT_WORDS)), slot_barriers, slot_barriers + 1
         )
-        warps = 4 * self.warpgroups
-        if const_expr(c.kv_load == "tma"):
-            # Of a whole stage: TMA counts the zeros that it fills in too.
-            k_bytes, v_bytes = (
-                cute.size_in_bytes(self.dtype, cute.select(layout, mode=[0, 1]))
-                for layout in (sK_l, sV_l)
-            )
-            ring_k, ring_v = (
-                pipelines.tma_ring(barriers.data_ptr(), c.stages, stage_bytes, warps)
-                for barriers, stage_bytes in (
-                    (storage.k_barriers, k_bytes),
-                    (storage.v_barriers, v_bytes),
-                )
-            )
-            readers = warps
-        else:
-            ring_k, ring_v = (
-                pipelines.gather_ring(barriers.data_ptr(), c.stages, warps)
-                for barriers in (storage.k_barriers, storage.v_barriers)
-            )
-            readers = warps + c.loading_warps
-            self.clear_padding(sK, sV, tidx)
+        rings = rings_of(c, self.dtype, storage, layouts)
+        if const_expr(c.kv_load == "gather"):
+            self.clear_padding(loaded_k, loaded_v, tidx)
         if warp == 0:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(slot.full, 1)
-                cute.arch.mbarrier_init(slot.empty, 32 * readers)
+                cute.arch.mbarrier_init(slot.empty, 32 * c.awaiting_warps)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -198,12 +177,35 @@ class PagedAttention(chunks.ChunkedConsumer):
         cute.arch.griddepcontrol_launch_dependents()
         if warp < 4:
             cute.arch.setmaxregister_decrease(c.producer_registers)
+            if const_expr(c.kv_dtype):
+                first = const_expr(4 - c.converting_warps)
+                if warp >= first:
+                    k, v = (
+                        convert.Side(narrow.iterator.toint(), wide.iterator.toint(), *of)
+                        for narrow, wide, of in (
+                            (loaded_k, sK, (rings.loaded_k, rings.k)),
+                            (loaded_v, sV, (rings.loaded_v, rings.v)),
+                        )
+                    )
+                    convert.convert_items(c, k, v, slot, warp - first)
             if const_expr(c.kv_load == "gather"):
-                k_stages = gather.Stages(sK.iterator.toint(), gather.byte_layout(sK_l))
-                v_stages = gather.Stages(sV.iterator.toint(), gather.byte_layout(sV_l))
-                gather.produce(c, gK, gV, k_stages, v_stages, ring_k, ring_v, slot, m, window, warp)
+                k_stages, v_stages = (
+                    gather.Stages(
+                        tile.iterator.toint(),
+                        layout if const_expr(c.kv_dtype) else gather.byte_layout(layout),
+                    )
+                    for tile, layout in zip((loaded_k, loaded_v), layouts.loaded, strict=True)
+                )
+                if warp < c.loading_warps:
+                    gather.produce(
+                        c, gK, gV, k_stages, v_stages, rings.loaded_k, rings.loaded_v, slot, m,
+                        window, warp,
+                    )  # fmt: skip
             elif warp == 0:
-                self.produce(tma_k, gK, tma_v, gV, sK, sV, ring_k, ring_v, slot, m, window, words)
+                self.produce(
+                    tma_k, gK, tma_v, gV, loaded_k, loaded_v, rings.loaded_k, rings.loaded_v,
+                    slot, m, window, words,
+                )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(c.consumer_registers)
             if const_expr(c.chunked):
@@ -212,12 +214,12 @@ class PagedAttention(chunks.ChunkedConsumer):
                     storage.row_totals.get_tensor(cute.make_layout(c.total_rows)),
                 )
                 self.consume_chunks(
-                    m, sQ, sK, sV, totals, ring_k, ring_v, slot, softmax_scale, softcap,
+                    m, sQ, sK, sV, totals, rings.k, rings.v, slot, softmax_scale, softcap,
                     window, mma_qk, mma_pv, tidx - 128,
                 )  # fmt: skip
             else:
                 self.consume(
-                    m, sQ, sK, sV, ring_k, ring_v, slot, softmax_scale, softcap, window, mma_qk,
+                    m, sQ, sK, sV, rings.k, rings.v, slot, softmax_scale, softcap, window, mma_qk,
                     mma_pv, tidx - 128,
                 )  # fmt: skip
 
@@ -320,14 +322,17 @@ class PagedAttention(chunks.ChunkedConsumer):
         lane = tid % 32
         thread_row = tid // 32 * 16 + lane // 4
         column = 2 * (lane % 4)
-        k_state = pipelines.consumer_state(c.stages)
-        v_state = pipelines.consumer_state(c.stages)
+        k_state = pipelines.consumer_state(c.product_stages)
+        v_state = pipelines.consumer_state(c.product_stages)
         pipelines.first_turn(wg, self.warpgroups)
         slot_phase = Int32(0)
         item = work_loop.await_item(slot, slot_phase)
         while item.valid >= 0:
             slot_phase ^= 1
             rows = row_intervals(c, m, item, window, thread_row)
+            of_item = scale
+            if const_expr(c.kv_dtype):
+                of_item = convert.item_scale(c, scale, m, item.kv_head)
             frag.accO.fill(0.0)
             frag.row_max.fill(-Float32.inf)
             frag.row_sum.fill(0.0)
@@ -335,7 +340,7 @@ class PagedAttention(chunks.ChunkedConsumer):
                 self.load_queries(m, item, sQ, wg, tid)
                 last = item.end - 1
                 self.first_tile(
-                    frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
+                    frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
                     column,
                 )  # fmt: skip
                 k_state.advance()
@@ -343,14 +348,14 @@ class PagedAttention(chunks.ChunkedConsumer):
                 plain_end = min(masked_end, max(item.first, item.full_low))
                 for i in cutlass.range(last - masked_end, unroll=1):
                     self.tile(
-                        frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
+                        frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
                         column, last - 1 - i, True,
                     )  # fmt: skip
                     k_state.advance()
                     v_state.advance()
                 for _ in cutlass.range(masked_end - plain_end, unroll=1):
                     self.tile(
-                        frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
+                        frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
                         column, 0, False,
                     )  # fmt: skip
                     k_state.advance()
@@ -358,14 +363,14 @@ class PagedAttention(chunks.ChunkedConsumer):
                 if const_expr(c.window):
                     for i in cutlass.range(plain_end - item.first, unroll=1):
                         self.tile(
-                            frag, rows, m, scale, sV, ring_k, k_state, ring_v, v_state, wg, tid,
+                            frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid,
                             item, column, plain_end - 1 - i, True,
                         )  # fmt: skip
                         k_state.advance()
                         v_state.advance()
                 last_product(frag, ring_v, v_state)
                 v_state.advance()
-            store_rows(c, self.dtype, frag, m, item, rows, thread_row, lane, scale)
+            store_rows(c, self.out_dtype, frag, m, item, rows, thread_row, lane, of_item)
             item = work_loop.await_item(slot, slot_phase)
 
     @cute.jit
@@ -374,12 +379,15 @@ class PagedAttention(chunks.ChunkedConsumer):
         barriers.sync_warpgroup(wg)
         if const_expr(self.config.window and self.config.k_columns == 256):
             tid = here(tid)  # no register is left to keep addresses in from item to item
-        pages.gather_queries(
-            self.config, m.q, m.q_tokens, sQ, item.kv_head, item.row_begin, item.num_rows, wg * 64,
-            tid % 128,
-        )  # fmt: skip
-        cute.arch.cp_async_commit_group()
-        cute.arch.cp_async_wait_group(0)
+        if const_expr(self.out_dtype is not self.dtype):
+            convert.gather_queries(self.config, m, item, sQ, wg * 64, tid % 128)
+        else:
+            pages.gather_queries(
+                self.config, m.q, m.q_tokens, sQ, item.kv_head, item.row_begin, item.num_rows,
+                wg * 64, tid % 128,
+            )  # fmt: skip
+            cute.arch.cp_async_commit_group()
+            cute.arch.cp_async_wait_group(0)
         cute.arch.fence_proxy("async.shared", space="cta")
         barriers.sync_warpgroup(wg)
 

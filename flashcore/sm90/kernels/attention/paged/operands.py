@@ -23,5 +23,7 @@ class Operands(NamedTuple):
     tree_mask: cute.Tensor | None
     tree_positions: cute.Tensor | None
     sinks: cute.Tensor | None
+    k_scale: cute.Tensor | None
+    v_scale: cute.Tensor | None
     counter: cute.Tensor
     counts: cute.Tensor | None

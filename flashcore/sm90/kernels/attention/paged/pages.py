@@ -181,13 +181,14 @@ def clear_padding(
     threads: cutlass.Constexpr[int],
 ):
     """Zero the columns past dim of all stages, once: gathered rows never write there."""
+    width = const_expr(128 // sKV.element_type.width)
     tile_n, columns, stages = (const_expr(cute.size(sKV, mode=[i])) for i in range(3))
-    vectors = const_expr((columns - dim) // VECTOR)  # of a row
-    sVectors = cute.logical_divide(sKV, (None, VECTOR, None))
-    zero = cute.make_rmem_tensor(VECTOR, sKV.element_type)
-    zero.fill(0.0)
+    vectors = const_expr((columns - dim) // width)  # of a row
+    sVectors = cute.logical_divide(sKV, (None, width, None))
+    zero = cute.make_rmem_tensor(width, sKV.element_type)
+    zero.fill(0)
     total = const_expr(tile_n * stages * vectors)
     for i in cutlass.range((total - thread + threads - 1) // threads, unroll=1):
         place = thread + i * threads
-        row, vector = place // vectors, place % vectors + dim // VECTOR
+        row, vector = place // vectors, place % vectors + dim // width
         cute.autovec_copy(zero, sVectors[row % tile_n, (None, vector), row // tile_n])

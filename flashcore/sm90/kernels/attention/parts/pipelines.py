@@ -50,7 +50,17 @@ def tma_ring(
 
 @dataclass(frozen=True)
 class GatherRing(pipeline.PipelineCpAsync):
-    """A ring filled by cp.async: a stage is full once all copies of a warp have landed.
+    """A ring filled by cp.async: a stage is full once all copies of a warp have landed."""
+
+    def consumer_release(self, state):
+        """One arrival per warp, as of a TMA ring."""
+        with cute.arch.elect_one():
+            super().consumer_release(state)
+
+
+@dataclass(frozen=True)
+class FencedGatherRing(GatherRing):
+    """A ring filled by cp.async for products.
 
     cp.async writes through the generic proxy and WGMMA reads through the async one, so whoever has
     waited for a stage fences before its products. The way back needs no fence: a stage is released
@@ -62,14 +72,11 @@ class GatherRing(pipeline.PipelineCpAsync):
         super().consumer_wait(state, try_wait_token)
         cute.arch.fence_proxy("async.shared", space="cta")
 
-    def consumer_release(self, state):
-        """One arrival per warp, as of a TMA ring."""
-        with cute.arch.elect_one():
-            super().consumer_release(state)
 
-
-def gather_ring(barriers: cute.Pointer, stages: int, consumer_warps: int) -> GatherRing:
-    """A ring whose stages are filled by one warp each."""
+def gather_ring(
+    barriers: cute.Pointer, stages: int, consumer_warps: int, products: bool = True
+) -> GatherRing:
+    """A ring whose stages are filled by one warp each; products: read them, and not loads."""
     ring = pipeline.PipelineCpAsync.create(
         barrier_storage=barriers,
         num_stages=stages,
@@ -77,7 +84,49 @@ def gather_ring(barriers: cute.Pointer, stages: int, consumer_warps: int) -> Gat
         consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps),
         defer_sync=True,
     )
-    return GatherRing(ring.sync_object_full, ring.sync_object_empty, stages, None, None)
+    kind = FencedGatherRing if products else GatherRing
+    return kind(ring.sync_object_full, ring.sync_object_empty, stages, None, None)
+
+
+@dataclass(frozen=True)
+class ConvertedRing(pipeline.PipelineAsync):
+    """A ring whose stages are written by whole warps, a part of a stage each.
+
+    They write through the generic proxy and WGMMA reads through the async one: each thread fences
+    what it has written before its warp's arrival.
+    """
+
+    def producer_commit(self, state):
+        """One arrival per warp, for its part of the stage."""
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            super().producer_commit(state)
+
+    def consumer_release(self, state):
+        """One arrival per warp, as of a TMA ring."""
+        with cute.arch.elect_one():
+            super().consumer_release(state)
+
+
+def converted_ring(
+    barriers: cute.Pointer, stages: int, parts: int, consumer_warps: int
+) -> ConvertedRing:
+    """A ring whose stages are full after `parts` warps have written theirs."""
+    ring = pipeline.PipelineAsync.create(
+        barrier_storage=barriers,
+        num_stages=stages,
+        producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, parts),
+        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps),
+        defer_sync=True,
+    )
+    return ConvertedRing(ring.sync_object_full, ring.sync_object_empty, stages, None, None)
+
+
+def state_at(count: Int32, stages: int, produces: bool):
+    """The position in a ring after `count` stages."""
+    phase = (count // stages) % 2
+    return pipeline.PipelineState(stages, count, count % stages, phase ^ 1 if produces else phase)
 
 
 def producer_state(stages: int):
