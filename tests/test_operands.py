@@ -128,8 +128,10 @@ def device_planner_of(**changes: Any) -> flashcore.DevicePlanner:
     )
 
 
-@pytest.mark.parametrize("tree", [True, False])
-def test_paged_and_merge(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, tree: bool) -> None:
+@pytest.mark.parametrize(("tree", "fp8"), [(True, False), (False, False), (True, True)])
+def test_paged_and_merge(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, tree: bool, fp8: bool
+) -> None:
     plan = device_planner_of().plan
     q, k, v, out = rows(20, 12, 64), rows(33, 16, 2, 64), rows(33, 16, 2, 64), rows(20, 12, 64)
     sinks = torch.zeros(12)
@@ -137,11 +139,15 @@ def test_paged_and_merge(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, tr
     monkeypatch.setattr(paged, "by_depth", lambda *_: (mask, positions))
     extras = Extras(sinks, mask, positions) if tree else Extras(sinks)
     rules = Rules(0.3, not tree, 9, 4, 5.0)
-    _, lse = paged.paged_attention(q, KVPool(k, v), plan.planned, rules, extras, out)
+    pool = KVPool(k, v)
+    if fp8:
+        k, v = k.to(torch.float8_e5m2), v.to(torch.float8_e5m2)
+        pool = KVPool(k, v, torch.tensor(0.5), torch.tensor([1.0, 2.0, 3.0])[::2])
+    _, lse = paged.paged_attention(q, pool, plan.planned, rules, extras, out)
     expected = operands.Paged(
         q=q,
-        k_pages=k,
-        v_pages=v,
+        k_pages=k.view(torch.uint8) if fp8 else k,
+        v_pages=v.view(torch.uint8) if fp8 else v,
         out=out,
         lse=lse,
         partial_out=plan.partial_out,
@@ -154,6 +160,8 @@ def test_paged_and_merge(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, tr
         tree_mask=mask.view(torch.uint8) if tree else None,
         tree_positions=positions if tree else None,
         sinks=sinks,
+        k_scale=None if pool.k_scale is None else pool.k_scale.expand(2),
+        v_scale=pool.v_scale,
         counter=plan.counter,
         counts=plan.counts,
         softmax_scale=0.3,

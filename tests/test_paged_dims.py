@@ -11,6 +11,7 @@ import torch
 
 import flashcore
 from flashcore import ops
+from flashcore.contract.operands import Paged
 from flashcore.dispatch import Path as DevicePath
 from flashcore.jit.cache import KernelCache
 from flashcore.jit.folder import default_folder
@@ -311,7 +312,7 @@ def test_launch_has_both_dims(recorder: Recorder, dims: tuple[int, int]) -> None
     assert merge.head_dim == dims[1]
     assert out.shape == (2, 8, dims[1])
     assert recorder.calls[0][5].shape == (given["plan"].num_partial_tokens, 8, dims[1])
-    assert recorder.calls[0][17] == 1.0 / math.sqrt(dims[0])
+    assert recorder.calls[0][-5] == 1.0 / math.sqrt(dims[0])
     assert lse.shape == (2, 8)
     into = torch.zeros_like(out)
     assert flashcore.paged_attention(**given, out=into) is into
@@ -319,13 +320,20 @@ def test_launch_has_both_dims(recorder: Recorder, dims: tuple[int, int]) -> None
 
 @needs_dsl
 @no_gpu
-@pytest.mark.parametrize(("dims", "page_tokens"), [((80, 80), 1), ((192, 128), 64)])
+@pytest.mark.parametrize(
+    ("dims", "page_tokens", "fp8"),
+    [((80, 80), 1, False), ((192, 128), 64, False), ((80, 80), 1, True), ((192, 128), 64, True)],
+)
 def test_compiled_functions_take_what_the_launch_passes(
-    recorder: Recorder, dims: tuple[int, int], page_tokens: int
+    recorder: Recorder, dims: tuple[int, int], page_tokens: int, fp8: bool
 ) -> None:
     """They check their arguments before they ask for a driver, which is not there; a remembered
     launch relies on it that rows of other widths are refused."""
-    flashcore.paged_attention(**arguments(*dims, page_tokens))
+    given = arguments(*dims, page_tokens)
+    if fp8:
+        given |= {name: given[name].to(torch.float8_e4m3fn) for name in ("k_pages", "v_pages")}
+        given |= {"k_scale": torch.ones(()), "v_scale": torch.ones(4)[::2]}
+    flashcore.paged_attention(**given)
     cache = KernelCache.open()
     for family, config, call in zip((PAGED, MERGE), recorder.configs, recorder.calls, strict=True):
         compiled = cache.function(Kernel(family, config))
@@ -337,6 +345,11 @@ def test_compiled_functions_take_what_the_launch_passes(
             wrong[place] = torch.cat([wrong[place], wrong[place][..., :8]], -1)
             with pytest.raises((ValueError, TypeError)):
                 compiled(*pretend(tuple(wrong)))
+        if family is PAGED and fp8:
+            scale = list(Paged._fields).index("k_scale")
+            for wrong_scale in (call[scale].double(), torch.ones(3), None):
+                with pytest.raises((ValueError, TypeError)):
+                    compiled(*pretend((*call[:scale], wrong_scale, *call[scale + 1 :])))
 
 
 # ---------------------------------------------------------------- compiled code

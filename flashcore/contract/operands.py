@@ -43,8 +43,6 @@ class Paged(NamedTuple):
     q: Tensor  # [total_q, heads, head_dim]
     k_pages: Tensor  # [pages, page_tokens, kv_heads, head_dim]
     v_pages: Tensor  # [pages, page_tokens, kv_heads, v_head_dim]
-    k_scale: Tensor  # fp32 [kv_heads] of fp8 pages, in any stride; else None
-    v_scale: Tensor
     out: Tensor  # [total_q, heads, v_head_dim]
     lse: Tensor  # fp32 [total_q, heads]
     partial_out: Tensor  # fp32 [partial tokens, heads, v_head_dim]
@@ -57,6 +55,8 @@ class Paged(NamedTuple):
     tree_mask: Tensor  # uint8 [total_q, width] or None
     tree_positions: Tensor  # [total_q] where a window under a tree mask counts from them, else None
     sinks: Tensor  # fp32 [heads] or None
+    k_scale: Tensor  # fp32 [kv_heads] of fp8 pages, in any stride; else None
+    v_scale: Tensor
     counter: Tensor  # [2], zero before and after every launch
     counts: Tensor  # [Count.SIZE] of a plan made on the device, else None
     softmax_scale: Number

@@ -15,11 +15,13 @@ from flashcore.sm90.families import MERGE, PAGED, PLANNER
 
 @dataclass(frozen=True)
 class Attached:
-    """What a paged call brings besides q and the pool. dtype: "bf16" or "fp16", of both."""
+    """What a paged call brings besides q and the pool. dtype: "bf16" or "fp16", of both; kv_dtype:
+    "e4m3" or "e5m2" where the pool is fp8, with a `Problem` of itemsize 1."""
 
     dtype: str = "bf16"
     sinks: bool = False
     tree_mask: bool = False
+    kv_dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def call_of(problem: Problem, rules: Rules, attached: Attached, on_device: bool)
         sinks=attached.sinks,
         tree=attached.tree_mask,
         device_counts=on_device,
+        kv_dtype=attached.kv_dtype,
     )
 
 

@@ -50,12 +50,14 @@ def paged(
     dims: int | tuple[int, int] = 128,
     heads: tuple[int, int] = (8, 2),
     dtype: Any = torch.bfloat16,
+    fp8: str = "",
 ) -> list[Kernel]:
-    """Of paged calls with these plans; dims: head_dim, or with v_head_dim."""
+    """Of paged calls with these plans; dims: head_dim, or with v_head_dim; fp8: of pages."""
     rules, sinks, tree_mask = RULES[rule]
     dim, v_dim = (dims, dims) if isinstance(dims, int) else dims
-    attached = Attached(DTYPES[dtype], sinks, tree_mask)
-    return kernels_for(Problem(*heads, dim, v_dim, page_tokens), rules, plans, attached)
+    attached = Attached(DTYPES[dtype], sinks, tree_mask, fp8)
+    problem = Problem(*heads, dim, v_dim, page_tokens, itemsize=1 if fp8 else 2)
+    return kernels_for(problem, rules, plans, attached)
 
 
 def host(tile_m: int = 64, **options: Any) -> Plans:
@@ -127,6 +129,19 @@ def both(
         *paged(rule, page_tokens, host(tile_m, merges=()), *call),
         *merges(rule, warps, heads_per_warp, dims, dtype),
     ]
+
+
+def fp8_and_fp16(
+    rule: str,
+    page_tokens: int,
+    tile_m: int = 64,
+    dims: int | tuple[int, int] = 128,
+    heads: tuple[int, int] = (8, 2),
+    fp8: str = "e4m3",
+) -> list[Kernel]:
+    """Of one plan over pages of fp8, and over the same in fp16."""
+    call = (rule, page_tokens, host(tile_m), dims, heads, torch.float16)
+    return [kernel for pages in (fp8, "") for kernel in paged(*call, pages)]
 
 
 def nan_in_shared_memory() -> list[Kernel]:
@@ -244,6 +259,38 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
         ],
         "test_one_plan_serves_its_own_dims_only": lambda: paged(
             "causal", 64, host(), (192, 128), dtype=torch.float16
+        ),
+    },
+    "test_fp8_gpu": {
+        "test_decode": lambda fp8, page_tokens: fp8_and_fp16("causal", page_tokens, fp8=fp8),
+        "test_rules": lambda rule, tile_m: fp8_and_fp16(rule, 32, tile_m),
+        "test_page_sizes": lambda page_tokens, longest_q: fp8_and_fp16("causal", page_tokens),
+        "test_dims": lambda dims, page_tokens, tile_m, rule, longest_q: fp8_and_fp16(
+            rule, page_tokens, tile_m, dims
+        ),
+        "test_items_in_a_row": lambda page_tokens, tile_m: fp8_and_fp16(
+            "causal", page_tokens, tile_m, heads=(8, 8)
+        ),
+        "test_scales": lambda fp8, kind, dtype: paged(
+            "causal", 64, host(), dtype=dtype, fp8=fp8
+        ),
+        "test_scales_under_rules": lambda rule: paged(rule, 64, host(), fp8="e4m3"),
+        "test_planned_on_the_device": lambda batch_invariant: paged(
+            "causal", 64, device(batch_invariant=batch_invariant), fp8="e4m3"
+        ),
+        "test_strides": lambda page_tokens: paged(
+            "causal", page_tokens, host(), dtype=torch.float16, fp8="e4m3"
+        ),
+        "test_a_graph_reads_the_scales_at_each_replay": lambda: paged(
+            "causal", 64, host(), fp8="e4m3"
+        ),
+        "test_queries_beyond_fp16_become_its_largest": lambda: [
+            kernel
+            for dtype in DTYPES
+            for kernel in paged("causal", 64, host(), dtype=dtype, fp8="e4m3")
+        ],
+        "test_same_bits_every_time": lambda page_tokens: paged(
+            "causal", page_tokens, host(), fp8="e4m3"
         ),
     },
     "test_batch_invariant_gpu": {

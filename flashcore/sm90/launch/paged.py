@@ -34,8 +34,13 @@ from flashcore.sm90.config.paged import (
 )
 from flashcore.sm90.families import MERGE, PAGED
 from flashcore.sm90.launch.allocate import Allocate, Buffer, allocator, contiguous
-from flashcore.sm90.launch.streams import current_device, lasting_stream, scheduler_scratch
-from flashcore.sm90.launch.tensors import DTYPE_NAMES, packed, sink_logits, tma_ready
+from flashcore.sm90.launch.streams import (
+    current_device,
+    lasting_stream,
+    scheduler_scratch,
+    unit_scale,
+)
+from flashcore.sm90.launch.tensors import DTYPE_NAMES, FP8_NAMES, packed, sink_logits, tma_ready
 from flashcore.tree import by_depth
 
 _ANY_WIDTH = 2**31 - 1
@@ -79,6 +84,7 @@ class PagedLaunch:
     out: Buffer
     lse: Buffer
     return_lse: bool
+    fp8_heads: int  # KV heads of fp8 pages; 0 where pages have q's dtype
     partials: tuple[Buffer, Buffer] | None  # None: they are given, or there are none
     workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # as far as it is given
     plan: tuple[Any, ...]  # cols to q_index; this and what follows as `load.prepared` has it
@@ -100,7 +106,7 @@ class PagedLaunch:
         if self.other_devices and self.device.index != current_device():
             with torch.cuda.device(self.device):
                 return self(q, kv, extras, out)
-        k_pages, v_pages, _, _ = kv
+        k_pages, v_pages, k_scale, v_scale = kv
         sinks, tree_mask, tree_positions = extras
         if not self.reusable:
             q, k_pages, v_pages = _ready(q, k_pages, v_pages)
@@ -114,6 +120,11 @@ class PagedLaunch:
         lse, partial_out, partial_lse, scratch = found or self._buffers(stream)
         if self.return_lse:
             lse = self.allocate(*self.lse)
+        if self.fp8_heads:
+            if k_pages.dtype is not v_pages.dtype:  # as bytes they would be taken
+                raise TypeError(f"k_pages are {k_pages.dtype} and v_pages {v_pages.dtype}")
+            k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
+            k_scale, v_scale = self._scale_of_heads(k_scale), self._scale_of_heads(v_scale)
         sinks = sink_logits(sinks)
         mask, positions, width = None, None, _ANY_WIDTH
         if tree_mask is not None:
@@ -137,6 +148,8 @@ class PagedLaunch:
                 mask,
                 positions,
                 sinks,
+                k_scale,
+                v_scale,
                 scratch,
                 self.counts,
                 *self.scalars,
@@ -146,6 +159,12 @@ class PagedLaunch:
                 out, lse, partial_out, partial_lse, *self.merge_lists, sinks, self.counts, width
             )
         return out, (lse if self.return_lse else None)
+
+    def _scale_of_heads(self, scale: torch.Tensor | None) -> torch.Tensor:
+        """One for each KV head, or the same for all."""
+        if scale is None:
+            scale = unit_scale(self.device.index)
+        return scale if scale.ndim else scale.expand(self.fp8_heads)
 
     def _buffers(self, stream: int | None) -> _Buffers:
         """What is kept for a stream and a thread, unless it is large.
@@ -186,11 +205,6 @@ def paged_launch(
         if rules.window_left >= 0:
             total = total_q if counts is None else counts[int(Count.TOTAL_Q)]
             tree_window = TreeWindow(tensors.q_index, total, rules.window_left)
-    if kv.k.dtype != q.dtype:
-        raise ValueError(
-            f"k_pages has dtype {kv.k.dtype}; the Hopper kernel takes pages in q's dtype "
-            f"({q.dtype}); torch operators take fp8 pages: pass impl='eager'"
-        )
     config = _config(q, kv, planned, rules, extras)
     # After the choice: a head_dim without kernels mostly has strides that TMA cannot take, too.
     ready = _ready(q, kv.k, kv.v)
@@ -222,6 +236,7 @@ def paged_launch(
         out=contiguous((total_q, heads, v_dim), q.dtype),
         lse=contiguous((total_q, heads), torch.float32),
         return_lse=return_lse,
+        fp8_heads=kv.k.shape[2] if config.kv_dtype else 0,
         partials=partials,
         workspace=given,
         plan=tuple(
@@ -283,6 +298,7 @@ def _config(
         tree=extras.tree_mask is not None,
         device_counts=planned.counts is not None,
         chunked=planned.numbers.batch_invariant,
+        kv_dtype=FP8_NAMES.get(kv.k.dtype, ""),
     )
     return _choose(call, planned.numbers.tile_m)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+FP8_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 _TMA_BYTES = 16
-_TMA_ELEMENTS = 8  # of bf16 or fp16
 
 
 def tma_ready(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -14,11 +14,11 @@ def tma_ready(name: str, value: torch.Tensor) -> torch.Tensor:
 
     TMA wants 16 bytes: of the first element's address, and of every stride but the last.
     """
-    strides = value.stride()
+    strides, elements = value.stride(), _TMA_BYTES // value.element_size()
     mixed = 0
     for stride in strides[:-1]:
         mixed |= stride
-    if not mixed % _TMA_ELEMENTS and strides[-1] == 1 and not value.data_ptr() % _TMA_BYTES:
+    if not mixed % elements and strides[-1] == 1 and not value.data_ptr() % _TMA_BYTES:
         return value
     if strides[-1] != 1 and value.shape[-1] != 1:
         raise ValueError(f"{name} must have a contiguous last axis, got strides {strides}")
@@ -28,13 +28,13 @@ def tma_ready(name: str, value: torch.Tensor) -> torch.Tensor:
             f"offset {value.storage_offset()} (elements); call {name}.contiguous()"
         )
     for axis, stride in enumerate(strides[:-1]):
-        if stride % _TMA_ELEMENTS and value.shape[axis] != 1:
+        if stride % elements and value.shape[axis] != 1:
             raise ValueError(
                 f"{name} has stride {stride} in dimension {axis}; the Hopper kernel takes "
-                f"multiples of {_TMA_ELEMENTS} elements; call {name}.contiguous()"
+                f"multiples of {elements} elements; call {name}.contiguous()"
             )
     # The stride of an axis with one element means nothing to torch, and yet TMA checks it.
-    legal = [s if s % _TMA_ELEMENTS == 0 else _TMA_ELEMENTS for s in strides[:-1]]
+    legal = [s if s % elements == 0 else elements for s in strides[:-1]]
     return value.as_strided(value.shape, [*legal, 1])
 
 

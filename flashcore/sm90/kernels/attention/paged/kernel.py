@@ -77,8 +77,6 @@ class PagedAttention(chunks.ChunkedConsumer):
         q: cute.Tensor,  # these as in `contract.operands.Paged`
         k_pages: cute.Tensor,
         v_pages: cute.Tensor,
-        k_scale: cute.Tensor | None,
-        v_scale: cute.Tensor | None,
         out: cute.Tensor,
         lse: cute.Tensor,
         partial_out: cute.Tensor,
@@ -91,6 +89,8 @@ class PagedAttention(chunks.ChunkedConsumer):
         tree_mask: cute.Tensor | None,
         tree_positions: cute.Tensor | None,
         sinks: cute.Tensor | None,
+        k_scale: cute.Tensor | None,
+        v_scale: cute.Tensor | None,
         counter: cute.Tensor,
         counts: cute.Tensor | None,
         softmax_scale: Float32,
