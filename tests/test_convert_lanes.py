@@ -1,4 +1,4 @@
-"""How warps go over tiles of fp8: every value to its place in the products' layout, no bank twice."""
+"""How warps go over tiles of fp8: each value to its place for the products, no bank twice."""
 
 from __future__ import annotations
 

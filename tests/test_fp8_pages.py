@@ -223,5 +223,3 @@ def test_names_of_other_libraries() -> None:
     q = torch.zeros(1, 2, 2, 8)
     with pytest.raises(TypeError, match=r"k_scale: .*flashcore\.paged_attention takes it"):
         flashcore.attention(q, q, q, k_scale=torch.tensor(1.0))
-
-

@@ -7,10 +7,11 @@ from flashcore.sm90.config.paged import PagedConfig
 
 
 def _paged_opcodes(config: PagedConfig) -> tuple[str, ...]:
-    """Q is always gathered by LDGSTS; what signals a stage shows how K and V come."""
+    """What signals a stage shows how K and V come: by TMA, or by LDGSTS, as 16-bit Q does too."""
+    converted = (f"F2FP.F16.{config.kv_dtype.upper()}.UNPACK_B",) if config.kv_dtype else ()
     if config.kv_load == "gather":
-        return ("HGMMA", "LDGSTS.E.BYPASS.128", "ARRIVES.LDGSTSBAR")
-    return ("HGMMA", "UTMALDG")
+        return ("HGMMA", "LDGSTS.E.BYPASS", "ARRIVES.LDGSTSBAR", *converted)
+    return ("HGMMA", "UTMALDG", *converted)
 
 
 DENSE = Family("dense", "flashcore.sm90.compile.dense:compile_dense")

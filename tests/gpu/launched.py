@@ -271,9 +271,7 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
         "test_items_in_a_row": lambda page_tokens, tile_m: fp8_and_fp16(
             "causal", page_tokens, tile_m, heads=(8, 8)
         ),
-        "test_scales": lambda fp8, kind, dtype: paged(
-            "causal", 64, host(), dtype=dtype, fp8=fp8
-        ),
+        "test_scales": lambda fp8, kind, dtype: paged("causal", 64, host(), dtype=dtype, fp8=fp8),
         "test_scales_under_rules": lambda rule: paged(rule, 64, host(), fp8="e4m3"),
         "test_planned_on_the_device": lambda batch_invariant: paged(
             "causal", 64, device(batch_invariant=batch_invariant), fp8="e4m3"

@@ -7,7 +7,15 @@ from typing import Any
 from flashcore.contract.counts import Count
 from flashcore.contract.operands import Paged
 from flashcore.contract.work import FIELDS
-from flashcore.sm90.compile.fake import any_stride, compiled, element_of, matrix, strided, table, vector
+from flashcore.sm90.compile.fake import (
+    any_stride,
+    compiled,
+    element_of,
+    matrix,
+    strided,
+    table,
+    vector,
+)
 from flashcore.sm90.config.paged import PagedConfig, illegal_reason
 
 

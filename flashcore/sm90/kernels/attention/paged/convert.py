@@ -32,11 +32,11 @@ LARGEST_FP16 = 65504.0
 class Lanes(NamedTuple):
     """How a warp goes over a tile, a 16-byte chunk of fp8 for each lane and step.
 
-    A step has `rows` rows and `block` columns, which are a row of the swizzle in fp16: 128 bytes, or
-    64 where columns are not whole 64. Eight lanes load 128 bytes from all banks and store to all
-    banks: even rows meet even 16-byte chunks of the swizzle where odd rows meet odd ones. Where
-    rows of fp8 are whole 128 bytes, odd rows take the other half of them, or two rows' chunks would
-    be in the same banks.
+    A step has `rows` rows and `block` columns, which are a row of the swizzle in fp16: 128 bytes,
+    or 64 where columns are not whole 64. Eight lanes load 128 bytes from all banks and store to
+    all banks: even rows meet even 16-byte chunks of the swizzle where odd rows meet odd ones. Where
+    rows of fp8 are whole 128 bytes, odd rows take the other half of them, or the chunks of two rows
+    would be in the same banks.
     """
 
     columns: int
@@ -153,9 +153,7 @@ def convert_part(
     sources = [source + lanes.source(lane, parity) for parity in range(2)]
     targets = [[target + lanes.target(lane, parity, h) for h in range(2)] for parity in range(2)]
     steps = const_expr(lanes.steps(c.converted_rows))
-    batches = const_expr(
-        [steps[i : i + LOADS_AHEAD] for i in range(0, len(steps), LOADS_AHEAD)]
-    )
+    batches = const_expr([steps[i : i + LOADS_AHEAD] for i in range(0, len(steps), LOADS_AHEAD)])
     side.loaded.consumer_wait(loaded)
     words = fetch(lanes, sources, batches[0])
     side.converted.producer_acquire(wide)

@@ -1,8 +1,9 @@
 """K/V rows gathered by cp.async: the load path for pages too short for a TMA box each.
 
 Two of the four producer warps load K, two V, each every second tile: a warp waits for no stage but
-its own. Rows of fp8 are half as long, so one warp each is enough, and the others convert them. A lane finds the address of one row of 32; eight lanes copy a row's 128-byte pieces, 16
-bytes each, as the swizzle of the stages has them.
+its own. Rows of fp8 are half as long, so one warp each is enough, and the others convert them. A
+lane finds the address of one row of 32; eight lanes copy a row's 128-byte pieces, 16 bytes each, as
+the layout of the stages has them.
 """
 
 from __future__ import annotations
@@ -233,7 +234,7 @@ def produce(
     window: Bounds,
     warp: Int32,
 ):
-    """The loading warps: the first half loads K, the other V; warp 0 also draws items and publishes them."""
+    """The loading warps: half of them K, half V; warp 0 also draws items and publishes them."""
     c = config
     index, _, _ = cute.arch.block_idx()
     num_items = device_plan.count_items(c, m)
