@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flashcore
+from flashcore.contract.chunks import tallest_tile
 from flashcore.jit.folder import default_folder
 from flashcore.jit.gates import check_kernel
 from flashcore.jit.kernel import Kernel
@@ -28,10 +29,15 @@ def choose(head_dim: int, page_tokens: int, tile_m: int, **of_call: Any) -> Page
 
 @pytest.mark.parametrize("page_tokens", [1, 64])
 @pytest.mark.parametrize("tile_m", [64, 128])
-def test_every_pair_of_dims_has_the_tiles_of_16_bits(page_tokens: int, tile_m: int) -> None:
+@pytest.mark.parametrize("chunked", [False, True])
+def test_every_pair_of_dims_has_the_tiles_of_16_bits(
+    page_tokens: int, tile_m: int, chunked: bool
+) -> None:
     for head_dim in range(16, 257, 16):
         for v_head_dim in range(16, head_dim + 1, 16):
-            of_call = {"v_head_dim": v_head_dim}
+            if chunked and tile_m > tallest_tile(v_head_dim):
+                continue
+            of_call = {"v_head_dim": v_head_dim, "chunked": chunked}
             c = choose(head_dim, page_tokens, tile_m, kv_dtype="e4m3", **of_call)
             assert paged.illegal_reason(c) is None
             assert c.ctas_per_sm * (c.smem_bytes + 1024) <= SMEM_OF_SM
@@ -113,6 +119,9 @@ RULES: dict[str, Any] = {"window": True, "softcap": True, "sinks": True, "tree":
         ((192, 128), 64, 64, "e4m3", RULES),
         ((256, 256), 64, 64, "e4m3", RULES),
         ((256, 256), 1, 128, "e4m3", {}),
+        ((128, 128), 64, 64, "e4m3", {"chunked": True}),
+        ((128, 128), 1, 128, "e4m3", {"chunked": True, **RULES}),
+        ((256, 256), 64, 64, "e5m2", {"chunked": True, **RULES}),
     ],
 )
 def test_kernels_pass_the_gates(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any, NamedTuple
 
+from flashcore.contract.chunks import tallest_tile
 from flashcore.sm90.config.dense import (
     DTYPES,
     HEAD_DIMS,
@@ -306,6 +307,11 @@ class _Tile(NamedTuple):
         totals = total_bytes(self.tile_m, self.v_head_dim) if self.chunked else 0
         return smem_bytes_of_cta(self.ctas) - 1024 - totals - q
 
+    @property
+    def fitting_stages(self) -> int:
+        """Of 16 bits; two of them take the room of one of fp16 and two of fp8."""
+        return self.kv_room // (2 * self.tile_n * self.columns)
+
     def wanted_stages(self, itemsize: int) -> int:
         """As many as come nearest to KV_BYTES_PER_SM on their way; padding is not read."""
         on_the_way = itemsize * self.ctas * self.tile_n * (self.head_dim + self.v_head_dim)
@@ -320,6 +326,11 @@ def _tile(head_dim: int, v_head_dim: int, tile_m: int, chunked: bool) -> _Tile:
     # Wider tiles have fewer waits, as long as two stages of them are no more than is wanted.
     key_bytes = 2 * (head_dim + v_head_dim)
     tile_n = 128 if beside * 2 * 128 * key_bytes <= KV_BYTES_PER_SM else 64
+    if chunked:  # padded rows of which two stages must fit beside the totals, in each height
+        for rows in range(WARPGROUP_ROWS, tallest_tile(v_head_dim) + 1, WARPGROUP_ROWS):
+            of_rows = ctas_per_sm(head_dim, rows, v_head_dim, True)
+            if _Tile(head_dim, v_head_dim, rows, tile_n, of_rows, True).fitting_stages < 2:
+                tile_n = 64
     return _Tile(head_dim, v_head_dim, tile_m, tile_n, ctas, chunked)
 
 
@@ -334,8 +345,7 @@ def ctas_per_sm(
     """
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
     tile = _Tile(head_dim, v_head_dim, tile_m, 64, 2, chunked)
-    fitting = tile.kv_room // (2 * tile.tile_n * tile.columns)
-    return 2 if tile_m == WARPGROUP_ROWS and fitting >= 2 else 1
+    return 2 if tile_m == WARPGROUP_ROWS and tile.fitting_stages >= 2 else 1
 
 
 def smem_bytes_of_cta(ctas: int) -> int:
@@ -360,7 +370,7 @@ def total_bytes(tile_m: int, v_head_dim: int) -> int:
 
 def _as_it_lies(tile: _Tile, kv_load: str) -> dict[str, Any]:
     """Schedule of 16-bit pages. Gathered rows: as many stages as fit, at most four."""
-    stages = tile.kv_room // (2 * tile.tile_n * tile.columns)
+    stages = tile.fitting_stages
     if kv_load == "tma":
         stages = min(stages, tile.wanted_stages(2))
     return {

@@ -120,8 +120,8 @@ class ChunkedConsumer:
                     if const_expr(c.window):
                         for j in cutlass.range(plain_end - begin, unroll=1):
                             self.tile(
-                                frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid,
-                                item, column, plain_end - 1 - j, True,
+                                frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg,
+                                tid, item, column, plain_end - 1 - j, True,
                             )  # fmt: skip
                             k_state.advance()
                             v_state.advance()
