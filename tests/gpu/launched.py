@@ -138,9 +138,11 @@ def fp8_and_fp16(
     dims: int | tuple[int, int] = 128,
     heads: tuple[int, int] = (8, 2),
     fp8: str = "e4m3",
+    batch_invariant: bool = False,
 ) -> list[Kernel]:
     """Of one plan over pages of fp8, and over the same in fp16."""
-    call = (rule, page_tokens, host(tile_m), dims, heads, torch.float16)
+    plans = host(tile_m, batch_invariant=batch_invariant)
+    call = (rule, page_tokens, plans, dims, heads, torch.float16)
     return [kernel for pages in (fp8, "") for kernel in paged(*call, pages)]
 
 
@@ -273,6 +275,9 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
         ),
         "test_scales": lambda fp8, kind, dtype: paged("causal", 64, host(), dtype=dtype, fp8=fp8),
         "test_scales_under_rules": lambda rule: paged(rule, 64, host(), fp8="e4m3"),
+        "test_batch_invariant_plans": lambda page_tokens, longest_q: fp8_and_fp16(
+            "causal", page_tokens, batch_invariant=True
+        ),
         "test_planned_on_the_device": lambda batch_invariant: paged(
             "causal", 64, device(batch_invariant=batch_invariant), fp8="e4m3"
         ),

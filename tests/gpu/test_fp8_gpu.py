@@ -19,6 +19,7 @@ from tests.cases import Batch, small_scale
 from tests.compare import assert_close, assert_lse_close
 from tests.device_plan_cases import inputs, planner_for
 from tests.fp8 import FORMATS, fp8_tensors, scales
+from tests.gpu.test_batch_invariant_gpu import family
 from tests.gpu.test_device_attention_gpu import capacities, on_gpu
 from tests.gpu.test_paged_dims_gpu import batch_with
 from tests.gpu.test_paged_gpu import batch_of, rules
@@ -146,6 +147,13 @@ def test_scales(fp8: str, kind: str, dtype: torch.dtype) -> None:
 def test_scales_under_rules(rule: str) -> None:
     batch = batch_of(4, 64, (8, 2), 128, 9, 6)
     check(batch, "e4m3", rule, "heads", BF16, tile_m=64, num_workers=13)
+
+
+@pytest.mark.parametrize("page_tokens", [64, 1])
+@pytest.mark.parametrize("longest_q", [1, 40])
+def test_batch_invariant_plans(page_tokens: int, longest_q: int) -> None:
+    batch = family(12, page_tokens, 128, longest_q)
+    assert_same_bits(batch, "e4m3", "causal", batch_invariant=True, tile_m=64)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
