@@ -335,10 +335,13 @@ def test_without_ncu_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the message for a machine without a GPU")
 def test_absent_peers_are_named_with_a_reason() -> None:
-    found, missing = paged_providers()
-    names = "flashcore fa3 fa4 flashinfer flashinfer_fa3 cascade_fa2 cascade_fa3"
-    assert {p.name for p in found} | set(missing) == set(names.split())
-    assert all(missing.values())
+    for fp8, names in (
+        (False, "flashcore fa3 fa4 flashinfer flashinfer_fa3 cascade_fa2 cascade_fa3"),
+        (True, "flashcore flashcore_bf16 fa3 flashinfer flashinfer_xqa"),
+    ):
+        found, missing = paged_providers(fp8=fp8)
+        assert {p.name for p in found} | set(missing) == set(names.split())
+        assert all(missing.values())
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -351,6 +354,7 @@ def parse(*words: str) -> argparse.Namespace:
         (("--workload", "9x9"), "no workload has '9x9' in its name; there are 8x131072-70, "),
         (("--plot", "/dev/null/all.png"), "/dev/null/all.png: /dev/null is no folder"),
         ((), "torch sees no CUDA device"),
+        (("--random", "3", "--kv-dtype", "e4m3"), "--random has batches of bf16 alone"),
     ],
 )
 def test_refusals(

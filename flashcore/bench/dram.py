@@ -63,7 +63,9 @@ def run_once(
     return done
 
 
-def count_bytes(workloads: Sequence[str], kernels: Sequence[str]) -> dict[tuple[str, str], int]:
+def count_bytes(
+    workloads: Sequence[str], kernels: Sequence[str], kv_dtype: str = "bf16"
+) -> dict[tuple[str, str], int]:
     """(workload, kernel) -> DRAM bytes read by one call, its merge and other helpers included.
 
     Raises CountError where ncu is absent or fails.
@@ -77,6 +79,7 @@ def count_bytes(workloads: Sequence[str], kernels: Sequence[str]) -> dict[tuple[
         command += ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]
         command += [sys.executable, "-m", "flashcore", "bench", "paged", "--once"]
         command += ["--workload", ",".join(workloads), "--kernels", ",".join(kernels)]
+        command += ["--kv-dtype", kv_dtype]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False

@@ -24,9 +24,6 @@ from flashcore.bench.paged_providers import OURS, PagedProvider, our_call, plan_
 from flashcore.bench.rows import Row
 from flashcore.bench.timing import Timing
 
-WRONG = 1e-2
-"""Relative error of a query token's output from which a kernel counts as wrong: four times what
-rounding P and the output to bf16 costs, less than a single page left out of 131072 tokens."""
 REPEATS = 100
 """Replays whose bits are compared."""
 PREFILL_SETTLES = 3
@@ -106,7 +103,7 @@ def _run_problem(
         try:
             graph = machine.capture(provider.prepare(problem, inputs))
             graph.replay()
-            facts[provider.name] = _check(graph.out, sample, ours)
+            facts[provider.name] = _check(graph.out, sample, ours, provider.wrong)
             if provider.name == OURS:
                 ours = graph.out.clone()
                 facts[OURS] |= _facts_of_ours(problem, inputs, sample, graph)
@@ -140,14 +137,14 @@ class WrongResultError(Exception):
     """A kernel's output is not the attention of the problem."""
 
 
-def _check(out: torch.Tensor, sample: Sample, ours: torch.Tensor | None) -> Row:
+def _check(out: torch.Tensor, sample: Sample, ours: torch.Tensor | None, wrong: float) -> Row:
     error, largest = sample.errors(out)
-    if not largest <= WRONG:  # NaN too
+    if not largest <= wrong:  # NaN too
         raise WrongResultError(f"relative error {largest:.2g} against float64")
     facts: Row = {"relative_error": error, "largest_relative_error": largest}
     if ours is not None:  # every row, where the sample has a few
         distance = float(relative_distance(out, ours).max())
-        if not distance <= 2 * WRONG:
+        if not distance <= 2 * wrong:
             raise WrongResultError(f"relative distance {distance:.2g} from flashcore's result")
         facts["largest_distance_from_flashcore"] = distance
     return facts
@@ -198,6 +195,7 @@ def _row(
         "kv_heads": problem.kv_heads,
         "head_dim": problem.head_dim,
         "page_tokens": problem.page_tokens,
+        "kv_dtype": str(problem.kv_dtype).removeprefix("torch."),
         "q_len": problem.q_len,
         "kernel": provider.name,
         "version": provider.version,

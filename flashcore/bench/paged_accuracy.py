@@ -52,7 +52,7 @@ def _exact(
     out = []
     for head in kv_heads:
         k, v = (
-            pool[pages, :, head].flatten(0, 1)[:length].double()
+            _of_head(pool, pages, head)[:length].double()
             for pool in (inputs.k_pages, inputs.v_pages)
         )
         q = inputs.q[row * p.q_len + tokens, head * group : (head + 1) * group].double()
@@ -61,6 +61,12 @@ def _exact(
         scores.masked_fill_(hidden[:, None], float("-inf"))
         out.append(torch.einsum("qhk,kd->qhd", scores.softmax(-1), v))
     return torch.cat(out, 1)
+
+
+def _of_head(pool: torch.Tensor, pages: torch.Tensor, head: int) -> torch.Tensor:
+    """[tokens, head_dim] of these pages; torch takes bytes where it may not take fp8."""
+    of_bytes = pool.view(torch.uint8)[:, :, head] if pool.itemsize == 1 else pool[:, :, head]
+    return of_bytes[pages].view(pool.dtype).flatten(0, 1).float()
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -29,6 +29,7 @@ class PagedProblem:
     head_dim: int = 128
     page_tokens: int = 128
     q_len: int = 1  # query tokens of each sequence, its last ones
+    kv_dtype: torch.dtype = DTYPE  # of the pages
     groups: int = 1  # neighbours; a divisor of `sequences`
 
     @property
@@ -38,7 +39,7 @@ class PagedProblem:
     @property
     def token_bytes(self) -> int:
         """K and V of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * DTYPE.itemsize
+        return 2 * self.kv_heads * self.head_dim * self.kv_dtype.itemsize
 
     def flops(self, seq_lens: torch.Tensor) -> float:
         """Multiplications and additions of both matrix products, causal on the new tokens."""
@@ -271,6 +272,11 @@ class PagedInputs:
     def device(self) -> torch.device:
         return self.q.device
 
+    def widened(self) -> PagedInputs:
+        """With pages of 16 bits that hold the same."""
+        pools = (pool.to(DTYPE) for pool in (self.k_pages, self.v_pages))
+        return PagedInputs(self.batch, self.page_table, self.seq_lens, self.q, *pools)
+
 
 def make_inputs(problem: PagedProblem, device: str, seed: int = 0) -> PagedInputs:
     """Normal values: zeros or constants would draw less power and so run at higher clocks."""
@@ -286,6 +292,6 @@ def make_inputs(problem: PagedProblem, device: str, seed: int = 0) -> PagedInput
         batch.page_table.to(device),
         batch.seq_lens.to(device),
         normal(problem.total_q, problem.q_heads, problem.head_dim),
-        normal(*pool),
-        normal(*pool),
+        normal(*pool).to(problem.kv_dtype),
+        normal(*pool).to(problem.kv_dtype),
     )

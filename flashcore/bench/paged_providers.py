@@ -7,7 +7,7 @@ its levels. What it returns is captured in a CUDA graph and does one layer's att
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 Call = Callable[[], torch.Tensor]  # out [total_q, q_heads, head_dim]
 
 OURS = "flashcore"
+OURS_BF16 = "flashcore_bf16"
+"""On the same values in pages of 16 bits, beside fp8 pages."""
+WRONG = 1e-2
+"""Four times what rounding P and the output to bf16 costs, less than a single page left out of
+131072 tokens."""
+WRONG_IN_FP8 = 0.2
+"""Of kernels that round q and P to fp8: three times what that costs."""
 _WORKSPACE_BYTES = 512 << 20  # FlashInfer's, for its partial results
 
 
@@ -32,11 +39,33 @@ class PagedProvider:
     name: str
     version: str
     prepare: Callable[[PagedProblem, PagedInputs], Call]
+    wrong: float = WRONG  # relative error of a query token's output from which it counts as wrong
 
 
-def paged_providers(xqa: bool = False) -> tuple[list[PagedProvider], dict[str, str]]:
+def paged_providers(
+    xqa: bool = False, fp8: bool = False
+) -> tuple[list[PagedProvider], dict[str, str]]:
     """(providers that can be imported, name of each other -> why not). xqa: with FlashInfer's
-    kernel of that name, which is compiled for every shape at its first use."""
+    kernel of that name, which is compiled for every shape at its first use. fp8: those that take
+    pages of fp8, XQA among them."""
+    makers: dict[str, Callable[[], PagedProvider]] = {
+        OURS: _flashcore,
+        OURS_BF16: lambda: replace(_flashcore(), name=OURS_BF16, prepare=_prepare_widened),
+        "fa3": _fa3_fp8,
+        "flashinfer": lambda: _flashinfer("flashinfer", "fa2"),
+        "flashinfer_xqa": lambda: replace(_flashinfer_xqa(), wrong=WRONG_IN_FP8),
+    }
+    makers = makers if fp8 else _of_16_bits(xqa)
+    found, missing = [], {}
+    for name, make in makers.items():
+        try:
+            found.append(make())
+        except Exception as error:  # peers fail to import in many ways
+            missing[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return found, missing
+
+
+def _of_16_bits(xqa: bool) -> dict[str, Callable[[], PagedProvider]]:
     makers: dict[str, Callable[[], PagedProvider]] = {
         OURS: _flashcore,
         "fa3": _fa3,
@@ -48,13 +77,7 @@ def paged_providers(xqa: bool = False) -> tuple[list[PagedProvider], dict[str, s
     }
     if xqa:
         makers["flashinfer_xqa"] = _flashinfer_xqa
-    found, missing = [], {}
-    for name, make in makers.items():
-        try:
-            found.append(make())
-        except Exception as error:  # peers fail to import in many ways
-            missing[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    return found, missing
+    return makers
 
 
 def plan_of(
@@ -77,7 +100,7 @@ def plan_of(
         num_kv_heads=problem.kv_heads,
         head_dim=problem.head_dim,
         page_tokens=problem.page_tokens,
-        itemsize=DTYPE.itemsize,
+        itemsize=problem.kv_dtype.itemsize,
         share=share,
         batch_invariant=batch_invariant,
     )
@@ -87,8 +110,11 @@ def our_call(inputs: PagedInputs, plan: Plan) -> Call:
     """Attention and merge over a plan made before."""
     import flashcore
 
-    pool = (inputs.k_pages, inputs.v_pages)
-    return lambda: flashcore.paged_attention(inputs.q, *pool, plan, impl="auto")
+    pool, scales = (inputs.k_pages, inputs.v_pages), {}
+    if inputs.k_pages.itemsize == 1:  # as engines have them; left out, a graph makes its own
+        one = torch.ones((), device=inputs.device)
+        scales = {"k_scale": one, "v_scale": one}
+    return lambda: flashcore.paged_attention(inputs.q, *pool, plan, impl="auto", **scales)
 
 
 def _flashcore() -> PagedProvider:
@@ -99,6 +125,23 @@ def _flashcore() -> PagedProvider:
     if not usable:
         raise UnsupportedError(reason)
     return PagedProvider(OURS, __version__, lambda p, x: our_call(x, plan_of(p, x)))
+
+
+def _prepare_widened(problem: PagedProblem, inputs: PagedInputs) -> Call:
+    wide = inputs.widened()
+    return our_call(wide, plan_of(replace(problem, kv_dtype=DTYPE), wide))
+
+
+def _fa3_fp8() -> PagedProvider:
+    """With q in fp8 as well, which it wants; the cast of q is not timed."""
+    of_16_bits = _fa3()
+
+    def prepare(problem: PagedProblem, inputs: PagedInputs) -> Call:
+        if problem.kv_dtype is not torch.float8_e4m3fn:
+            raise UnsupportedError("of fp8 it takes e4m3 alone")
+        return of_16_bits.prepare(problem, replace(inputs, q=inputs.q.to(problem.kv_dtype)))
+
+    return replace(of_16_bits, prepare=prepare, wrong=WRONG_IN_FP8)
 
 
 def _fa3() -> PagedProvider:
@@ -193,7 +236,7 @@ def _flashinfer(name: str, backend: str) -> PagedProvider:
         own = _own_level(problem, inputs)
         pages, pool = own.pages.to(inputs.device), (inputs.k_pages, inputs.v_pages)
         heads = (problem.q_heads, problem.kv_heads, problem.head_dim)
-        dtypes = {"q_data_type": DTYPE, "kv_data_type": DTYPE}
+        dtypes = {"q_data_type": DTYPE, "kv_data_type": problem.kv_dtype}
         if problem.q_len == 1:
             if backend != "fa2":
                 raise UnsupportedError("its tensor-core decode is the fa2 kernel")

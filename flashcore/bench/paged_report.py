@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flashcore.bench.paged_providers import OURS
+from flashcore.bench.paged_providers import OURS, OURS_BF16
 from flashcore.bench.rows import Row, by_workload
 
 LABELS = {
     OURS: "flashcore",
+    OURS_BF16: "flashcore bf16",
     "fa3": "FA3",
     "fa4": "FA4",
     "flashinfer": "FlashInfer",
@@ -21,20 +22,32 @@ LABELS = {
 _COLOURS = dict(
     zip(
         LABELS,
-        ("#1b6ca8", "#c8553d", "#e0a030", "#5a9367", "#9bb858", "#3d8f8f", "#8d7b9c", "#c0a0c8"),
+        (
+            "#1b6ca8",
+            "#7fb0d6",
+            "#c8553d",
+            "#e0a030",
+            "#5a9367",
+            "#9bb858",
+            "#3d8f8f",
+            "#8d7b9c",
+            "#c0a0c8",
+        ),
         strict=True,
     )
 )
 
 
 def summarise(rows: list[Row]) -> list[Row]:
-    """For each workload: ours over the bound, and FA3's and the best peer's time over ours."""
+    """For each workload: ours over the bound, and FA3's and the best peer's time over ours; on fp8
+    pages ours over ours in bf16, too."""
     lines = []
     for workload, kernels in by_workload(rows).items():
         ours = kernels.get(OURS)
         if ours is None:
             continue
-        peers = {name: row for name, row in kernels.items() if name != OURS}
+        peers = {name: row for name, row in kernels.items() if name not in (OURS, OURS_BF16)}
+        bf16 = kernels.get(OURS_BF16)
         best = min(peers, key=lambda name: float(peers[name]["ms"])) if peers else None
         lines.append(
             {
@@ -44,6 +57,7 @@ def summarise(rows: list[Row]) -> list[Row]:
                 "speed_over_fa3": peers["fa3"]["ms"] / ours["ms"] if "fa3" in peers else None,
                 "best_peer": best,
                 "speed_over_best_peer": peers[best]["ms"] / ours["ms"] if best else None,
+                **({"time_over_bf16": ours["ms"] / bf16["ms"]} if bf16 else {}),
             }
         )
     return lines

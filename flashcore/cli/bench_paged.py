@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flashcore.cli.results import choose, deliver, head, positive, read_result, refuse
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _COUNTED_KERNELS = ("flashcore", "fa3", "flashinfer", "cascade_fa2")
 _RANDOM_ROUNDS = 25  # at least: batches of 20 us are compared to a few percent
+_DTYPES = {"bf16": "bfloat16", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
 _NEEDED = {
     *("device", "driver", "commit", "date", "rows", "summary", "skipped"),
     *("read_bandwidth", "empty_graph_ms", "method"),
@@ -58,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="other workloads, which read little, and plans: how much longer each takes than an "
         "empty graph and the longer of two bounds, by DRAM and by arithmetic",
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        choices=list(_DTYPES),
+        default="bf16",
+        help="of the pages; with fp8 flashcore in bf16 on the same values stands beside it, and of "
+        "the peers those that take fp8: FlashAttention-3 with q in fp8 too, FlashInfer",
     )
     parser.add_argument("--plan", action="store_true", help="also time the plan on the GPU")
     parser.add_argument(
@@ -104,11 +113,20 @@ def run(args: argparse.Namespace) -> int:
             if given:
                 return refuse(f"{name} does not go with --latency")
 
+    fp8 = args.kv_dtype != "bf16"
+    if args.random and fp8:
+        return refuse("--random has batches of bf16 alone; leave --kv-dtype out")
+
     import torch
 
     wanted = args.workload.split(",")
     known_problems = latency_problems() if args.latency else paged_problems()
-    problems = [p for p in known_problems if any(text in p.name for text in wanted)]
+    kv_dtype = getattr(torch, _DTYPES[args.kv_dtype])
+    problems = [
+        replace(p, kv_dtype=kv_dtype)
+        for p in known_problems
+        if any(text in p.name for text in wanted)
+    ]
     if not problems:
         names = ", ".join(p.name for p in known_problems)
         return refuse(f"no workload has {args.workload!r} in its name; there are {names}")
@@ -116,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         return refuse("torch sees no CUDA device to time on")
     from flashcore.bench.paged_providers import paged_providers
 
-    providers, missing = paged_providers(xqa=args.latency)
+    providers, missing = paged_providers(xqa=args.latency, fp8=fp8)
     if args.kernels:
         known = sorted({*missing, *(p.name for p in providers)})
         try:
@@ -182,9 +200,10 @@ def _measure(
     if args.latency:
         extra = _latency(args, rows, [idle, *measured["clocks"]], empty, machine)
     if args.dram is not None:
-        _add_dram(args.dram, rows, skipped)
+        _add_dram(args, rows, skipped)
     return {
         **head(args.commit),
+        "kv_dtype": args.kv_dtype,
         "clocks": {"before": idle, "during": measured["clocks"]},
         "method": (
             "each a CUDA graph of one layer's attention, replayed once between two events, L2 "
@@ -255,16 +274,16 @@ def _extras(
     return extra
 
 
-def _add_dram(workloads: str, rows: list[dict[str, Any]], skipped: list[str]) -> None:
+def _add_dram(args: argparse.Namespace, rows: list[dict[str, Any]], skipped: list[str]) -> None:
     from flashcore.bench.dram import COUNTED, CountError, count_bytes
 
     _say("counting DRAM bytes")
-    wanted = workloads.split(",") if workloads else COUNTED
+    wanted = args.dram.split(",") if args.dram else COUNTED
     names = [name for name in wanted if any(row["workload"] == name for row in rows)]
     timed = {row["kernel"] for row in rows if row["workload"] in names}
     kernels = [name for name in _COUNTED_KERNELS if name in timed]
     try:
-        counted = count_bytes(names, kernels) if names else {}
+        counted = count_bytes(names, kernels, args.kv_dtype) if names else {}
     except CountError as error:
         skipped.append(f"DRAM bytes: {error}")
         return

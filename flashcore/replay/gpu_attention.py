@@ -8,8 +8,8 @@ import torch
 
 import flashcore
 from flashcore.bench.graphs import Flusher, Graph, capture, start_sample, time_graphs
-from flashcore.bench.paged import WRONG
 from flashcore.bench.paged_accuracy import relative_distance
+from flashcore.bench.paged_providers import WRONG
 from flashcore.planner.types import Plan
 
 _ROUNDS = 7
