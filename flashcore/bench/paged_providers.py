@@ -110,11 +110,12 @@ def our_call(inputs: PagedInputs, plan: Plan) -> Call:
     """Attention and merge over a plan made before."""
     import flashcore
 
-    pool, scales = (inputs.k_pages, inputs.v_pages), {}
-    if inputs.k_pages.itemsize == 1:  # as engines have them; left out, a graph makes its own
-        one = torch.ones((), device=inputs.device)
-        scales = {"k_scale": one, "v_scale": one}
-    return lambda: flashcore.paged_attention(inputs.q, *pool, plan, impl="auto", **scales)
+    pool, scale = (inputs.k_pages, inputs.v_pages), None
+    if inputs.k_pages.itemsize == 1:  # as engines have it; left out, a graph makes its own
+        scale = torch.ones((), device=inputs.device)
+    return lambda: flashcore.paged_attention(
+        inputs.q, *pool, plan, k_scale=scale, v_scale=scale, impl="auto"
+    )
 
 
 def _flashcore() -> PagedProvider:
