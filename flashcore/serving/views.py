@@ -165,16 +165,15 @@ class View:
         """Room for a forward beyond all that the server was taken to be able to ask. Graphs keep
         what they have captured."""
         room, limits = self.room, self.limits
-        self.room = Room(
-            *(
-                most if wanted <= most else 2 * wanted
-                for most, wanted in (
-                    (room.batch, need.batch),
-                    (room.entries, entries),
-                    (room.queries, need.queries),
-                )
+        batch, entries, queries = (
+            most if wanted <= most else 2 * wanted
+            for most, wanted in (
+                (room.batch, need.batch),
+                (room.entries, entries),
+                (room.queries, need.queries),
             )
         )
+        self.room = Room(batch, entries, queries, room.chunks)
         self.limits = replace(limits, batch=self.room.batch, queries=self.room.queries)
         logger.warning(
             "flashcore attention: %d sequences with %d new tokens are more than was planned for "

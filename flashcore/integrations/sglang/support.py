@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flashcore.integrations.sglang import deterministic
 from flashcore.integrations.sglang.layers import attention_layers
 from flashcore.serving.shapes import Model, NotServed, Options, Shape
 from flashcore.sm90.config.paged import PAGE_TOKENS, unserved_dims
@@ -45,6 +46,7 @@ def model_of(runner: Any) -> Model:
         device=torch.device(runner.device),
     )
     check_kernels(model, runner.kv_cache_dtype)
+    deterministic.check(runner, model)
     return model
 
 
@@ -63,8 +65,6 @@ def check_server(runner: Any) -> None:
         raise refusal("context parallelism", "use --attention-backend fa3")
     if getattr(runner.server_args, "enable_unified_memory", False):
         raise refusal("the unified memory pool", "leave out --enable-unified-memory")
-    if getattr(runner.server_args, "enable_deterministic_inference", False):
-        raise refusal("deterministic inference")
     if getattr(runner.server_args, "dllm_algorithm", None) is not None:
         raise refusal("diffusion language models")
     for part in (pool, *(getattr(pool, name, None) for name in ("full_kv_pool", "swa_kv_pool"))):
