@@ -35,7 +35,7 @@ def test_arguments_are_those_of_this_vllm() -> None:
     assert arguments["max_num_seqs"] == 64
     assert arguments["compilation_config"] == {"max_cudagraph_capture_size": 64}
     assert arguments["num_gpu_blocks_override"] == 100
-    cache = 6400 * SHAPES["tiny"].kv_bytes_per_token // 2  # of a rank
+    cache = 6400 * SHAPES["tiny"].kv_bytes_per_token() // 2  # of a rank
     assert arguments["kv_cache_memory_bytes"] == cache
     assert arguments["gpu_memory_utilization"] <= 0.1  # others are there already
     assert "kv_cache_memory_bytes" not in server_arguments(OPTIONS, "a-folder")
