@@ -47,6 +47,8 @@ def test_arguments_are_those_of_this_vllm() -> None:
     for dtype in ("fp8_e4m3", "fp8_e5m2", "bfloat16"):
         of_dtype = server_arguments(replace(OPTIONS, kv_cache_dtype=dtype), "a-folder")
         assert AsyncEngineArgs(**of_dtype).kv_cache_dtype == dtype
+    narrow = server_arguments(replace(options, kv_cache_dtype="fp8_e5m2"), "a-folder")
+    assert narrow["kv_cache_memory_bytes"] == cache // 2
     named = server_arguments(replace(OPTIONS, backend="TRITON_ATTN"), "a-folder")
     assert named["attention_backend"] == "TRITON_ATTN"
 
