@@ -67,6 +67,23 @@ def test_compile_for_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "head_dim must be a multiple of 8 from 8 to 256, got 100" in said
 
 
+def test_compile_for_a_server_with_an_fp8_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--cache-dir", str(tmp_path), "--list", "--serve", "32/8x128")
+    for dtype in ("e4m3", "e5m2"):
+        assert compile_cmd.run(parse(compile_cmd, *words, "--kv-cache-dtype", f"fp8_{dtype}")) == 0
+        lines = capsys.readouterr().out.splitlines()
+        paged = [line for line in lines if line.startswith("missing paged")]
+        assert len(paged) == 2
+        assert all(f"kv_dtype={dtype}" in line for line in paged)
+    assert compile_cmd.run(parse(compile_cmd, *words)) == 0
+    assert "kv_dtype" not in capsys.readouterr().out
+    odd = ("--list", "--serve", "32/8x72", "--kv-cache-dtype", "fp8_e4m3")
+    assert compile_cmd.run(parse(compile_cmd, *odd)) == 2
+    assert "head_dim of fp8 pages must be a multiple of 16, got 72" in capsys.readouterr().err
+
+
 def test_compile_for_a_server_whose_values_are_narrower(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

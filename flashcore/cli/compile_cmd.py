@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from flashcore.cli.progress import ProgressBar
 from flashcore.sm90.config.dense import DTYPES
-from flashcore.sm90.config.paged import PAGE_TOKENS
+from flashcore.sm90.config.paged import KV_DTYPES, PAGE_TOKENS
 
 if TYPE_CHECKING:
     from flashcore.jit.cache import KernelCache
     from flashcore.jit.kernel import Kernel
 
+KV_CACHE_DTYPES = {f"fp8_{name}": name for name in KV_DTYPES}  # as engines call them
 FEATURES = ("windowed", "softcap", "sinks", "tree")
 
 
@@ -53,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --serve (default: 64)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="with --serve")
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=["auto", *KV_CACHE_DTYPES],
+        default="auto",
+        help="with --serve (default: auto, as --dtype)",
+    )
     parser.add_argument(
         "--features",
         metavar="NAMES",
@@ -101,7 +108,11 @@ def _served_kernels(args: argparse.Namespace) -> list[Kernel]:
     has = args.features
     variant = Variant(softcap="softcap" in has, sinks="sinks" in has)
     kind = Kind(Shape(*args.serve), "windowed" in has, (variant,))
-    return kernels_of(kind, args.dtype, args.page_size, tree="tree" in has)
+    return kernels_of(
+        *(kind, args.dtype, args.page_size),
+        tree="tree" in has,
+        kv_dtype=KV_CACHE_DTYPES.get(args.kv_cache_dtype, ""),
+    )
 
 
 def _prune(cache: KernelCache) -> int:

@@ -11,10 +11,10 @@ import torch
 
 from flashcore.jit.kernel import Kernel
 from flashcore.problem import Problem, Rules
-from flashcore.serving.planners import prefill_tiles
 from flashcore.serving.shapes import Model, Shape
 from flashcore.sm90.config import planner
 from flashcore.sm90.config.dense import WARPGROUP_ROWS
+from flashcore.sm90.launch.tensors import FP8_NAMES
 from flashcore.sm90.needed import Attached, Plans, kernels_for
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,9 @@ def wanted(
 ) -> list[Kernel]:
     """Every kernel that any forward of these layers asks for, each once."""
     dtype = "bf16" if model.dtype == torch.bfloat16 else "fp16"
+    options = max_batch, tree, batch_invariant, FP8_NAMES.get(model.cache_dtype, "")
     kernels = [
-        kernel
-        for kind in kinds
-        for kernel in kernels_of(kind, dtype, model.page_tokens, max_batch, tree, batch_invariant)
+        kernel for kind in kinds for kernel in kernels_of(kind, dtype, model.page_tokens, *options)
     ]
     return list(dict.fromkeys(kernels))
 
@@ -73,26 +72,29 @@ def kernels_of(
     max_batch: int = 4096,
     tree: bool = False,
     batch_invariant: bool = False,
+    kv_dtype: str = "",
 ) -> list[Kernel]:
     """Every kernel that forwards of one kind of layers ask for, each once.
 
     dtype: "bf16" or "fp16". max_batch: requests that run at most. tree: speculative decoding with
-    trees. batch_invariant: plans are. Raises ValueError where there is no kernel.
+    trees. batch_invariant: plans are, whose tiles have one height. kv_dtype: "e4m3" or "e5m2" where
+    the cache is fp8. Raises ValueError where there is no kernel.
     """
     # Prefill planners are made for few sequences and grow, to twice as many as can run.
     batches = (64, max_batch, min(2 * max_batch, planner.ROW_CAPACITIES[-1]))
-    tiles = prefill_tiles(kind.shape, batch_invariant)
+    tiles = (WARPGROUP_ROWS,) if batch_invariant else (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS)
     plans = Plans(tiles, True, batch_invariant, batches)
     verify = replace(plans, tiles=(WARPGROUP_ROWS,))  # runs with decode's tile
     shape = kind.shape
     problem = Problem(
-        shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.v_head_dim, page_tokens
+        *(shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.v_head_dim, page_tokens),
+        itemsize=1 if kv_dtype else 2,
     )
     kernels = []
     for variant in kind.variants:
         softcap, left = float(variant.softcap), 0 if kind.windowed else -1
         rules = Rules(1.0, variant.causal, left, softcap=softcap)
-        attached = Attached(dtype, variant.sinks)
+        attached = Attached(dtype, variant.sinks, kv_dtype=kv_dtype)
         kernels += kernels_for(problem, rules, plans, attached)
         if tree:
             kernels += kernels_for(problem, rules, verify, replace(attached, tree_mask=True))

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 
 import flashcore
-from flashcore.contract.chunks import tallest_tile
 from flashcore.contract.counts import Seen, Stat
 from flashcore.planner.folding import Fold
 from flashcore.serving import capacity
@@ -76,14 +75,16 @@ class TorchPlanner:
         fold: Fold,
         room: Room,
         batch_invariant: bool = False,
+        itemsize: int = 2,
     ):
         self.shape, self.page_tokens, self.tile_m, self.fold = shape, page_tokens, tile_m, fold
-        self.room, self.batch_invariant = room, batch_invariant
+        self.room, self.batch_invariant, self.itemsize = room, batch_invariant, itemsize
         self._stats = torch.zeros(Stat.SIZE, dtype=torch.int64)
 
     def variant(self, tile_m: int, fold: Fold, queries: int) -> TorchPlanner:
+        kept = self.batch_invariant, self.itemsize
         room = replace(self.room, queries=queries)
-        return TorchPlanner(self.shape, self.page_tokens, tile_m, fold, room, self.batch_invariant)
+        return TorchPlanner(self.shape, self.page_tokens, tile_m, fold, room, *kept)
 
     def plan(self, tables: PageTables) -> flashcore.Plan:
         layout = flashcore.layout_from_page_table(
@@ -100,6 +101,7 @@ class TorchPlanner:
             tile_m=self.tile_m,
             fold=self.fold,
             batch_invariant=self.batch_invariant,
+            itemsize=self.itemsize,
         )
         found = plan.stats()
         self._stats[Stat.TOKENS_UNIQUE] = found.tokens_unique
@@ -157,7 +159,7 @@ class KernelPlanner:
             head_dim=shape.head_dim,
             v_head_dim=shape.v_head_dim,
             page_tokens=model.page_tokens,
-            itemsize=model.dtype.itemsize,
+            itemsize=model.cache_dtype.itemsize,
             tile_m=decode_tile(),
             batch_invariant=batch_invariant,
             device=workspace.device,
@@ -218,17 +220,10 @@ def decode_tile() -> int:
     return WARPGROUP_ROWS
 
 
-def prefill_tile(queries: int, batch: int, shape: Shape, batch_invariant: bool = False) -> int:
+def prefill_tile(queries: int, batch: int, shape: Shape) -> int:
     """128 where the sequences' own rows fill it, which halves the reads of K and V; else 64."""
     rows = queries * (shape.num_q_heads // shape.num_kv_heads)
-    return prefill_tiles(shape, batch_invariant)[-1 if rows >= 96 * batch else 0]
-
-
-def prefill_tiles(shape: Shape, batch_invariant: bool = False) -> tuple[int, ...]:
-    """What `prefill_tile` chooses from, the lowest first: those that there are kernels of."""
-    if batch_invariant and tallest_tile(shape.v_head_dim) == WARPGROUP_ROWS:
-        return (WARPGROUP_ROWS,)
-    return WARPGROUP_ROWS, 2 * WARPGROUP_ROWS
+    return 2 * WARPGROUP_ROWS if rows >= 96 * batch else WARPGROUP_ROWS
 
 
 def prefill_fold(queries: int, shape: Shape, room: int | None) -> Fold:
@@ -245,7 +240,10 @@ def prefill_fold(queries: int, shape: Shape, room: int | None) -> Fold:
     return True if PARTIALS_OF_SHARING * queries * row <= room else "always"
 
 
-def prefill_kinds(shape: Shape, batch_invariant: bool = False) -> list[tuple[int, Fold]]:
-    """Every tile and folding that `prefill_tile` and `prefill_fold` choose."""
+def prefill_kinds(batch_invariant: bool = False) -> list[tuple[int, Fold]]:
+    """Every tile and folding that `prefill_tile` and `prefill_fold` choose. Batch-invariant plans
+    have those of decode: the height of a tile decides on the order of sums."""
+    if batch_invariant:
+        return [(decode_tile(), True)]
     folds: tuple[Fold, ...] = (True, "always")
-    return [(tile, fold) for tile in prefill_tiles(shape, batch_invariant) for fold in folds]
+    return [(tile, fold) for tile in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS) for fold in folds]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashcore.kv_checks import FP8_DTYPES
 from flashcore.planner.types import dims_text
 
 
@@ -56,7 +57,7 @@ class Model:
     full, windowed: shapes of layers without and with a sliding window; None: no such layers.
     window: keys to the left of a query that a windowed layer sees, -1 without such layers.
     draft_tokens: query tokens of each sequence in target verify, 0 without speculation.
-    dtype: of queries and of the KV cache.
+    dtype: of queries. kv_dtype: of the KV cache; None: dtype.
     """
 
     full: Shape | None
@@ -66,6 +67,17 @@ class Model:
     draft_tokens: int
     dtype: torch.dtype
     device: torch.device
+    kv_dtype: torch.dtype | None = None
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of K and V in the cache."""
+        return self.kv_dtype or self.dtype
+
+    @property
+    def fp8(self) -> bool:
+        """K and V are fp8, with scales."""
+        return self.cache_dtype in FP8_DTYPES
 
     @property
     def shapes(self) -> Iterator[Shape]:

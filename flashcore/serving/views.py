@@ -113,10 +113,14 @@ class View:
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rules: Any) -> None:
         """q [tokens, heads, dim] against pools [slots, heads, dim], that of v with its own dim, or
         [pages, tokens, heads, dim]."""
-        if k.ndim == 3:
-            pages = (-1, self.model.page_tokens, self.shape.num_kv_heads)
-            k, v = k.view(*pages, self.shape.head_dim), v.view(*pages, self.shape.v_head_dim)
-        self.planner.attend(self.plan, q, k, v, **rules)
+        self.planner.attend(self.plan, q, *self.pages(k, v), **rules)
+
+    def pages(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pools as pages [pages, tokens, heads, dim]."""
+        if k.ndim == 4:
+            return k, v
+        shape = (-1, self.model.page_tokens, self.shape.num_kv_heads)
+        return k.view(*shape, self.shape.head_dim), v.view(*shape, self.shape.v_head_dim)
 
     def _rows(self, need: Need) -> PageTables:
         """The graphs' tables of a batch. What does not fit is refused as its graph is captured."""
@@ -154,9 +158,9 @@ class View:
     def _planner_for(self, need: Need, decode: bool) -> Planner:
         if decode:
             return self._eager_decode
-        tile = planners.prefill_tile(
-            need.queries, max(need.batch, 1), self.shape, self.limits.batch_invariant
-        )
+        if self.limits.batch_invariant:
+            return self._prefill[planners.decode_tile(), True]
+        tile = planners.prefill_tile(need.queries, max(need.batch, 1), self.shape)
         workspace = self._memory.workspace
         room = None if workspace is None else workspace.numel()
         return self._prefill[tile, planners.prefill_fold(need.queries, self.shape, room)]
@@ -165,15 +169,16 @@ class View:
         """Room for a forward beyond all that the server was taken to be able to ask. Graphs keep
         what they have captured."""
         room, limits = self.room, self.limits
-        batch, entries, queries = (
-            most if wanted <= most else 2 * wanted
-            for most, wanted in (
-                (room.batch, need.batch),
-                (room.entries, entries),
-                (room.queries, need.queries),
+        self.room = Room(
+            *(
+                most if wanted <= most else 2 * wanted
+                for most, wanted in (
+                    (room.batch, need.batch),
+                    (room.entries, entries),
+                    (room.queries, need.queries),
+                )
             )
         )
-        self.room = Room(batch, entries, queries, room.chunks)
         self.limits = replace(limits, batch=self.room.batch, queries=self.room.queries)
         logger.warning(
             "flashcore attention: %d sequences with %d new tokens are more than was planned for "
@@ -203,6 +208,7 @@ class View:
                 True,
                 room,
                 self.limits.batch_invariant,
+                self.model.cache_dtype.itemsize,
             )
         return KernelPlanner.of(
             self.model,
@@ -219,5 +225,5 @@ class View:
         return made.variant(planners.decode_tile(), True, min(queries, made.room.queries))
 
     def _prefill_planners(self, made: Planner) -> dict[tuple[int, Fold], Planner]:
-        kinds = planners.prefill_kinds(self.shape, self.limits.batch_invariant)
+        kinds = planners.prefill_kinds(self.limits.batch_invariant)
         return {kind: made.variant(*kind, made.room.queries) for kind in kinds}

@@ -37,7 +37,8 @@ class Cache:
 
     k, v: a layer's pools [slots, heads, dim] or [pages, tokens, heads, dim]. req_to_token, pages:
     as in `page_tables.Slots`. translation: of slots, to this pool's, if any. window: -1 for none.
-    workspace: fp32, of all planners. batch_invariant: plans are.
+    workspace: fp32, of all planners. batch_invariant: plans are. scales: k_scale and v_scale of
+    the layer, where its cache is fp8. appended: fp8 caches are written by `flashcore.append_kv`.
     """
 
     k: torch.Tensor
@@ -48,6 +49,8 @@ class Cache:
     workspace: torch.Tensor
     pages: bool = False
     batch_invariant: bool = False
+    scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    appended: bool = False
 
     def views(self, model: Model, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v [pages, tokens, heads, dim]."""
@@ -89,6 +92,8 @@ def run_all(model: Model, kind: Kind, cache: Cache, wanted: list[Kernel], tree: 
             for with_tree in (False, True) if tree and tile_m == min(tiles) else (False,):
                 for count in _token_counts(kind.shape.num_q_heads):
                     _attend(model, kind, cache, plan, variant, count, with_tree)
+    if model.fp8 and cache.appended:
+        _append(model, kind, cache)
     if tree:
         _tree_masks(model)
     if cache.translation is not None:
@@ -115,7 +120,7 @@ def _planner(
         head_dim=shape.head_dim,
         v_head_dim=shape.v_head_dim,
         page_tokens=model.page_tokens,
-        itemsize=model.dtype.itemsize,
+        itemsize=model.cache_dtype.itemsize,
         tile_m=tile_m,
         num_workers=1,
         device=model.device,
@@ -161,8 +166,24 @@ def _attend(
         sinks=sinks if variant.sinks else None,
         tree_mask=mask if with_tree else None,
         tree_positions=torch.ones(count, dtype=torch.int32, device=device) if positions else None,
+        k_scale=cache.scales[0],
+        v_scale=cache.scales[1],
         out=q.new_empty(count, shape.num_q_heads, shape.v_head_dim),
         impl="auto",
+    )
+
+
+def _append(model: Model, kind: Kind, cache: Cache) -> None:
+    """A token that goes nowhere."""
+    k_pages, v_pages = cache.views(model, kind.shape)
+    k, v = (
+        torch.zeros(1, *pages.shape[2:], dtype=model.dtype, device=model.device)
+        for pages in (k_pages, v_pages)
+    )
+    slots = torch.full((1,), -1, dtype=torch.int64, device=model.device)
+    k_scale, v_scale = cache.scales
+    flashcore.append_kv(
+        k, v, k_pages, v_pages, slot_mapping=slots, k_scale=k_scale, v_scale=v_scale
     )
 
 

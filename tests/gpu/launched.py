@@ -24,6 +24,7 @@ from flashcore.sm90.families import DENSE, MERGE, PAGER, PLANNER
 from flashcore.sm90.needed import Attached, Plans, kernels_for
 
 Launches = Callable[..., list[Kernel]]
+FP8_QUERIES = {"e4m3": torch.bfloat16, "e5m2": torch.float16}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 BITMAP_KINDS = {"none": "none", "bool": "bytes", "uint8": "bytes", "words": "words"}
 ROWS = 64  # sequences of most planners here
@@ -173,13 +174,16 @@ def engine(
     mode: str = "",
     dtype: Any = torch.bfloat16,
     sinks: bool = False,
+    kv_dtype: str = "",
 ) -> list[Kernel]:
     """Of a backend with layers without a window and, but for windows "full", with one."""
     found: list[Kernel] = []
     for windowed in (False,) if windows == "full" else (False, True):
         kind = Kind(Shape(8, 2, *dims), windowed, (Variant(sinks=sinks),))
         tree = mode == "verify_tree"
-        found += kernels_of(kind, DTYPES[dtype], page_tokens, max_batch=16, tree=tree)
+        found += kernels_of(
+            *(kind, DTYPES[dtype], page_tokens), max_batch=16, tree=tree, kv_dtype=kv_dtype
+        )
     return found
 
 
@@ -187,6 +191,18 @@ INVARIANT_MERGES = [
     Kernel(MERGE, MergeConfig(name, dim, sinks, warps, fixed_order=True))
     for name, dim, sinks, warps in product(("bf16", "fp16"), (64, 128, 256), (False, True), (1, 8))
 ]
+
+
+def vllm_fp8(kv_cache: str) -> list[Kernel]:
+    """Of layers with an fp8 cache in test_vllm_gpu.py."""
+    kinds = [Kind(Shape(8, 2, 64), windowed, (Variant(),)) for windowed in (False, True)]
+    kinds.append(Kind(Shape(8, 1, 64), False, (Variant(),)))
+    kv_dtype = "e5m2" if kv_cache == "fp8_e5m2" else "e4m3"
+    return [
+        kernel
+        for kind, page, invariant in product(kinds, (16, 64), (False, True))
+        for kernel in kernels_of(kind, "bf16", page, 12, False, invariant, kv_dtype)
+    ]
 
 
 def vllm_layers() -> list[Kernel]:
@@ -408,6 +424,7 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
     "test_transformers_gpu": {"": lambda **_: []},
     "test_vllm_gpu": {
         "": lambda **_: vllm_layers(),
+        "test_fp8": lambda kv_cache: vllm_fp8(kv_cache),
         "test_vllm_s_batch_specifications": lambda name, heads, block, window: vllm_specified(
             heads, block, window
         ),
@@ -420,6 +437,10 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
         "test_forward_with_gradients_on": lambda mode: engine(64, "pools", (64, 64), sinks=True),
         "test_padded_head_dims": lambda mode, dims: engine(64, dims=dims),
         "test_graph": lambda mode, windows, page_tokens: engine(page_tokens, windows, mode=mode),
+        "test_fp8": lambda mode, windows, pages: engine(
+            64, windows, mode=mode, dtype=FP8_QUERIES[pages], kv_dtype=pages
+        ),
+        "test_fp8_in_a_graph": lambda windows: engine(64, windows, kv_dtype="e4m3"),
         "test_graph_with_narrow_values": lambda: engine(64, dims=(192, 128)),
         "": lambda mode="", windows="window", **_: [
             kernel for page in (16, 64) for kernel in engine(page, windows, mode=mode)

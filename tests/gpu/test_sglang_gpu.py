@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 
 pytest.importorskip("sglang")
 from flashcore.sm90.available import available
+from tests.fp8 import FORMATS
+from tests.gpu.launched import FP8_QUERIES
 
 pytestmark = pytest.mark.skipif(
     not available("cuda")[0], reason=f"no Hopper GPU: {available('cuda')[1]}"
@@ -41,6 +44,7 @@ if available("cuda")[0]:
         graph_view,
         make_engine,
         make_forward,
+        with_scales,
     )
 
     register()
@@ -154,8 +158,8 @@ def test_graph_with_narrow_values() -> None:
     check_graphs(setup_of("decode", 64, torch.bfloat16, 192, v_head_dim=128), "decode")
 
 
-def check_graphs(setup: Any, mode: str) -> None:
-    engine = make_engine(setup)
+def check_graphs(setup: Any, mode: str, prepare: Any = None) -> None:
+    engine = make_engine(setup, prepare=prepare)
     first = forward_of(engine, mode)
     sizes = (first.batch.batch_size, first.batch.batch_size + 3)
     width = max(1, engine.setup.draft_tokens)
@@ -175,6 +179,30 @@ def check_graphs(setup: Any, mode: str) -> None:
         graph, outs = graphs[size]
         graph.replay()
         check(engine, forward, outs)
+
+
+def setup_of_fp8(mode: str, windows: str, pages: str) -> Any:
+    setup = setup_of(mode, 64, FP8_QUERIES[pages], 128, **WINDOWS[windows])
+    return replace(setup, kv_dtype=FORMATS[pages])
+
+
+@pytest.mark.parametrize("pages", FORMATS)
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("mode", MODES)
+def test_fp8(mode: str, windows: str, pages: str) -> None:
+    """Store and attention with scales that are no powers of two; with and without parameters."""
+    for prepare in (with_scales(0.37, 2.5, parameters=True), None):
+        engine = make_engine(setup_of_fp8(mode, windows, pages), prepare=prepare)
+        forward = forward_of(engine, mode)
+        engine.backend.init_forward_metadata(forward.batch)
+        check(engine, forward, attend(engine, forward))
+        assert engine.backend.full.planner.stats().tolist()[Stat.FAULTS] == 0
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_fp8_in_a_graph(windows: str) -> None:
+    prepare = with_scales(0.37, 2.5, parameters=True)
+    check_graphs(setup_of_fp8("decode", windows, "e4m3"), "decode", prepare)
 
 
 @pytest.mark.parametrize("windows", WINDOWS)

@@ -37,6 +37,7 @@ class Setup:
     head_dim: int = 16
     v_head_dim: int = 0  # 0: head_dim
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None  # None: dtype
     device: str = "cpu"
     window: int = -1
     two_pools: bool = False  # windowed layers in a pool of their own
@@ -46,6 +47,10 @@ class Setup:
     @property
     def v_dim(self) -> int:
         return self.v_head_dim or self.head_dim
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return self.kv_dtype or self.dtype
 
 
 @dataclass
@@ -101,6 +106,7 @@ def make_engine(
         max_context_len=s.max_context,
         head_dim=s.head_dim,
     )
+    runner.kv_cache_dtype = s.cache_dtype
     rng = torch.Generator().manual_seed(seed)
     size = s.page_tokens * (max_batch * (s.max_context // s.page_tokens + 2))
     _make_pools(runner, setup, size, rng)
@@ -122,10 +128,29 @@ def make_engine(
     return Engine(setup, runner, ATTENTION_BACKENDS[name](runner), layers, rng)
 
 
+def with_scales(
+    k_scale: float | None, v_scale: float | None, parameters: bool
+) -> Callable[[Any, list[RadixAttention]], None]:
+    """For `make_engine`: scales of an fp8 cache, other ones for each layer; as parameters, which
+    SGLang has of a checkpoint, or as numbers, of --quantization-param-path."""
+
+    def prepare(runner: Any, layers: list[RadixAttention]) -> None:
+        for number, layer in enumerate(layers):
+            for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
+                scale: Any = None if value is None else value * (number + 1)
+                if parameters:
+                    tensor = torch.tensor(scale, device=runner.device)
+                    scale = torch.nn.Parameter(tensor, requires_grad=False)
+                delattr(layer, name)  # None, as SGLang has it, is no parameter
+                setattr(layer, name, scale)
+
+    return prepare
+
+
 def _make_pools(runner: Any, s: Setup, size: int, rng: torch.Generator) -> None:
     common = {
         "page_size": s.page_tokens,
-        "dtype": s.dtype,
+        "dtype": s.cache_dtype,
         "head_num": s.heads[1],
         "head_dim": s.head_dim,
         "v_head_dim": s.v_dim,
@@ -151,7 +176,7 @@ def _make_pools(runner: Any, s: Setup, size: int, rng: torch.Generator) -> None:
         pool = MHATokenToKVPool(size=size, layer_num=2, enable_memory_saver=False, **common)
     for layer in range(2):
         for buffer in pool.get_kv_buffer(layer):
-            buffer.fill_(float("nan"))
+            buffer.copy_(torch.full_like(buffer, float("nan"), dtype=torch.float32))
     runner.token_to_kv_pool = pool
 
 
@@ -220,7 +245,7 @@ def _fill_cache(engine: Engine, slots: list[torch.Tensor], prefixes: list[int]) 
             at = pool.translate_loc_from_full_to_swa(cached)
         for buffer in pool.get_kv_buffer(layer.layer_id):
             values = torch.randn(len(at), *buffer.shape[1:], generator=engine.rng)
-            buffer[at] = values.to(s.dtype).to(s.device)
+            buffer[at] = values.to(buffer.dtype).to(s.device)
 
 
 def _batch_of(
@@ -303,7 +328,10 @@ def expected(engine: Engine, forward: Forward, sinks: torch.Tensor | None = None
                 slots = pool.translate_loc_from_full_to_swa(slots)
             q = forward.q[number][begin : begin + n]
             tree = forward.tree[request] if forward.tree else None
-            rows.append(_one(layer, q, k_pool[slots], v_pool[slots], tree, sinks))
+            k, v = k_pool[slots].double(), v_pool[slots].double()
+            if engine.setup.kv_dtype is not None:
+                k, v = (x * (s or 1.0) for x, s in ((k, layer.k_scale), (v, layer.v_scale)))
+            rows.append(_one(layer, q, k, v, tree, sinks))
             begin += n
         outs.append(torch.cat(rows).flatten(1))
     return outs

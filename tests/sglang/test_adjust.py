@@ -194,8 +194,9 @@ def test_refused_before_the_weights_are_loaded(case: str, tmp_path: Path) -> Non
 
 
 def test_a_quantised_cache_is_refused_before_the_weights_are_loaded() -> None:
-    with pytest.raises(NotServed, match="--kv-cache-dtype fp8_e4m3; use --kv-cache-dtype auto"):
-        arguments("llama", kv_cache_dtype="fp8_e4m3")
+    for dtype in ("mxfp8", "nvfp4", "fp4_mx_block16"):
+        with pytest.raises(NotServed, match=f"--kv-cache-dtype {dtype}; use .* fp8_e4m3 or fp8_e5"):
+            arguments("llama", kv_cache_dtype=dtype)
 
 
 @pytest.mark.parametrize("architecture", sorted(adjust.NOT_SERVED))

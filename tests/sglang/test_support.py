@@ -48,7 +48,17 @@ UNSERVED: dict[str, tuple[Any, str]] = {
         lambda r: (setattr(r, "model", None), setattr(r, "attention_chunk_size", 8192)),
         "chunked local attention",
     ),
-    "fp8": (lambda r: setattr(r, "kv_cache_dtype", torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    "fp8_of_fp32": (
+        lambda r: setattr(r, "kv_cache_dtype", torch.float8_e4m3fn),
+        "a KV cache of torch.float8_e4m3fn with a model in torch.float32",
+    ),
+    "mxfp8": (
+        lambda r: (
+            setattr(r, "kv_cache_dtype", torch.float8_e4m3fn),
+            setattr(r.server_args, "kv_cache_dtype", "mxfp8"),
+        ),
+        "mxfp8; use --kv-cache-dtype auto or fp8_e4m3",
+    ),
     "hnd": (lambda r: setattr(r.token_to_kv_pool, "use_hnd", True), "HND"),
     "cross": (lambda r: setattr(r.model[0], "is_cross_attention", True), "cross attention"),
     "v_dim": (lambda r: setattr(r.model[0], "v_head_dim", 24), "v_head_dim 24 beside head_dim 16"),
@@ -101,13 +111,13 @@ def test_head_dims_of_the_kernels(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     shape = Shape(4, 2, *dims)
     cpu = Model(None, shape, 40, 16, 0, torch.bfloat16, torch.device("cpu"))
-    check_kernels(cpu, cpu.dtype)
+    check_kernels(cpu)
     gpu = replace(cpu, device=torch.device("cuda"))
     if not reason:
-        check_kernels(gpu, gpu.dtype)
+        check_kernels(gpu)
         return
     with pytest.raises(NotServed, match=re.escape(reason)):
-        check_kernels(gpu, gpu.dtype)
+        check_kernels(gpu)
 
 
 def test_layers_of_two_shapes_of_one_kind() -> None:

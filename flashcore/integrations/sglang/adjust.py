@@ -48,6 +48,8 @@ NOT_SERVED = {
     ),
 }
 
+KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
+
 DRAFT_MODELS = frozenset({"EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "DFLASH", "DSPARK"})
 TREES = frozenset({"EAGLE", "EAGLE3", "NEXTN", "STANDALONE"})
 DRAFT_BACKEND = "fa3"
@@ -77,10 +79,10 @@ def check_model(config: Any) -> None:
 
 def check_arguments(view: Any) -> None:
     """Raise NotServed for what needs no look at the model."""
-    if view.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
+    if view.kv_cache_dtype not in KV_CACHE_DTYPES:
         raise refusal(
             f"--kv-cache-dtype {view.kv_cache_dtype}",
-            "use --kv-cache-dtype auto, or --attention-backend fa3",
+            "use --kv-cache-dtype auto, fp8_e4m3 or fp8_e5m2, or --attention-backend triton",
         )
 
 

@@ -11,8 +11,9 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+import flashcore
 from flashcore.integrations.sglang import compiled
-from flashcore.integrations.sglang.layers import attention_layers, kinds_of
+from flashcore.integrations.sglang.layers import attention_layers, kinds_of, kv_scales
 from flashcore.integrations.sglang.limits import limits_of
 from flashcore.integrations.sglang.padding import real_sequences
 from flashcore.integrations.sglang.speculation import TreeMasks, drafts_are_trees
@@ -26,6 +27,8 @@ from flashcore.serving.views import Memory, Need, View
 from flashcore.sm90.planner_scratch import PlannerScratch
 
 logger = logging.getLogger(__name__)
+
+_Scales = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 class FlashcoreBackend(AttentionBackend):
@@ -49,9 +52,12 @@ class FlashcoreBackend(AttentionBackend):
         self._is_draft = model_runner.is_draft_worker
         args = model_runner.server_args
         limits = limits_of(model_runner, self.model)
-        self._invariant = limits.batch_invariant
         self._make_views(limits)
         self.layers = attention_layers(model_runner)
+        # By layer, made before anything is captured: k_scale and v_scale of an fp8 cache.
+        self._scales: dict[int, _Scales] = {}
+        for layer in self.layers:
+            self._scales_of(layer)
         compiled.number_layers(self.layers)
         self.number = compiled.enter(self)  # of `compiled`
         self._masks = TreeMasks(self.model, self.max_context_len, limits.batch, self._is_draft)
@@ -115,14 +121,14 @@ class FlashcoreBackend(AttentionBackend):
         if on_kernels:
             self._workspace = torch.empty(elements, dtype=torch.float32, device=model.device)
             sizes = capacity.scratch_sizes(limits, model.page_tokens, kinds)
-            scratch = PlannerScratch(*sizes, chunks=limits.batch_invariant, device=model.device)
+            scratch = PlannerScratch(*sizes, device=model.device)
         return Memory(self._workspace, scratch)
 
     def _prepare(self, model_runner: Any, max_batch: int) -> None:
         """Compile, load and launch every kernel that a forward can ask for."""
         tree = drafts_are_trees(model_runner)
         kinds = kinds_of(self.model, model_runner)
-        needed = kernels.wanted(self.model, kinds, max_batch, tree, self._invariant)
+        needed = kernels.wanted(self.model, kinds, max_batch, tree)
         with warmup.compiled(needed, self.model.device):
             for kind in kinds:
                 view = self.windowed if kind.windowed else self.full
@@ -131,13 +137,9 @@ class FlashcoreBackend(AttentionBackend):
                     continue
                 k, v = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
                 cache = warmup.Cache(
-                    k,
-                    v,
-                    self.req_to_token,
-                    view.translation,
-                    view.window,
-                    self._workspace,
-                    batch_invariant=self._invariant,
+                    *(k, v, self.req_to_token, view.translation, view.window, self._workspace),
+                    scales=self._scales_of(layer),
+                    appended=True,
                 )
                 warmup.run_all(self.model, kind, cache, needed, tree)
 
@@ -149,11 +151,13 @@ class FlashcoreBackend(AttentionBackend):
         if model.windowed:
             kinds.append(f"window {model.window} {model.windowed}")
         room = max(view.room.entries for view in self._views)
-        rule = ", deterministic" if self._invariant else ""
+        dtypes = str(model.dtype).removeprefix("torch.")
+        if model.fp8:
+            dtypes += f" on a KV cache in {str(model.cache_dtype).removeprefix('torch.')}"
         return (
-            f"flashcore attention: {path}, {', '.join(kinds)}, "
-            f"{str(model.dtype).removeprefix('torch.')}, page size {model.page_tokens}, "
-            f"plans of up to {room} pages{rule}, buffers {self._bytes() / 2**20:.0f} MiB"
+            f"flashcore attention: {path}, {', '.join(kinds)}, {dtypes}, "
+            f"page size {model.page_tokens}, "
+            f"plans of up to {room} pages, buffers {self._bytes() / 2**20:.0f} MiB"
         )
 
     def _bytes(self) -> int:
@@ -368,17 +372,14 @@ class FlashcoreBackend(AttentionBackend):
         if self._nothing:
             out.zero_()
             return
+        windowed = _is_windowed(layer)
+        view, (k_scale, v_scale) = self._view_of(layer, windowed), self._scales_of(layer)
         if k is not None:
-            swa_loc = self._swa_loc
-            if swa_loc is not None and len(swa_loc) > len(k):  # of the padded batch of a graph
-                swa_loc = swa_loc[: len(k)]
-            self.token_to_kv_pool.set_kv_buffer(
-                layer, KVWriteLoc(loc, swa_loc), k, v, layer.k_scale, layer.v_scale
-            )
+            assert v is not None
+            self._store(layer, view, k, v, loc)
         tokens, heads = q.shape[0], layer.tp_q_head_num
         k_pool, v_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        windowed = _is_windowed(layer)
-        self._view_of(layer, windowed).attend(
+        view.attend(
             q.view(tokens, heads, layer.head_dim),
             k_pool,
             v_pool,
@@ -388,9 +389,43 @@ class FlashcoreBackend(AttentionBackend):
             window=(layer.sliding_window_size, 0) if windowed else None,
             softcap=layer.logit_cap or 0.0,
             sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
             tree_mask=self._tree,
             tree_positions=self._tree_positions,
         )
+
+    def _store(
+        self, layer: Any, view: View, k: torch.Tensor, v: torch.Tensor, loc: torch.Tensor | None
+    ) -> None:
+        """Into the slots `loc`, or those of the other pool.
+
+        SGLang's own store of fp8 divides by the scale in the model's dtype, in place, and casts
+        without saturating, which makes NaN of large values; ours rounds once.
+        """
+        swa_loc = self._swa_loc
+        if swa_loc is not None and len(swa_loc) > len(k):  # of the padded batch of a graph
+            swa_loc = swa_loc[: len(k)]
+        if not self.model.fp8:
+            write = KVWriteLoc(loc, swa_loc)
+            pool = self.token_to_kv_pool
+            pool.set_kv_buffer(layer, write, k, v, layer.k_scale, layer.v_scale)
+            return
+        k_scale, v_scale = self._scales_of(layer)
+        flashcore.append_kv(
+            *(k, v, *view.pages(*self.token_to_kv_pool.get_kv_buffer(layer.layer_id))),
+            slot_mapping=swa_loc if self._two_pools and view is self.windowed else loc,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+
+    def _scales_of(self, layer: Any) -> _Scales:
+        if not self.model.fp8:
+            return None, None
+        found = self._scales.get(layer.layer_id)
+        if found is None:
+            found = self._scales[layer.layer_id] = kv_scales(layer, self.model.device)
+        return found
 
     forward_decode = forward_extend  # one new token each
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flashcore.serving.kernels import Kind, Variant
-from flashcore.serving.shapes import Model
+from flashcore.serving.shapes import Model, NotServed
 
 
 def attention_layers(runner: Any) -> list[Any]:
@@ -18,6 +18,37 @@ def attention_layers(runner: Any) -> list[Any]:
     from sglang.srt.layers.radix_attention import RadixAttention
 
     return [module for module in model.modules() if isinstance(module, RadixAttention)]
+
+
+def kv_scales(layer: Any, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What K and V in an fp8 cache are multiplied by, fp32 () or [kv heads] on the device; None: 1.
+
+    SGLang has parameters where a checkpoint has a quantisation method (1 where it has no scales),
+    numbers from --quantization-param-path, and None otherwise. A parameter on the device is taken
+    as it lies: what is loaded into it later counts in captured graphs too.
+    """
+    return _kv_scale(layer, "k_scale", device), _kv_scale(layer, "v_scale", device)
+
+
+def _kv_scale(layer: Any, name: str, device: torch.device) -> torch.Tensor | None:
+    given = getattr(layer, name, None)
+    if given is None:
+        return None
+    scale = torch.as_tensor(given).detach().to(device, torch.float32)
+    heads = layer.tp_k_head_num
+    if scale.numel() == 1:
+        scale = scale.view(())
+    elif tuple(scale.shape) != (heads,):
+        raise NotServed(
+            f"{name} of shape {tuple(scale.shape)} in layer {layer.layer_id}",
+            f"use a checkpoint with one for the layer or one for each of its {heads} KV heads",
+        )
+    if not bool(((scale > 0) & scale.isfinite()).all()):
+        raise NotServed(
+            f"{name} {scale.tolist()} of layer {layer.layer_id}",
+            "use a checkpoint whose scales are finite and above 0, or --kv-cache-dtype auto",
+        )
+    return scale
 
 
 def kinds_of(model: Model, runner: Any) -> list[Kind]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from flashcore.integrations.sglang import deterministic
 from flashcore.integrations.sglang.layers import attention_layers
+from flashcore.kv_checks import QUERY_DTYPES
 from flashcore.serving.shapes import Model, NotServed, Options, Shape
-from flashcore.sm90.config.paged import PAGE_TOKENS, unserved_dims
+from flashcore.sm90.config.paged import NARROW_DIM_STEP, PAGE_TOKENS, unserved_dims
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ def model_of(runner: Any) -> Model:
         draft_tokens=_draft_tokens(runner),
         dtype=runner.dtype,
         device=torch.device(runner.device),
+        kv_dtype=runner.kv_cache_dtype,
     )
-    check_kernels(model, runner.kv_cache_dtype)
-    deterministic.check(runner, model)
+    check_kernels(model)
     return model
 
 
@@ -65,6 +65,10 @@ def check_server(runner: Any) -> None:
         raise refusal("context parallelism", "use --attention-backend fa3")
     if getattr(runner.server_args, "enable_unified_memory", False):
         raise refusal("the unified memory pool", "leave out --enable-unified-memory")
+    if getattr(runner.server_args, "enable_deterministic_inference", False):
+        raise refusal("deterministic inference")
+    if getattr(runner.server_args, "kv_cache_dtype", None) == "mxfp8":  # e4m3 by its dtype
+        raise refusal("a KV cache in mxfp8", "use --kv-cache-dtype auto or fp8_e4m3")
     if getattr(runner.server_args, "dllm_algorithm", None) is not None:
         raise refusal("diffusion language models")
     for part in (pool, *(getattr(pool, name, None) for name in ("full_kv_pool", "swa_kv_pool"))):
@@ -105,13 +109,16 @@ def _draft_tokens(runner: Any) -> int:
     return get_spec().speculative_num_draft_tokens or 0
 
 
-def check_kernels(model: Model, kv_cache_dtype: torch.dtype) -> None:
+def check_kernels(model: Model) -> None:
     """Raise NotServed for what the kernels of this device cannot compute."""
-    if kv_cache_dtype != model.dtype:
-        raise refusal(
-            f"a KV cache of {kv_cache_dtype} with a model in {model.dtype}",
-            "use --kv-cache-dtype auto, or --attention-backend fa3",
-        )
+    if model.cache_dtype != model.dtype:
+        with_fp8 = model.fp8 and model.dtype in QUERY_DTYPES
+        if not with_fp8:
+            raise refusal(
+                f"a KV cache of {model.cache_dtype} with a model in {model.dtype}",
+                "use --kv-cache-dtype auto, fp8_e4m3 or fp8_e5m2 with a model in 16 bits, or "
+                "--attention-backend fa3",
+            )
     if model.device.type == "cpu":
         return  # torch operators take any shape; for tests, not for serving
     from flashcore.dispatch import device_path
@@ -129,6 +136,11 @@ def check_kernels(model: Model, kv_cache_dtype: torch.dtype) -> None:
     for shape in model.shapes:
         if unserved := unserved_dims(shape.head_dim, shape.v_head_dim):
             raise refusal(f"{shape} ({unserved})")
+        if model.fp8 and (shape.head_dim % NARROW_DIM_STEP or shape.v_head_dim % NARROW_DIM_STEP):
+            raise refusal(
+                f"{shape} with an fp8 KV cache, whose dims must be multiples of {NARROW_DIM_STEP}",
+                "use --kv-cache-dtype auto",
+            )
 
 
 def _window(runner: Any) -> int:
