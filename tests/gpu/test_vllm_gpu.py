@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,21 @@ def invariant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("setup", SETUPS)
 def test_matches_the_reference(setup: str, forward: str, invariant: None) -> None:
     engine = make_engine(SETUPS[setup])
+    made = make_forward(engine, FORWARDS[forward]())
+    for actual, exact in zip(attend(engine, made), expected(engine, made), strict=True):
+        assert_close(actual, exact, torch.bfloat16)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kv_cache", ["fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("setup", ["64", "16", "one KV head", "HND", "hybrid"])
+def test_fp8(setup: str, forward: str, kv_cache: str, invariant: None) -> None:
+    """vLLM's kernel writes, with the layer's scales; ours reads with the same tensors."""
+    engine = make_engine(replace(SETUPS[setup], kv_cache=kv_cache))
+    for number, layer in enumerate(x for group in engine.groups for x in group.layers):
+        layer._k_scale.fill_(0.37 + number)
+        layer._v_scale.fill_(2.5 / (number + 1))
     made = make_forward(engine, FORWARDS[forward]())
     for actual, exact in zip(attend(engine, made), expected(engine, made), strict=True):
         assert_close(actual, exact, torch.bfloat16)

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, get_kv_quant_mode
 
 from flashcore.integrations.vllm.backend import FlashcoreBackend
+from flashcore.integrations.vllm.support import FP8_CACHES
 from flashcore.reference import sequence_attention
 from tests.serving_cases import Request
 
@@ -34,6 +36,7 @@ class Setup:
     heads: tuple[int, int] = (4, 2)
     head_dim: int = 16
     dtype: torch.dtype = torch.float32
+    kv_cache: str = "auto"  # or an fp8 one, as vLLM calls it
     windows: tuple[int | None, ...] = (None,)
     second: int | None = None
     softcap: float = 0.0
@@ -72,6 +75,7 @@ def make_config(s: Setup) -> Any:
     """A VllmConfig without a model to look at: of the model, what the backend reads."""
     config = VllmConfig()
     config.cache_config.block_size = s.page_tokens
+    config.cache_config.cache_dtype = s.kv_cache
     config.scheduler_config.max_num_seqs = s.max_batch
     config.scheduler_config.max_num_batched_tokens = s.max_tokens
     config.model_config = SimpleNamespace(
@@ -128,7 +132,8 @@ def _make_group(
         "block_size": s.page_tokens,
         "num_kv_heads": s.heads[1],
         "head_size": s.head_dim,
-        "dtype": s.dtype,
+        "dtype": s.dtype if s.kv_cache == "auto" else STR_DTYPE_TO_TORCH_DTYPE[s.kv_cache],
+        "kv_quant_mode": get_kv_quant_mode(s.kv_cache),
     }
     spec = FullAttentionSpec(**shape)
     if window is not None:
@@ -154,8 +159,15 @@ def make_pool(s: Setup) -> torch.Tensor:
     inner = (s.page_tokens, s.heads[1]) if s.layout == "NHD" else (s.heads[1], s.page_tokens)
     row = s.page_tokens * s.heads[1] * 2 * s.head_dim
     memory = torch.full((blocks, row + s.gap), float("nan"), dtype=s.dtype, device=s.device)
+    if s.kv_cache != "auto":
+        memory = torch.full_like(memory, 0xFF, dtype=torch.uint8)  # NaN in both formats
     pool = memory[:, :row].unflatten(1, (*inner, 2 * s.head_dim))
     return pool.transpose(1, 2) if s.layout == "NHD" else pool
+
+
+def typed(s: Setup, pool: torch.Tensor) -> torch.Tensor:
+    """A cache as what its bytes are."""
+    return pool if s.kv_cache == "auto" else pool.view(FP8_CACHES[s.kv_cache])
 
 
 @dataclass
@@ -235,7 +247,7 @@ def _fill_cache(
                 count = min(s.page_tokens, r.prefix - position)
                 for pool in group.pools:
                     values = torch.randn(s.heads[1], count, 2 * s.head_dim, generator=engine.rng)
-                    pool[block, :, :count] = values.to(s.dtype).to(s.device)
+                    typed(s, pool)[block, :, :count] = values.to(typed(s, pool).dtype).to(s.device)
 
 
 def _common(
@@ -305,15 +317,18 @@ def expected(engine: Engine, forward: Forward) -> list[torch.Tensor]:
             for r, blocks in zip(forward.requests, forward.blocks[number], strict=True):
                 row = _freed(s, group.window, r, blocks)
                 keys = (
-                    pool[torch.tensor(row, dtype=torch.long, device=s.device)]
+                    typed(s, pool)[torch.tensor(row, dtype=torch.long, device=s.device)]
                     .transpose(1, 2)
                     .flatten(0, 1)
                 )
-                keys = keys[: r.prefix + r.new]
+                keys = keys[: r.prefix + r.new].double()
+                k, v = keys.split(s.head_dim, -1)
+                if s.kv_cache != "auto":
+                    k, v = k * _by_head(layer._k_scale), v * _by_head(layer._v_scale)
                 out, _ = sequence_attention(
                     q[begin : begin + r.new].double(),
-                    keys[..., : s.head_dim].double(),
-                    keys[..., s.head_dim :].double(),
+                    k,
+                    v,
                     causal=True,
                     scale=s.head_dim**-0.5,
                     window=None if window is None else (window - 1, 0),
@@ -325,3 +340,8 @@ def expected(engine: Engine, forward: Forward) -> list[torch.Tensor]:
             rows.append(torch.zeros_like(q[begin:], dtype=torch.float64))
             outs.append(torch.cat(rows))
     return outs
+
+
+def _by_head(scale: torch.Tensor) -> torch.Tensor:
+    """To multiply [tokens, heads, dim] by."""
+    return scale.double().reshape(-1, 1)

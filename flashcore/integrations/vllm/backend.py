@@ -8,7 +8,9 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
 from flashcore.integrations.vllm import versions
-from flashcore.sm90.config.paged import PAGE_TOKENS, unserved_dims
+from flashcore.integrations.vllm.support import FP8_CACHES
+from flashcore.kv_checks import QUERY_DTYPES
+from flashcore.sm90.config.paged import NARROW_DIM_STEP, PAGE_TOKENS, unserved_dims
 
 BLOCK_SIZES = [tokens for tokens in sorted(PAGE_TOKENS) if tokens >= 16]
 PREFERRED_BLOCK_SIZE = 64  # what TMA copies at a time; vLLM's own default is 16
@@ -21,7 +23,7 @@ class FlashcoreBackend(AttentionBackend):
     """
 
     forward_includes_kv_cache_update = False
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*("auto", "float16", "bfloat16", *FP8_CACHES)]
 
     @staticmethod
     def get_name() -> str:
@@ -89,6 +91,10 @@ class FlashcoreBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_batch_invariance(cls) -> bool:
         return True
 
@@ -123,7 +129,17 @@ class FlashcoreBackend(AttentionBackend):
         named = kv_cache_dtype in ("float16", "bfloat16")
         other = named and getattr(torch, kv_cache_dtype) != dtype
         if other or not cls.supports_kv_cache_dtype(kv_cache_dtype):
-            limits.append(f"flashcore serves a KV cache in the model's dtype, got {kv_cache_dtype}")
+            limits.append(
+                f"flashcore serves a KV cache in the model's dtype or in {', '.join(FP8_CACHES)}, "
+                f"got {kv_cache_dtype}"
+            )
+        elif kv_cache_dtype in FP8_CACHES and dtype not in QUERY_DTYPES:
+            limits.append(f"flashcore serves an fp8 KV cache with models in 16 bits, got {dtype}")
+        elif kv_cache_dtype in FP8_CACHES and head_size % NARROW_DIM_STEP:
+            limits.append(
+                f"flashcore serves an fp8 KV cache with a head_dim in multiples of "
+                f"{NARROW_DIM_STEP}, got {head_size}"
+            )
         if not cls.supports_block_size(block_size):
             sizes = ", ".join(map(str, BLOCK_SIZES))
             limits.append(f"flashcore serves multiples of blocks of {sizes}, got {block_size}")

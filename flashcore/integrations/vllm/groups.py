@@ -60,7 +60,9 @@ class Group:
         if not planners.on_kernels(self.model.device):
             return 0
         queries = self.limits.batch * max(1, self.model.draft_tokens)
-        return planners.workspace_for(self.model, min(queries, 1024))
+        elements = planners.workspace_for(self.model, min(queries, 1024))
+        kinds = [self._kind(self.num_pages)]
+        return max(elements, capacity.workspace_of(self.limits, self.model.page_tokens, kinds))
 
     def scratch_sizes(self) -> tuple[int, ...]:
         """Arguments of a `PlannerScratch` that would do for it."""
@@ -101,8 +103,9 @@ class Group:
         device = self.model.device
         table = torch.zeros(1, 1, dtype=torch.int32, device=device)
         shape = (1, self.model.page_tokens, self.shape.num_kv_heads, 2 * self.shape.head_dim)
-        pool = torch.zeros(shape, dtype=self.model.dtype, device=device)
+        pool = torch.zeros(shape, dtype=self.model.cache_dtype, device=device)
         k, v = pool[..., : self.shape.head_dim], pool[..., self.shape.head_dim :]
+        scales = next((layer.impl.scales(layer) for layer in self.layers), (None, None))
         for kind in kinds_of(self.model, self.layers):
             window = -1
             if kind.windowed:
@@ -118,6 +121,7 @@ class Group:
                     workspace,
                     pages=True,
                     batch_invariant=self.limits.batch_invariant,
+                    scales=scales,
                 ),
             )
 
@@ -126,6 +130,8 @@ class Group:
         model = self.model
         rule = "full attention" if model.windowed is None else f"window {model.window + 1}"
         dtype = str(model.dtype).removeprefix("torch.")
+        if model.fp8:
+            dtype += f" on a KV cache in {str(model.cache_dtype).removeprefix('torch.')}"
         return f"{rule} {self.shape} in {dtype}, blocks of {model.page_tokens}"
 
     # Forwards

@@ -9,7 +9,8 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from flashcore.integrations.vllm import versions
 from flashcore.integrations.vllm.metadata import FlashcoreMetadata
-from flashcore.integrations.vllm.support import refusal
+from flashcore.integrations.vllm.support import FP8_CACHES, refusal
+from flashcore.problem import KVPool
 
 
 class FlashcoreImpl(AttentionImpl[FlashcoreMetadata]):
@@ -39,8 +40,8 @@ class FlashcoreImpl(AttentionImpl[FlashcoreMetadata]):
             raise refusal("ALiBi")
         if attn_type != AttentionType.DECODER:
             raise refusal(f"{attn_type} attention")
-        if kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-            raise refusal(f"a KV cache in {kv_cache_dtype}", "use --kv-cache-dtype auto")
+        if kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32", *FP8_CACHES):
+            raise refusal(f"a KV cache in {kv_cache_dtype}", "use --kv-cache-dtype auto or fp8")
         if sinks is not None and sinks.shape != (num_heads,):
             raise refusal(f"sinks of shape {tuple(sinks.shape)} with {num_heads} heads")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
@@ -49,6 +50,7 @@ class FlashcoreImpl(AttentionImpl[FlashcoreMetadata]):
         self.window = None if self.left < 0 else (self.left, 0)
         self.softcap = float(logits_soft_cap or 0.0)
         self.sinks, self.kv_cache_dtype = sinks, kv_cache_dtype
+        self.fp8 = FP8_CACHES.get(kv_cache_dtype)  # None: the model's dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self._pool: torch.Tensor | None = None  # whose views are kept
         self._views: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -62,13 +64,20 @@ class FlashcoreImpl(AttentionImpl[FlashcoreMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """key, value [tokens, kv_heads, head_size] to their slots."""
-        versions.write_cache(layer, key, value, *self.views(kv_cache), slot_mapping)
+        pool = KVPool(*self.views(kv_cache), *self.scales(layer))
+        versions.write_cache(layer, key, value, pool, slot_mapping)
+
+    def scales(self, layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What K and V in an fp8 cache are multiplied by: the layer's own tensors, which vLLM fills
+        once it has loaded or computed them."""
+        return (None, None) if self.fp8 is None else (layer._k_scale, layer._v_scale)
 
     def views(self, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [pages, tokens, kv_heads, head_size] of a cache [pages, kv_heads, tokens,
         2 * head_size]: in every row of it K and then V."""
         if pool is not self._pool or self._views is None:
-            rows, dim = pool.transpose(1, 2), self.head_size
+            typed = pool if self.fp8 is None else pool.view(self.fp8)  # vLLM keeps bytes
+            rows, dim = typed.transpose(1, 2), self.head_size
             k, v = rows[..., :dim], rows[..., dim:]
             self._views = versions.canonical_strides(k), versions.canonical_strides(v)
             self._pool = pool
@@ -94,6 +103,7 @@ class FlashcoreImpl(AttentionImpl[FlashcoreMetadata]):
             return output.zero_()
         k, v = self.views(kv_cache)
         view = attn_metadata.group.view_for(attn_metadata, k)
+        k_scale, v_scale = self.scales(layer)
         view.attend(
             query,
             k,
@@ -103,5 +113,7 @@ class FlashcoreImpl(AttentionImpl[FlashcoreMetadata]):
             window=self.window,
             softcap=self.softcap,
             sinks=self.sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         return output

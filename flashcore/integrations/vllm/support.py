@@ -7,11 +7,19 @@ from typing import Any
 import torch
 
 from flashcore.integrations.vllm import versions
+from flashcore.kv_checks import QUERY_DTYPES
 from flashcore.serving.kernels import Kind, Variant
 from flashcore.serving.shapes import Limits, Model, NotServed, Options, Shape
-from flashcore.sm90.config.paged import PAGE_TOKENS, unserved_dims
+from flashcore.sm90.config.paged import NARROW_DIM_STEP, PAGE_TOKENS, unserved_dims
 
 ELSEWHERE = "--attention-backend FLASH_ATTN"
+
+FP8_CACHES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""What vLLM calls caches whose elements have a scale for the layer, or for each head."""
 
 OPTIONS = Options(
     page_tokens="--block-size",
@@ -49,8 +57,8 @@ def check_spec(spec: Any) -> None:
         raise refusal("chunked local attention (Llama 4)")
     if getattr(spec, "non_causal", False):
         raise refusal("attention in both directions")
-    if getattr(spec.kv_quant_mode, "name", "NONE") != "NONE":
-        raise refusal("a quantised KV cache", "use --kv-cache-dtype auto")
+    if (mode := getattr(spec.kv_quant_mode, "name", "NONE")) not in ("NONE", "FP8_PER_TENSOR"):
+        raise refusal(f"a KV cache in {mode}", "use --kv-cache-dtype auto or fp8")
     if (getattr(spec, "head_size_v", None) or spec.head_size) != spec.head_size:
         raise refusal(f"v head_dim {spec.head_size_v} beside head_dim {spec.head_size}")
 
@@ -95,6 +103,19 @@ def window_of(spec: Any, layers: list[Any]) -> int:
     return -1 if -1 in windows else max(windows)
 
 
+def cache_dtype_of(config: Any, spec: Any, layers: list[Any]) -> torch.dtype:
+    """Of K and V: vLLM has bytes where they are fp8."""
+    if getattr(spec.kv_quant_mode, "name", "NONE") == "NONE":
+        dtype: torch.dtype = spec.dtype
+        return dtype
+    names = {layer.impl.kv_cache_dtype for layer in layers} or {config.cache_config.cache_dtype}
+    found = {FP8_CACHES.get(name) for name in names}
+    (only,) = found if len(found) == 1 else (None,)
+    if only is None:
+        raise refusal(f"a KV cache in {', '.join(sorted(names))}", "use --kv-cache-dtype auto")
+    return only
+
+
 def model_of(config: Any, spec: Any, layers: list[Any], device: torch.device) -> Model:
     """One group of layers as a model of one kind of layer; raises NotServed."""
     check_server(config)
@@ -112,18 +133,21 @@ def model_of(config: Any, spec: Any, layers: list[Any], device: torch.device) ->
         window=window,
         page_tokens=int(spec.block_size),
         draft_tokens=draft_tokens(config),
-        dtype=spec.dtype,
+        dtype=config.model_config.dtype,
         device=device,
+        kv_dtype=cache_dtype_of(config, spec, layers),
     )
-    check_kernels(model, config.model_config.dtype)
+    check_kernels(model)
     return model
 
 
-def check_kernels(model: Model, dtype: torch.dtype) -> None:
-    """Raise NotServed for what the kernels of this device cannot compute. dtype: of queries."""
-    if model.dtype != dtype:
+def check_kernels(model: Model) -> None:
+    """Raise NotServed for what the kernels of this device cannot compute."""
+    fp8 = model.fp8 and model.dtype in QUERY_DTYPES
+    if model.cache_dtype != model.dtype and not fp8:
         raise refusal(
-            f"a KV cache of {model.dtype} with a model in {dtype}", "use --kv-cache-dtype auto"
+            f"a KV cache of {model.cache_dtype} with a model in {model.dtype}",
+            "use --kv-cache-dtype auto",
         )
     if model.device.type != "cuda":
         return  # torch operators take any shape; for tests, not for serving
@@ -141,6 +165,12 @@ def check_kernels(model: Model, dtype: torch.dtype) -> None:
     for shape in model.shapes:
         if unserved := unserved_dims(shape.head_dim, shape.v_head_dim):
             raise refusal(f"{shape} ({unserved})")
+        if model.fp8 and shape.head_dim % NARROW_DIM_STEP:
+            raise refusal(
+                f"{shape} with an fp8 KV cache, whose head_dim must be a multiple of "
+                f"{NARROW_DIM_STEP}",
+                "use --kv-cache-dtype auto",
+            )
 
 
 def kinds_of(model: Model, layers: list[Any]) -> list[Kind]:

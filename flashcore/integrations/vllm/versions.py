@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+from flashcore.append import scatter_by_torch
+from flashcore.kv_checks import FP8_DTYPES
+from flashcore.problem import KVPool
+
 OWN_NAME = "FLASHCORE"
 SHARED_NAME = "CUSTOM"
 
@@ -74,24 +78,25 @@ def write_cache(
     layer: Any,
     key: torch.Tensor,
     value: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
+    pool: KVPool,
     slots: torch.Tensor,
 ) -> None:
-    """key, value [tokens, kv_heads, dim] to their slots [tokens or fewer] in the cache, whose K and
-    V are [pages, tokens, kv_heads, dim]; a slot of -1 is padding. vLLM's kernel on a GPU; elsewhere
-    it has one for another layout alone, so torch operators write there."""
+    """key, value [tokens, kv_heads, dim] to their slots [tokens or fewer] in the cache; a slot of
+    -1 is padding. vLLM's kernel on a GPU, which scales and saturates where the cache is fp8;
+    elsewhere it has one for another layout alone, so torch operators write there."""
+    k_pages, v_pages = pool.k, pool.v
     if key.is_cuda:
         from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
 
+        name = "auto"
+        if k_pages.dtype in FP8_DTYPES:  # bytes to vLLM
+            name = layer.impl.kv_cache_dtype
+            k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
         reshape_and_cache_flash(
-            key, value, k_pages, v_pages, slots, "auto", layer._k_scale, layer._v_scale
+            key, value, k_pages, v_pages, slots, name, layer._k_scale, layer._v_scale
         )
-        return
-    row = (slots >= 0).nonzero().flatten()
-    slot, tokens = slots[row].long(), k_pages.shape[1]
-    k_pages[slot // tokens, slot % tokens] = key[row]
-    v_pages[slot // tokens, slot % tokens] = value[row]
+    elif len(slots):
+        scatter_by_torch(key[: len(slots)], value[: len(slots)], pool, slots)
 
 
 def batch_invariant() -> bool:
