@@ -212,6 +212,8 @@ def test_shipped_kernels_are_legal_and_distinct() -> None:
         assert made >= {(t, d) for t in dense.DTYPES for d in PAGED_DIMS}
     engines = {(c.head_dim, c.v_head_dim, c.page_tokens) for c in of[PAGED] if c.device_counts}
     assert engines >= {(*dims, page) for dims in OTHER_PAGED_DIMS for page in (1, 64)}
+    fp8 = {(c.head_dim, c.page_tokens) for c in of[PAGED] if c.device_counts and c.kv_dtype}
+    assert fp8 >= {(dim, page) for dim in PAGED_DIMS for page in (1, 64)}
     assert made >= {("bf16", v_dim) for _, v_dim in OTHER_PAGED_DIMS}
 
 

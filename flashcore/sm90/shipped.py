@@ -114,7 +114,25 @@ def _paged_configs() -> list[PagedConfig]:
     configs.append(pick("bf16", 256, 64, 2, 64, window=True, softcap=True, chunked=True))
     options = {"window": True, "sinks": True, "tree": True, "device_counts": True}
     configs.append(pick("bf16", 64, 64, 8, 64, **options))
-    return list(dict.fromkeys(configs))
+    return list(dict.fromkeys([*configs, *_fp8_configs()]))
+
+
+def _fp8_configs() -> list[PagedConfig]:
+    """Pages of e4m3 as engines have them; e5m2 once."""
+
+    def pick(dim: int, page: int, m: int = 64, group: int = 4, **of_call: Any) -> PagedConfig:
+        kind = {"kv_dtype": "e4m3", **of_call}
+        return paged.choose(PagedCall("bf16", dim, page, group, **kind), m)
+
+    on_device: dict[str, Any] = {"device_counts": True}
+    configs = [pick(dim, page, **on_device) for dim in PAGED_DIMS for page in (64, 1)]
+    configs += [pick(dim, 64, m) for dim in PAGED_DIMS for m in (64, 128)]
+    configs += [pick(128, page) for page in (1, 16, 128)]
+    configs += [pick(128, 64, 64, group, **on_device) for group in (1, 8)]
+    configs.append(pick(128, 64, tree=True, **on_device))
+    configs.append(pick(128, 64, kv_dtype="e5m2", **on_device))
+    configs.append(pick(128, 64, chunked=True, **on_device))
+    return configs
 
 
 def _merge_configs() -> list[MergeConfig]:

@@ -65,6 +65,7 @@ class PagedConfig:
     ctas_per_sm: int = 1  # resident together, each with its share of registers and shared memory
     kv_dtype: str = ""  # "e4m3" | "e5m2": fp8 pages, converted in shared memory to fp16, which the
     # products take; what follows is 0 without it. `stages` are then of fp8.
+    q_registers: bool = False  # Q in the consumers' registers: products do not read it every tile
     wide_stages: int = 0  # of fp16, of K and of V
     converting_warps: int = 0  # of the producer warpgroup, its last
     converted_rows: int = 0  # that one of them converts at a time: a tile, or part of one

@@ -90,7 +90,7 @@ class ChunkedConsumer:
             frag.row_max.fill(-Float32.inf)
             frag.row_sum.fill(0.0)
             if item.end > item.first:
-                self.load_queries(m, item, sQ, wg, tid)
+                self.load_queries(m, item, sQ, frag, wg, tid)
                 end = item.end
                 while end > item.first:
                     begin = max(item.first, (end - 1) // per_chunk * per_chunk)

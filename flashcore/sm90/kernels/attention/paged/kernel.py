@@ -107,7 +107,7 @@ class PagedAttention(chunks.ChunkedConsumer):
             tma_v, gV = pages.page_copy(c, v_pages, layouts.loaded[1])
         else:
             tma_k, gK, tma_v, gV = None, k_pages, None, v_pages
-        mma_qk = matmul.qk_product(self.dtype, self.warpgroups, c.tile_n)
+        mma_qk = matmul.qk_product(self.dtype, self.warpgroups, c.tile_n, c.q_registers)
         mma_pv = matmul.pv_product(self.dtype, self.warpgroups, c.v_columns)
 
         self.Storage = storage_of(c, self.dtype, layouts)
@@ -337,7 +337,7 @@ class PagedAttention(chunks.ChunkedConsumer):
             frag.row_max.fill(-Float32.inf)
             frag.row_sum.fill(0.0)
             if item.end > item.first:
-                self.load_queries(m, item, sQ, wg, tid)
+                self.load_queries(m, item, sQ, frag, wg, tid)
                 last = item.end - 1
                 self.first_tile(
                     frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
@@ -374,7 +374,9 @@ class PagedAttention(chunks.ChunkedConsumer):
             item = work_loop.await_item(slot, slot_phase)
 
     @cute.jit
-    def load_queries(self, m: Operands, item: Item, sQ: cute.Tensor, wg: Int32, tid: Int32):
+    def load_queries(
+        self, m: Operands, item: Item, sQ: cute.Tensor, frag: Fragments, wg: Int32, tid: Int32
+    ):
         """Gather this warpgroup's rows of Q; its last products have been waited for."""
         barriers.sync_warpgroup(wg)
         if const_expr(self.config.window and self.config.k_columns == 256):
@@ -390,6 +392,8 @@ class PagedAttention(chunks.ChunkedConsumer):
             cute.arch.cp_async_wait_group(0)
         cute.arch.fence_proxy("async.shared", space="cta")
         barriers.sync_warpgroup(wg)
+        if const_expr(self.config.q_registers):
+            matmul.load_operand(frag.mma_qk, sQ, frag.tSrQ, tid)
 
     @cute.jit
     def first_tile(

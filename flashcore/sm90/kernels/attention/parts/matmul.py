@@ -7,7 +7,7 @@ import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import BFloat16, Float32, Int32
 from cutlass._mlir.dialects import llvm
-from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 
@@ -20,8 +20,8 @@ def smem_layout(dtype, rows: int, cols: int, stages: int | None = None) -> cute.
     return cute.tile_to_shape(atom, (rows, cols, stages), order=(0, 1, 2))
 
 
-def qk_product(dtype, warpgroups: int, tile_n: int) -> cute.TiledMma:
-    """S = Q K^T: both operands from shared memory, 64 rows for each warpgroup."""
+def qk_product(dtype, warpgroups: int, tile_n: int, q_registers: bool = False) -> cute.TiledMma:
+    """S = Q K^T: K from shared memory, and Q unless it is in registers; 64 rows a warpgroup."""
     return sm90.make_trivial_tiled_mma(
         dtype,
         dtype,
@@ -30,7 +30,7 @@ def qk_product(dtype, warpgroups: int, tile_n: int) -> cute.TiledMma:
         Float32,
         (warpgroups, 1, 1),
         (64, tile_n),
-        warpgroup.OperandSource.SMEM,
+        warpgroup.OperandSource.RMEM if q_registers else warpgroup.OperandSource.SMEM,
     )
 
 
@@ -46,6 +46,15 @@ def pv_product(dtype, warpgroups: int, head_dim: int) -> cute.TiledMma:
         (64, head_dim),
         warpgroup.OperandSource.RMEM,
     )
+
+
+@cute.jit
+def load_operand(tiled_mma: cute.TiledMma, tile: cute.Tensor, operand: cute.Tensor, thread: Int32):
+    """A register operand of a product from shared memory, by all threads of the product."""
+    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), tile.element_type)
+    copy = cute.make_tiled_copy_A(atom, tiled_mma)
+    own = copy.get_slice(thread)
+    cute.copy(copy, own.partition_S(tile), own.retile(operand))
 
 
 @cute.jit
