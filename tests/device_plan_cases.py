@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from typing import Any
+from unittest import mock
 
 import torch
 
 from flashcore.contract.counts import INVALID, Stat
 from flashcore.contract.work import Group, Work
+from flashcore.planner import chunks
 from flashcore.planner.device_plan import Capacities
 from flashcore.planner.types import Plan
 from flashcore.sm90.device_planner import DevicePlanner
@@ -111,16 +113,24 @@ def plan_without(
 def plan_that_fits(batch: Batch, c: Capacities, **options: Any) -> tuple[Plan | None, bool]:
     """The plan that a device planner of these capacities must make, and whether it has given up
     sharing. None: no plan fits. All are given but max_segments, of which 0 is room for any."""
-    for unshared, changes in enumerate(({}, {"share": False}, {"share": False, "num_workers": 0})):
-        segments = batch._plan(**options | {"fold": False} | changes).member_rows.numel()
+    apart: dict[str, Any] = {"share": False}
+    for attempt, changes in enumerate(({}, apart, apart | {"num_workers": 0})):
+        uncut = attempt == 2 and options.get("batch_invariant")
+        few = -1 if uncut else chunks.FEW_QUERIES
+        with mock.patch.object(chunks, "FEW_QUERIES", few):
+            plan, segments = _plan_and_segments(batch, options | changes)
         if c.max_segments and segments > c.max_segments:
             continue
-        plan = batch._plan(**options | changes)
         gathered, items = plan.q_tokens.numel(), plan.work.shape[0]
         if (
             gathered <= c.max_gathered
             and items <= c.max_items
             and plan.num_partial_tokens <= c.max_partials
         ):
-            return plan, unshared > 0
+            return plan, attempt > 0
     return None, True
+
+
+def _plan_and_segments(batch: Batch, options: dict[str, Any]) -> tuple[Plan, int]:
+    segments = batch._plan(**options | {"fold": False}).member_rows.numel()
+    return batch._plan(**options), segments

@@ -51,8 +51,8 @@ def test_same_plan(batch: Batch, pages: int, fold: Any, workers: int, tile_m: in
 
 @settings(max_examples=100, deadline=None)
 @given(batches_of_rows, chunk_sizes, st.sampled_from([1, 4, 16]), st.sampled_from([2, 12]))
-def test_cuts_are_kept_where_lists_do_not_fit(batch: Batch, pages: int, room: int, gathered: int):
-    """Without sharing at the most; what does not fit so is a fault, and not cut otherwise."""
+def test_nothing_is_cut_where_lists_do_not_fit(batch: Batch, pages: int, room: int, gathered: int):
+    """Without sharing first, then without cuts, to the same bits."""
     capacities = Capacities(16, 400, 64, gathered, room, 1000)
     options = {"fold": False, "num_workers": 40, "tile_m": 64}
     with small_scale(), small_chunks(batch, pages):

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from flashcore import validate
-from flashcore.contract.chunks import CHUNK_TOKENS
-from flashcore.planner.chunks import FEW_QUERIES
 from flashcore.planner.device_plan import (
     Capacities,
     most_queries,
@@ -41,14 +39,12 @@ _MOST_SEQUENCES = ROW_CAPACITIES[-1]
 @dataclass(frozen=True)
 class Room:
     """What the plans of one kind of layer have room for. entries: pages of all sequences. chunks:
-    of all sequences, in batch-invariant plans. partials: partial results of these; 0 in other
-    plans, which have as many as the workspace holds."""
+    plans are batch-invariant."""
 
     batch: int
     entries: int
     queries: int
-    chunks: int = 0
-    partials: int = 0
+    chunks: bool = False
 
     def holds(self, batch: int, entries: int, queries: int) -> bool:
         """Whether a forward fits."""
@@ -75,24 +71,7 @@ def room_of(limits: Limits, page_tokens: int, window: int) -> Room:
     if window >= 0:
         kept = windowed_entries(page_tokens, window, limits.batch, limits.queries)
         entries = min(entries, kept)
-    if not limits.batch_invariant:
-        return Room(limits.batch, entries, limits.queries)
-    longest = page_tokens * width(limits, page_tokens, window, limits.queries)
-    chunks = -(-longest // CHUNK_TOKENS)
-    few = min(limits.queries, FEW_QUERIES * limits.batch)  # of sequences that are cut
-    return Room(limits.batch, entries, limits.queries, limits.batch * chunks, few * chunks)
-
-
-def workspace_of(limits: Limits, page_tokens: int, kinds: list[Kind]) -> int:
-    """fp32 elements that batch-invariant plans need for their partial results; 0 for others."""
-    return max(
-        workspace_elements(
-            room_of(limits, page_tokens, kind.window).partials,
-            kind.shape.num_q_heads,
-            kind.shape.v_head_dim,
-        )
-        for kind in kinds
-    )
+    return Room(limits.batch, entries, limits.queries, limits.batch_invariant)
 
 
 def capacities(room: Room, shape: Shape, workspace: int) -> Capacities:
@@ -101,19 +80,22 @@ def capacities(room: Room, shape: Shape, workspace: int) -> Capacities:
     Pages that requests share lie before all that they do not share, so the sets of sequences that
     use one page form a tree: it has fewer than two groups for each sequence, and few segments. A
     batch whose tree is deeper than 64 on average is planned without sharing. Batch-invariant plans
-    have a group for each chunk, and a partial result of each query token for each chunk it sees.
+    may have work items for each of their partial results; where those outgrow the workspace, runs
+    are not cut.
     """
-    segments = min(room.entries, 64 * room.batch + 1024 + room.chunks)
-    groups = min(room.entries, 4 * room.batch + 1024 + room.chunks)
-    gathered = segments + max(8 * room.queries, room.partials)
+    segments = min(room.entries, 64 * room.batch + 1024)
+    groups = min(room.entries, 4 * room.batch + 1024)
+    gathered = segments + 8 * room.queries
+    partials = workspace // workspace_elements(1, shape.num_q_heads, shape.v_head_dim)
     items = groups + -(-gathered * (shape.num_q_heads // shape.num_kv_heads) // 64)
+    if room.chunks:
+        items += partials
     return Capacities(
         max_batch=room.batch,
         max_entries=room.entries,
         max_q=room.queries,
         max_gathered=gathered,
-        max_partials=room.partials
-        or workspace // workspace_elements(1, shape.num_q_heads, shape.v_head_dim),
+        max_partials=partials,
         max_items=shape.num_kv_heads * items + 4096,
         max_segments=segments,
     )

@@ -11,6 +11,7 @@ import torch
 
 from flashcore.jit.kernel import Kernel
 from flashcore.problem import Problem, Rules
+from flashcore.serving.planners import prefill_tiles
 from flashcore.serving.shapes import Model, Shape
 from flashcore.sm90.config import planner
 from flashcore.sm90.config.dense import WARPGROUP_ROWS
@@ -77,12 +78,12 @@ def kernels_of(
     """Every kernel that forwards of one kind of layers ask for, each once.
 
     dtype: "bf16" or "fp16". max_batch: requests that run at most. tree: speculative decoding with
-    trees. batch_invariant: plans are, whose tiles have one height. kv_dtype: "e4m3" or "e5m2" where
-    the cache is fp8. Raises ValueError where there is no kernel.
+    trees. batch_invariant: plans are. kv_dtype: "e4m3" or "e5m2" where the cache is fp8. Raises
+    ValueError where there is no kernel.
     """
     # Prefill planners are made for few sequences and grow, to twice as many as can run.
     batches = (64, max_batch, min(2 * max_batch, planner.ROW_CAPACITIES[-1]))
-    tiles = (WARPGROUP_ROWS,) if batch_invariant else (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS)
+    tiles = prefill_tiles(kind.shape, batch_invariant)
     plans = Plans(tiles, True, batch_invariant, batches)
     verify = replace(plans, tiles=(WARPGROUP_ROWS,))  # runs with decode's tile
     shape = kind.shape

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 import flashcore
+from flashcore.contract.chunks import tallest_tile
 from flashcore.contract.counts import Seen, Stat
 from flashcore.planner.folding import Fold
 from flashcore.serving import capacity
@@ -220,10 +221,17 @@ def decode_tile() -> int:
     return WARPGROUP_ROWS
 
 
-def prefill_tile(queries: int, batch: int, shape: Shape) -> int:
+def prefill_tile(queries: int, batch: int, shape: Shape, batch_invariant: bool = False) -> int:
     """128 where the sequences' own rows fill it, which halves the reads of K and V; else 64."""
     rows = queries * (shape.num_q_heads // shape.num_kv_heads)
-    return 2 * WARPGROUP_ROWS if rows >= 96 * batch else WARPGROUP_ROWS
+    return prefill_tiles(shape, batch_invariant)[-1 if rows >= 96 * batch else 0]
+
+
+def prefill_tiles(shape: Shape, batch_invariant: bool = False) -> tuple[int, ...]:
+    """What `prefill_tile` chooses from, the lowest first: those that there are kernels of."""
+    if batch_invariant and tallest_tile(shape.v_head_dim) == WARPGROUP_ROWS:
+        return (WARPGROUP_ROWS,)
+    return WARPGROUP_ROWS, 2 * WARPGROUP_ROWS
 
 
 def prefill_fold(queries: int, shape: Shape, room: int | None) -> Fold:
@@ -240,10 +248,7 @@ def prefill_fold(queries: int, shape: Shape, room: int | None) -> Fold:
     return True if PARTIALS_OF_SHARING * queries * row <= room else "always"
 
 
-def prefill_kinds(batch_invariant: bool = False) -> list[tuple[int, Fold]]:
-    """Every tile and folding that `prefill_tile` and `prefill_fold` choose. Batch-invariant plans
-    have those of decode: the height of a tile decides on the order of sums."""
-    if batch_invariant:
-        return [(decode_tile(), True)]
+def prefill_kinds(shape: Shape, batch_invariant: bool = False) -> list[tuple[int, Fold]]:
+    """Every tile and folding that `prefill_tile` and `prefill_fold` choose."""
     folds: tuple[Fold, ...] = (True, "always")
-    return [(tile, fold) for tile in (WARPGROUP_ROWS, 2 * WARPGROUP_ROWS) for fold in folds]
+    return [(tile, fold) for tile in prefill_tiles(shape, batch_invariant) for fold in folds]

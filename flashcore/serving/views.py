@@ -158,9 +158,9 @@ class View:
     def _planner_for(self, need: Need, decode: bool) -> Planner:
         if decode:
             return self._eager_decode
-        if self.limits.batch_invariant:
-            return self._prefill[planners.decode_tile(), True]
-        tile = planners.prefill_tile(need.queries, max(need.batch, 1), self.shape)
+        tile = planners.prefill_tile(
+            need.queries, max(need.batch, 1), self.shape, self.limits.batch_invariant
+        )
         workspace = self._memory.workspace
         room = None if workspace is None else workspace.numel()
         return self._prefill[tile, planners.prefill_fold(need.queries, self.shape, room)]
@@ -169,16 +169,15 @@ class View:
         """Room for a forward beyond all that the server was taken to be able to ask. Graphs keep
         what they have captured."""
         room, limits = self.room, self.limits
-        self.room = Room(
-            *(
-                most if wanted <= most else 2 * wanted
-                for most, wanted in (
-                    (room.batch, need.batch),
-                    (room.entries, entries),
-                    (room.queries, need.queries),
-                )
+        batch, entries, queries = (
+            most if wanted <= most else 2 * wanted
+            for most, wanted in (
+                (room.batch, need.batch),
+                (room.entries, entries),
+                (room.queries, need.queries),
             )
         )
+        self.room = Room(batch, entries, queries, room.chunks)
         self.limits = replace(limits, batch=self.room.batch, queries=self.room.queries)
         logger.warning(
             "flashcore attention: %d sequences with %d new tokens are more than was planned for "
@@ -225,5 +224,5 @@ class View:
         return made.variant(planners.decode_tile(), True, min(queries, made.room.queries))
 
     def _prefill_planners(self, made: Planner) -> dict[tuple[int, Fold], Planner]:
-        kinds = planners.prefill_kinds(self.limits.batch_invariant)
+        kinds = planners.prefill_kinds(self.shape, self.limits.batch_invariant)
         return {kind: made.variant(*kind, made.room.queries) for kind in kinds}

@@ -62,8 +62,7 @@ class DevicePlanner:
         num_pages: size of the page pool; page tables with an id outside it are caught.
         num_q_heads, num_kv_heads, head_dim, v_head_dim, page_tokens, itemsize, dtype, tile_m,
             num_workers, fold: as in `flashcore.plan`; tile_m is 64 if not given.
-        batch_invariant: as in `flashcore.plan`, for `update` alone. Lists that do not fit then are
-            a fault even where fewer splits would: the cuts are promised.
+        batch_invariant: as in `flashcore.plan`, for `update` alone.
         device: a Hopper GPU.
         workspace: fp32 [n], n at least max_partials * num_q_heads * (v_head_dim + 1), where
             partial results go; allocated if None. Planners whose attention calls never overlap may

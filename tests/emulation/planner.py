@@ -204,7 +204,7 @@ class Emulation(EntriesEmulation):
     def finish(self) -> None:
         p, counts = self.p, self.p["counts"]
         first = int(counts[Count.SEGMENTS] > self.c.max_segments)
-        for attempt in range(first, self.attempts):
+        for attempt in range(first, 3):
             if attempt == 1:
                 self.unshare()
             fits = self.cut(split=attempt < 2)
@@ -285,7 +285,7 @@ class Emulation(EntriesEmulation):
                 splits = max(1, (4 * pages + 3 * length - 1) // (4 * length))
                 per_split = -(-pages // splits)
                 per_split = -(-per_split // unit) * unit
-            per_split = self.pages_of_split(int(row[Group.ENTRY]), pages, per_split)
+            per_split = self.pages_of_split(int(row[Group.ENTRY]), pages, per_split, split)
             row[Group.SPLIT_ENTRIES] = per_split
             row[Group.NUM_SPLITS] = (pages + per_split - 1) // per_split
         for k in self.any_order(self.kept):
@@ -306,7 +306,7 @@ class Emulation(EntriesEmulation):
         counts[[Count.GROUPS, Count.MEMBERS, Count.FITS]] = self.groups, self.kept, fits
         return fits
 
-    def pages_of_split(self, entry: int, pages: int, balanced: int) -> int:
+    def pages_of_split(self, entry: int, pages: int, balanced: int, split: bool) -> int:
         return balanced
 
     def is_direct(self, h: int) -> bool:

@@ -10,8 +10,6 @@ from tests.emulation.planner import Emulation
 class ChunkEmulation(Emulation):
     """Stands in for the launch of the kernels of a batch-invariant planner."""
 
-    attempts = 2
-
     def claim(self) -> None:
         super().claim()
         there = int(self.p["counts"][Count.NNZ])
@@ -60,5 +58,7 @@ class ChunkEmulation(Emulation):
         begin, owner = self.owning_chunk(e)
         return owner + e - begin, int(self.entries[E.CHUNK_USES, owner])
 
-    def pages_of_split(self, entry: int, pages: int, balanced: int) -> int:
+    def pages_of_split(self, entry: int, pages: int, balanced: int, split: bool) -> int:
+        if not split:
+            return pages
         return min(pages, self.chunk_pages(self.entries[E.ROW, entry]))

@@ -31,8 +31,6 @@ def last_at_most(values: np.ndarray, low: int, high: int, x: int) -> int:
 class EntriesEmulation:
     """The buffers, and the steps that go over entries."""
 
-    attempts = 3  # to make all lists fit
-
     def __init__(self, planner: DevicePlanner, seed: int = 0):
         self.c = planner.capacities
         tensors = {n: t for n, t in vars(planner.plan).items() if isinstance(t, torch.Tensor)}

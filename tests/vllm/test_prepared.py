@@ -11,7 +11,7 @@ import torch
 
 from flashcore.integrations.vllm import memory, versions
 from flashcore.planner.device_plan import Capacities
-from flashcore.serving import capacity
+from flashcore.serving import capacity, planners
 from flashcore.serving.shapes import NotServed
 from flashcore.sm90.families import MERGE, PAGED, PLANNER
 from tests import fake_kernels
@@ -196,7 +196,7 @@ def test_groups_that_together_take_too_much_are_refused(
 def test_batch_invariant_plans_fit(
     requests: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What does not fit would be a fault: their cuts are promised."""
+    """Cut and shared."""
     monkeypatch.setattr(versions, "batch_invariant", lambda: True)
     setup = Setup(16, max_batch=8, max_context=2112, max_tokens=512, layers=1)
     engine = make_engine(setup)
@@ -204,14 +204,13 @@ def test_batch_invariant_plans_fit(
     view = view_of(engine)
     plan = view.plan
     assert plan.batch_invariant
-    c: Capacities = capacity.capacities(view.room, view.shape, 0)
+    workspace = planners.WORKSPACE_BYTES // 4
+    c: Capacities = capacity.capacities(view.room, view.shape, workspace)
     assert plan.num_partial_tokens <= c.max_partials
     assert plan.work.shape[0] <= c.max_items
     assert plan.groups.shape[0] <= c.max_segments
     assert plan.member_rows.numel() <= c.max_segments
     assert plan.q_tokens.numel() <= c.max_gathered
-    wanted = capacity.workspace_of(view.limits, 16, [capacity.Kind(view.shape, -1, 16)])
-    assert wanted >= plan.num_partial_tokens * 4 * (16 + 1)
 
 
 def test_engines_do_not_share_memory() -> None:

@@ -84,8 +84,9 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
         arguments["num_gpu_blocks_override"] = blocks
         if options.shape.source is None and options.device == "cuda":
             # Measuring the memory would take engines that start beside this one for a part of it.
+            tokens = blocks * options.page_size
             token_bytes = options.shape.kv_bytes_per_token(options.kv_cache_dtype)
-            cache = blocks * options.page_size * token_bytes // (tensor * pipeline)
+            cache = tokens * token_bytes // (tensor * pipeline)
             arguments["kv_cache_memory_bytes"] = cache
             arguments["gpu_memory_utilization"] = min(options.mem_fraction, _SHARED_FRACTION)
     unknown = sorted({key for key, _ in options.extra} - known)

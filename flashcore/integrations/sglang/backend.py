@@ -52,6 +52,7 @@ class FlashcoreBackend(AttentionBackend):
         self._is_draft = model_runner.is_draft_worker
         args = model_runner.server_args
         limits = limits_of(model_runner, self.model)
+        self._invariant = limits.batch_invariant
         self._make_views(limits)
         self.layers = attention_layers(model_runner)
         # By layer, made before anything is captured: k_scale and v_scale of an fp8 cache.
@@ -121,14 +122,14 @@ class FlashcoreBackend(AttentionBackend):
         if on_kernels:
             self._workspace = torch.empty(elements, dtype=torch.float32, device=model.device)
             sizes = capacity.scratch_sizes(limits, model.page_tokens, kinds)
-            scratch = PlannerScratch(*sizes, device=model.device)
+            scratch = PlannerScratch(*sizes, chunks=limits.batch_invariant, device=model.device)
         return Memory(self._workspace, scratch)
 
     def _prepare(self, model_runner: Any, max_batch: int) -> None:
         """Compile, load and launch every kernel that a forward can ask for."""
         tree = drafts_are_trees(model_runner)
         kinds = kinds_of(self.model, model_runner)
-        needed = kernels.wanted(self.model, kinds, max_batch, tree)
+        needed = kernels.wanted(self.model, kinds, max_batch, tree, self._invariant)
         with warmup.compiled(needed, self.model.device):
             for kind in kinds:
                 view = self.windowed if kind.windowed else self.full
@@ -138,6 +139,7 @@ class FlashcoreBackend(AttentionBackend):
                 k, v = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
                 cache = warmup.Cache(
                     *(k, v, self.req_to_token, view.translation, view.window, self._workspace),
+                    batch_invariant=self._invariant,
                     scales=self._scales_of(layer),
                     appended=True,
                 )
@@ -151,13 +153,14 @@ class FlashcoreBackend(AttentionBackend):
         if model.windowed:
             kinds.append(f"window {model.window} {model.windowed}")
         room = max(view.room.entries for view in self._views)
+        rule = ", deterministic" if self._invariant else ""
         dtypes = str(model.dtype).removeprefix("torch.")
         if model.fp8:
             dtypes += f" on a KV cache in {str(model.cache_dtype).removeprefix('torch.')}"
         return (
             f"flashcore attention: {path}, {', '.join(kinds)}, {dtypes}, "
             f"page size {model.page_tokens}, "
-            f"plans of up to {room} pages, buffers {self._bytes() / 2**20:.0f} MiB"
+            f"plans of up to {room} pages{rule}, buffers {self._bytes() / 2**20:.0f} MiB"
         )
 
     def _bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from flashcore.integrations.sglang import deterministic
 from flashcore.integrations.sglang.support import parallel_ranks
 from flashcore.serving.shapes import Limits, Model
 
@@ -26,6 +27,7 @@ def limits_of(runner: Any, model: Model) -> Limits:
         queries=_padded(_prefill_tokens(runner, tokens), step) + batch * max(1, model.draft_tokens),
         graph_batch=min(batch, max(graphs)),
         step=step,
+        batch_invariant=deterministic.wanted(runner),
     )
 
 

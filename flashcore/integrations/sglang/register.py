@@ -19,12 +19,13 @@ def register() -> None:
     from sglang.srt import server_args
     from sglang.srt.layers.attention import attention_registry
 
-    from flashcore.integrations.sglang import hooks
+    from flashcore.integrations.sglang import deterministic, hooks
 
     if NAME not in attention_registry.ATTENTION_BACKENDS:
         attention_registry.register_attention_backend(NAME)(_create)
     if NAME not in server_args.ATTENTION_BACKEND_CHOICES:
         server_args.add_attention_backend_choices([NAME])
+        deterministic.add_names()
     hooks.install()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flashcore.integrations.sglang import deterministic
 from flashcore.integrations.sglang.layers import attention_layers
 from flashcore.kv_checks import QUERY_DTYPES
 from flashcore.serving.shapes import Model, NotServed, Options, Shape
@@ -47,6 +48,7 @@ def model_of(runner: Any) -> Model:
         kv_dtype=runner.kv_cache_dtype,
     )
     check_kernels(model)
+    deterministic.check(runner, model)
     return model
 
 
@@ -65,8 +67,6 @@ def check_server(runner: Any) -> None:
         raise refusal("context parallelism", "use --attention-backend fa3")
     if getattr(runner.server_args, "enable_unified_memory", False):
         raise refusal("the unified memory pool", "leave out --enable-unified-memory")
-    if getattr(runner.server_args, "enable_deterministic_inference", False):
-        raise refusal("deterministic inference")
     if getattr(runner.server_args, "kv_cache_dtype", None) == "mxfp8":  # e4m3 by its dtype
         raise refusal("a KV cache in mxfp8", "use --kv-cache-dtype auto or fp8_e4m3")
     if getattr(runner.server_args, "dllm_algorithm", None) is not None:

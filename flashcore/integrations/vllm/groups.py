@@ -60,9 +60,7 @@ class Group:
         if not planners.on_kernels(self.model.device):
             return 0
         queries = self.limits.batch * max(1, self.model.draft_tokens)
-        elements = planners.workspace_for(self.model, min(queries, 1024))
-        kinds = [self._kind(self.num_pages)]
-        return max(elements, capacity.workspace_of(self.limits, self.model.page_tokens, kinds))
+        return planners.workspace_for(self.model, min(queries, 1024))
 
     def scratch_sizes(self) -> tuple[int, ...]:
         """Arguments of a `PlannerScratch` that would do for it."""

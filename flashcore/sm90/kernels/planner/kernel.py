@@ -206,17 +206,16 @@ class Planner:
         """Groups and their splits."""
         tid, _, _ = cute.arch.thread_idx()
         num_segments, num_found = plan.counts[int(Count.SEGMENTS)], plan.counts[int(Count.FOUND)]
-        # Where segments or lists do not fit: as if nothing were shared, and then without splits,
-        # unless these are promised.
+        # Where segments or lists do not fit: as if nothing were shared, and then without splits.
+        # The attention kernel folds the chunks of a run that is not cut to the same bits.
         chunks = const_expr(self.config.chunks)
-        attempts = const_expr(2 if chunks else 3)
         attempt, fits, num_groups, num_kept = Int32(1), Int32(0), Int32(0), Int32(0)
         if num_segments <= plan.member_rows.shape[0]:
             attempt = Int32(0)
             num_groups, num_kept = find_groups(
                 plan, scratch, problem, num_segments, num_found, shared
             )
-        while attempt < attempts and fits == 0:
+        while attempt < 3 and fits == 0:
             if attempt == 1:
                 num_groups = unshare(plan, scratch, problem, shared)
                 num_kept = num_groups

@@ -97,7 +97,7 @@ def cut_groups(
     plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, share: Int64,
     shared: Shared, chunks: cutlass.Constexpr[bool],
 ):  # fmt: skip
-    """`split.split_pages` of each group; the whole run where `share` is 0. Or a chunk.
+    """`split.split_pages` of each group, or a chunk; the whole run where `share` is 0.
 
     Returns gathered tokens, partial tokens and work items, in 64 bits: they may be too many.
     """
@@ -112,15 +112,16 @@ def cut_groups(
         blocks = Int64(row_blocks(problem, queries))
         per_split = pages
         if share > 0:
-            tokens = share * blocks // token_cost(blocks)
-            length = (tokens // Int64(problem.split_unit) + 1) * unit
-            splits = (4 * pages + 3 * length - 1) // (4 * length)
-            splits = splits if splits > 1 else Int64(1)
-            per_split = (pages + splits - 1) // splits
-            per_split = (per_split + unit - 1) // unit * unit
-        if const_expr(chunks):
-            row = scratch.entries[E.ROW, plan.groups[h, int(Group.ENTRY)]]
-            per_split = min(pages, Int64(chunk_pages(plan, problem, row)))
+            if const_expr(chunks):
+                row = scratch.entries[E.ROW, plan.groups[h, int(Group.ENTRY)]]
+                per_split = min(pages, Int64(chunk_pages(plan, problem, row)))
+            else:
+                tokens = share * blocks // token_cost(blocks)
+                length = (tokens // Int64(problem.split_unit) + 1) * unit
+                splits = (4 * pages + 3 * length - 1) // (4 * length)
+                splits = splits if splits > 1 else Int64(1)
+                per_split = (pages + splits - 1) // splits
+                per_split = (per_split + unit - 1) // unit * unit
         plan.groups[h, int(Group.SPLIT_ENTRIES)] = per_split.to(Int32)
         splits = (pages + per_split - 1) // per_split
         plan.groups[h, int(Group.NUM_SPLITS)] = splits.to(Int32)
@@ -417,8 +418,9 @@ def cut(
     """What all three of the others need: splits (`split` 0: none), which groups' results are
     merged, and how much there is of each list. Returns 1 where all of it fits, else 0."""
     tid, _, _ = cute.arch.thread_idx()
-    share = Int64(0)
-    if const_expr(not chunks):
+    if const_expr(chunks):
+        share = Int64(split)
+    else:
         share = split_share(plan, problem, num_groups, shared)
         share = share if split == 1 else Int64(0)
     find_company(scratch, num_kept)
