@@ -166,7 +166,8 @@ def _run(args: argparse.Namespace) -> int:
     from flashcore.bench.serve.suite import WorkerError
 
     shape = model_shape(args.model_shape, layers=args.layers)
-    workloads = [] if bench_serve_checks.asked(args) else _workloads(args, shape)
+    timed = args.deterministic or not bench_serve_checks.asked(args)
+    workloads = _workloads(args, shape) if timed else []
     backends = (args.backends or _default_backends(args)).split(",")
     if not all(backends):
         return refuse(f"--backends {args.backends!r}: an empty name")
@@ -187,7 +188,7 @@ def _run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if bench_serve_checks.asked(args):
-            return bench_serve_checks.run(args, options, _head, _write)
+            return bench_serve_checks.run(args, options, workloads, _head, _write)
         return (_by_turns if args.small else _measure)(args, options, workloads)
     except WorkerError as error:
         print(f"flashcore bench: {error}", file=sys.stderr)
@@ -196,9 +197,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _workloads(args: argparse.Namespace, shape: ModelShape) -> list[Workload]:
     from flashcore.bench.serve.shapes import model_shape
-    from flashcore.bench.serve.workloads import SMALL, parse_workload
+    from flashcore.bench.serve.workloads import DETERMINISTIC, SMALL, parse_workload
 
     default = ",".join(SMALL) if args.small else DEFAULT_WORKLOADS
+    if args.deterministic:
+        default = DETERMINISTIC
     workloads = [parse_workload(text) for text in (args.workloads or default).split(",")]
     if len({workload.name for workload in workloads}) < len(workloads):
         raise ValueError("--workloads names one of them twice")

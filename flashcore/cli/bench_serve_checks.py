@@ -15,6 +15,7 @@ from flashcore.cli.results import positive
 if TYPE_CHECKING:
     from flashcore.bench.serve.engine import EngineOptions
     from flashcore.bench.serve.pool import Survey
+    from flashcore.bench.serve.workloads import Workload
 
 Head = Callable[[argparse.Namespace], dict[str, Any]]
 Write = Callable[[argparse.Namespace, dict[str, Any]], None]
@@ -55,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser, other: Any) -> None:
         help="time nothing: release memory (sleep), update weights, resume, pause and go on, N "
         "times; the tokens must stay the same",
     )
+    other.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the engine's deterministic mode: count the bits that differ between a prompt alone, "
+        "in company, cached, and prefilled in other chunks and pages; then time each backend in it "
+        "and without it",
+    )
     add = parser.add_argument
     add(
         "--hicache",
@@ -92,6 +100,7 @@ def asked(args: argparse.Namespace) -> bool:
         or args.families is not None
         or args.soak is not None
         or args.cycles is not None
+        or args.deterministic
     )
 
 
@@ -116,8 +125,9 @@ def gpus(args: argparse.Namespace, needed: int) -> int:
             raise ValueError(f"{name} goes with {_PARTNERS[name]}")
     if args.deadline is not None and not (args.small or asked(args)):
         raise ValueError("--deadline goes with --small, --families, --modes or --cycles")
-    if args.deadline is not None and args.logits:
-        raise ValueError("--deadline does not go with --logits")
+    for name, given in (("--logits", args.logits), ("--deterministic", args.deterministic)):
+        if args.deadline is not None and given:
+            raise ValueError(f"--deadline does not go with {name}")
     if args.soak is not None:
         if not args.soak > 0:
             raise ValueError(f"--soak must be more than 0 minutes, got {args.soak}")
@@ -137,7 +147,13 @@ _PARTNERS = {
 }
 
 
-def run(args: argparse.Namespace, options: list[EngineOptions], head: Head, write: Write) -> int:
+def run(
+    args: argparse.Namespace,
+    options: list[EngineOptions],
+    workloads: list[Workload],
+    head: Head,
+    write: Write,
+) -> int:
     """Carry out the check that is asked for: 0 passed, 1 failed, 2 it cannot run."""
     if args.soak is not None:
         result, text = _soak(args, options[0])
@@ -148,8 +164,11 @@ def run(args: argparse.Namespace, options: list[EngineOptions], head: Head, writ
     else:
         with tempfile.TemporaryDirectory(prefix="flashcore-serve-") as folder:
             logs = args.log_dir or Path(folder)
-            check = _modes if args.modes else _families
-            result, text = check(args, options, logs, head, write)
+            if args.deterministic:
+                result, text = _deterministic(args, options, workloads, logs, head, write)
+            else:
+                check = _modes if args.modes else _families
+                result, text = check(args, options, logs, head, write)
     print(text)
     write(args, {**head(args), **result})
     return 0 if result["passed"] else 1
@@ -217,6 +236,38 @@ def _modes(
         _survey(args, logs, about, write),
     )
     return result, format_modes(result)
+
+
+def _deterministic(
+    args: argparse.Namespace,
+    options: list[EngineOptions],
+    workloads: list[Workload],
+    logs: Path,
+    head: Head,
+    write: Write,
+) -> tuple[dict[str, Any], str]:
+    from flashcore.bench.serve.deterministic import format_deterministic, run_bits, summarise_cost
+    from flashcore.bench.serve.suite import Turns, run_serve
+
+    about = head(args)
+    result = run_bits(
+        options[0], [one.backend for one in options], _survey(args, logs, about, write)
+    )
+    result |= {"rows": [], "skipped": [], "engines": []}
+    for deterministic in (True, False):
+        measured = run_serve(
+            workloads,
+            [replace(one, deterministic=deterministic) for one in options],
+            Turns(args.repeats or 3, args.rounds, args.together),
+            log_dir=args.log_dir,
+            after=_tell,
+        )
+        for name in ("rows", "engines"):
+            result[name] += [{**one, "deterministic": deterministic} for one in measured[name]]
+        result["skipped"] += measured["skipped"]
+        result["summary"] = summarise_cost(result["rows"])
+        write(args, {**about, **result})
+    return result, format_deterministic(result)
 
 
 def _survey(args: argparse.Namespace, logs: Path, about: dict[str, Any], write: Write) -> Survey:

@@ -68,6 +68,15 @@ class EngineOptions:
     extra: tuple[tuple[str, Any], ...] = ()  # further ServerArgs
     engine: str = "sglang"
     triton_cache: str | None = None  # a folder; None: the user's
+    deterministic: bool = False  # the engine's own mode for that
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the process that loads the engine."""
+        found = {} if self.triton_cache is None else {"TRITON_CACHE_DIR": self.triton_cache}
+        if self.deterministic and self.engine == "vllm":
+            found["VLLM_BATCH_INVARIANT"] = "1"
+        return found
 
     @property
     def gpus(self) -> int:
@@ -123,6 +132,8 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
     if not options.prefill_graph:
         name = _first_known(known, "disable_prefill_cuda_graph", "disable_piecewise_cuda_graph")
         arguments[name] = True
+    if options.deterministic:
+        arguments["enable_deterministic_inference"] = True
     unknown = sorted({key for key, _ in options.extra} - known)
     if unknown:
         raise ValueError(f"--engine-args: SGLang has no argument {unknown[0]!r}")

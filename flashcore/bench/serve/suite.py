@@ -47,7 +47,6 @@ class Worker:
         self._stopped = False
         self._log = log
         self._read_to = Path(str(log.name)).stat().st_size
-        cache = options.triton_cache
         receive, send = os.pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "flashcore.bench.serve.worker", str(send), options.engine],
@@ -56,7 +55,7 @@ class Worker:
             stderr=log,
             pass_fds=(send,),
             start_new_session=True,  # a group of its own, so that its children can be ended too
-            env={**ENVIRONMENT, **os.environ, **({"TRITON_CACHE_DIR": cache} if cache else {})},
+            env={**ENVIRONMENT, **os.environ, **options.environment},
         )
         os.close(send)
         self._answers: queue.Queue[str | None] = queue.Queue()

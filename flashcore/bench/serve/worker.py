@@ -90,6 +90,10 @@ class Commands:
             from flashcore.bench.serve.answers import ask
 
             return ask(engine, command["rounds"])
+        if name == "bits":
+            from flashcore.bench.serve.deterministic import bits
+
+            return bits(engine)
         if name == "soak":
             from flashcore.bench.serve.soak import soak
 

@@ -106,6 +106,9 @@ FIRST_TOKENS = (
     "llama-3.2-3b-8l/768x1024+64:1",
 )
 SMALL = (*SMALL_STEPS, *FIRST_TOKENS)
+DETERMINISTIC = "shared-16k,rollout,4x64+32704:64,nothing-shared"
+"""What `bench serve --deterministic` times; the third is where FlashAttention-3 misses its splits.
+"""
 _SPEC = re.compile(
     r"(?:(?P<model>[^/]+)/)?(?:(?P<groups>\d+)\*)?(?P<sequences>\d+)x(?P<prefix>\d+)"
     r"\+(?P<unique>\d+):(?P<output>\d+)"
