@@ -55,7 +55,7 @@ UNSERVED: dict[str, tuple[Any, str]] = {
     "mxfp8": (
         lambda r: (
             setattr(r, "kv_cache_dtype", torch.float8_e4m3fn),
-            setattr(r.server_args, "kv_cache_dtype", "mxfp8"),
+            setattr(r, "server_args", SimpleNamespace(kv_cache_dtype="mxfp8")),
         ),
         "mxfp8; use --kv-cache-dtype auto or fp8_e4m3",
     ),
