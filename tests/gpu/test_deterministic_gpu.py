@@ -53,22 +53,23 @@ class Contents:
 
     def pool(self, page_tokens: int, shared: bool, rng: np.random.Generator) -> Pool:
         tables: list[list[int]] = []
-        contents: list[tuple[int, int]] = []
+        starts, count = [], 0  # of each sequence: its first page that is not shared
         for s, length in enumerate(LENGTHS):
             table = list(tables[0][: COMMON[s] // page_tokens]) if shared and s else []
-            for page in range(len(table), -(-length // page_tokens)):
-                table.append(len(contents))
-                contents.append((s, page * page_tokens))
-            tables.append(table)
-        ids = torch.from_numpy(rng.permutation(len(contents) + 8))  # eight belong to nobody
+            starts.append((len(table), count))
+            own = -(-length // page_tokens) - len(table)
+            tables.append(table + list(range(count, count + own)))
+            count += own
+        ids = torch.from_numpy(rng.permutation(count + 8))  # eight belong to nobody
         shape = (len(ids), page_tokens, *self.k[0].shape[1:])
         # What lies past a sequence's end is NaN.
         k, v = (torch.full(shape, math.nan, dtype=x[0].dtype) for x in (self.k, self.v))
         for pages, source in ((k, self.k), (v, self.v)):
-            cpu = [x.cpu() for x in source]
-            for place, (s, begin) in enumerate(contents):
-                rows = cpu[s][begin : begin + page_tokens]
-                pages[ids[place], : len(rows)] = rows
+            for x, (page, number) in zip(source, starts, strict=True):
+                rows = x[page * page_tokens :].cpu()
+                own = torch.full((-len(rows) % page_tokens, *rows.shape[1:]), math.nan)
+                own = torch.cat([rows, own.to(rows.dtype)]).unflatten(0, (-1, page_tokens))
+                pages[ids[number : number + len(own)]] = own
         return Pool(k.cuda(), v.cuda(), [[int(ids[p]) for p in t] for t in tables])
 
 
