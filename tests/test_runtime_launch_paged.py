@@ -302,3 +302,46 @@ def test_what_a_remembered_call_leaves_to_the_compiled_function(
         with pytest.raises((TypeError, ValueError), match=message):
             flashcore.paged_attention(**{**given, **change})
     assert len(given["plan"].launches) == 2
+
+
+@needs_dsl
+@no_gpu
+def test_what_a_remembered_call_on_fp8_pages_leaves_to_it(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales above all, of which the launch's key has the shapes alone."""
+    checked = CheckedPaged()
+    monkeypatch.setattr(launch_paged, "shared_cache", lambda: checked)
+    scratch = torch.zeros(2, dtype=torch.int32)
+    monkeypatch.setattr(launch_paged, "scheduler_scratch", lambda index: scratch)
+    given = arguments(64)
+    for name in ("k_pages", "v_pages"):
+        given[name] = given[name].to(torch.float8_e4m3fn)
+    scales = {"k_scale": torch.tensor(0.5), "v_scale": torch.ones(KV_HEADS)}
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="InsufficientDriver"):
+            flashcore.paged_attention(**given, **scales)
+    assert len(checked.calls) == 3  # the second one: as remembered, then after the checks
+    attention = checked.calls[-1][1]
+    assert any(x is scales["v_scale"] for x in attention)
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"k_scale": scales["k_scale"].double()}, "k_scale must be a float32 tensor"),
+        ({"k_scale": scales["k_scale"].to("meta")}, "k_scale must be on the device of q"),
+        ({"k_scale": 0.5}, "k_scale must be None or a float32 tensor"),
+        ({"v_scale": torch.ones(3)}, r"v_scale must be .* got shape \(3,\)"),
+        ({"v_scale": torch.ones(KV_HEADS).half()}, "v_scale must be .* got float16"),
+        ({"v_pages": given["v_pages"].view(torch.float8_e5m2)}, "v_pages must have the dtype of k"),
+        (
+            {"v_pages": given["v_pages"].to(torch.bfloat16)},
+            "v_pages must have the dtype of k_pages",
+        ),
+        (
+            {"k_pages": given["k_pages"].to(torch.bfloat16)},
+            "v_pages must have the dtype of k_pages",
+        ),
+        ({"k_pages": given["k_pages"].view(torch.uint8)}, "k_pages has dtype uint8"),
+    ]
+    for change, message in bad:
+        with pytest.raises((TypeError, ValueError), match=message):
+            flashcore.paged_attention(**{**given, **scales, **change})
+    assert len(given["plan"].launches) == 1
