@@ -24,6 +24,7 @@ def tests() -> list[SelfTest]:
             )
             for planner, suffix in (("host", ""), ("device", ", planned on the GPU"))
         ),
+        SelfTest("prefill equals decode", launch_prefilled, judge_same, needs_kernels=True),
         SelfTest("attention in a graph", launch_dense_graph, judge_same, needs_kernels=True),
         SelfTest("torch.compile", launch_compiled, judge_same),
         SelfTest("a second GPU", launch_second, judge_same, needs_kernels=True, least_gpus=2),
@@ -105,6 +106,24 @@ def judge_company(run: Company) -> Finding:
         if not (torch.equal(out[row], alone) and torch.equal(lse[row], alone_lse)):
             return Finding(f"sequence {row} has other bits in company")
     return Finding("", "the same bits alone and in company")
+
+
+def launch_prefilled(setting: Setting) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens of a sequence of several chunks, decoded, verified and prefilled by parts, and what
+    they were when it was prefilled at once."""
+    import torch
+
+    case = PagedCase("", ((2500, 2500), (1, 2100)))
+    batch = paged.batch_of(case, setting)
+    whole = Batch(batch.q[:2500], batch.k, batch.v, *(t[:1] for t in batch[3:]))
+    expected = paged.attend(whole, paged.host_plan(case, whole, batch_invariant=True), {})
+    pairs = []
+    for begin, n in ((0, 1), (1023, 1), (1024, 1), (2499, 1), (1020, 7), (2040, 60), (900, 1300)):
+        lengths = (torch.full_like(whole.kv_lens, length) for length in (begin + n, n))
+        part = Batch(whole.q[begin : begin + n], whole.k, whole.v, whole.table, *lengths)
+        found = paged.attend(part, paged.host_plan(case, part, batch_invariant=True), {})
+        pairs += [(x, y[begin : begin + n]) for x, y in zip(found, expected, strict=True)]
+    return pairs
 
 
 def launch_second(setting: Setting) -> list[tuple[torch.Tensor, torch.Tensor]]:
