@@ -429,6 +429,11 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
             heads, block, window
         ),
     },
+    "test_sglang_deterministic_gpu": {
+        "test_prefill_chunks_and_decode": lambda page_tokens: kernels_of(
+            Kind(Shape(8, 2, 128), False, (Variant(),)), "bf16", page_tokens, 8, False, True
+        ),
+    },
     "test_sglang_gpu": {
         "test_eager": lambda mode, windows, page_tokens: engine(page_tokens, windows, mode=mode),
         "test_head_dims_and_dtypes": lambda mode, dtype, head_dim: engine(

@@ -221,7 +221,7 @@ def make_forward(
         table[row] = 2**31 - 1 - s.page_tokens  # past its tokens, what was left by others
         table[row, :length] = slots[-1].int()
     _fill_cache(engine, slots, [r.prefix for r in requests])
-    batch = _batch_of(engine, mode, requests, slots, rows)
+    batch = batch_of(engine, mode, requests, slots, rows)
     forward = Forward(batch, slots, [r.new for r in requests], [], [], [])
     for layer in engine.layers:
         for kind, heads, dim in (
@@ -248,7 +248,7 @@ def _fill_cache(engine: Engine, slots: list[torch.Tensor], prefixes: list[int]) 
             buffer[at] = values.to(buffer.dtype).to(s.device)
 
 
-def _batch_of(
+def batch_of(
     engine: Engine,
     mode: ForwardMode,
     requests: list[Request],

@@ -16,40 +16,13 @@ from flashcore.integrations.sglang.register import NAME, register
 from flashcore.serving.shapes import NotServed
 from tests.serving_cases import Request
 from tests.sglang import families
-from tests.sglang.batches import (
-    Engine,
-    Forward,
-    Setup,
-    _batch_of,
-    attend,
-    make_engine,
-    make_forward,
-)
+from tests.sglang.batches import Engine, Setup, attend, make_engine, make_forward
+from tests.sglang.deterministic_cases import deterministic, stretch
 from tests.sglang.families import arguments, resolved
 
 register()
 
 LENGTH = CHUNK_TOKENS + 300
-
-
-class Overlaid:
-    """Arguments with other values: those of SGLang 0.5.23 are sealed."""
-
-    def __init__(self, under: Any, values: dict[str, Any]):
-        self.__dict__.update(values, _under=under)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._under, name)
-
-
-def deterministic(**options: Any) -> Any:
-    """To prepare a runner."""
-
-    def prepare(runner: Any, layers: Any) -> None:
-        wanted = {"enable_deterministic_inference": True, "attention_backend": NAME} | options
-        runner.server_args = Overlaid(runner.server_args, wanted)
-
-    return prepare
 
 
 def engine_of(**options: Any) -> Engine:
@@ -115,17 +88,6 @@ def test_refused_at_start(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     deterministic(**options)(runner, None)
     with pytest.raises(NotServed, match=words):
         ATTENTION_BACKENDS[NAME](runner)
-
-
-def stretch(engine: Engine, whole: Forward, begin: int, n: int) -> torch.Tensor:
-    """n tokens of the first request alone, over the cache as `whole` left it."""
-    mode = ForwardMode.DECODE if n == 1 else ForwardMode.EXTEND
-    slots, row = whole.slots[0][: begin + n], int(whole.batch.req_pool_indices[0])
-    batch = _batch_of(engine, mode, [Request(begin, n)], [slots], [row])
-    part = slice(begin, begin + n)
-    forward = Forward(batch, [slots], [n], *([x[0][part]] for x in (whole.q, whole.k, whole.v)))
-    engine.backend.init_forward_metadata(batch)
-    return attend(engine, forward)[0]
 
 
 def test_prefill_in_any_chunks_and_decode_have_the_same_bits() -> None:
