@@ -117,6 +117,8 @@ def scatter_by_torch(k: torch.Tensor, v: torch.Tensor, pool: KVPool, slots: torc
     any_held = held.any()
     for new, pages, scale in ((k, pool.k, pool.k_scale), (v, pool.v, pool.v_scale)):
         values = stored(torch.where(held[:, None, None], new, new[first]), pages.dtype, scale)
+        if pages.dtype in FP8_DTYPES:  # of which not every device scatters anything but the bytes
+            values, pages = values.view(torch.uint8), pages.view(torch.uint8)
         pages[page, row] = torch.where(any_held, values, pages[page, row])
 
 

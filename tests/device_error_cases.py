@@ -112,6 +112,17 @@ def valid(name: str, here: str) -> tuple[Callable[..., Any], dict[str, Any]]:
                 "out": _bf16(here, 3, 8, 64),
             },
         ),
+        "paged_attention, fp8": lambda: (
+            flashcore.paged_attention,
+            {
+                "q": _bf16(here, 3, 8, 64),
+                "k_pages": pages.to(torch.float8_e4m3fn),
+                "v_pages": pages.to(torch.float8_e4m3fn),
+                "plan": host_plan(here),
+                "k_scale": torch.ones(2, device=here),
+                "v_scale": torch.ones((), device=here),
+            },
+        ),
         "layout_from_page_table": lambda: (
             flashcore.layout_from_page_table,
             {
@@ -159,6 +170,17 @@ def valid(name: str, here: str) -> tuple[Callable[..., Any], dict[str, Any]]:
                 "k_pages": pages,
                 "v_pages": pages.clone(),
                 "slot_mapping": lengths(here, 1, 2, 30),
+            },
+        ),
+        "append_kv, fp8": lambda: (
+            flashcore.append_kv,
+            {
+                **{name: _bf16(here, 3, 2, 64) for name in "kv"},
+                "k_pages": pages.to(torch.float8_e5m2),
+                "v_pages": pages.to(torch.float8_e5m2),
+                "slot_mapping": lengths(here, 1, 2, 30),
+                "k_scale": torch.ones(2, device=here),
+                "v_scale": torch.ones((), device=here),
             },
         ),
         "DevicePlanner": lambda: (planner, {"here": here}),
@@ -247,6 +269,16 @@ def value(*values: Any) -> list[Wrong]:
     return [Wrong(repr(v), lambda _, places, v=v: v) for v in values]
 
 
+FP8_PAGES = [ELSEWHERE, META, MISALIGNED, ODD_ROWS]
+SCALE = [
+    *TENSORS,
+    GRADIENT,
+    Wrong("float64", lambda right, _: right.double()),
+    Wrong("one for each sequence", lambda right, _: right.expand(3, 2).contiguous()),
+    *value(1.0),
+]
+
+
 def made(what: str, make: Callable[[str], Any]) -> Wrong:
     """From the device of what is right."""
     return Wrong(what, lambda _, places: make(places.here))
@@ -294,6 +326,10 @@ TABLE: dict[str, dict[str, list[Wrong]]] = {
         ],
         "out": [*TENSORS, STRIDED, MISALIGNED, ODD_ROWS],
     },
+    "paged_attention, fp8": {
+        **dict.fromkeys(("k_pages", "v_pages"), FP8_PAGES),
+        **dict.fromkeys(("k_scale", "v_scale"), SCALE),
+    },
     "layout_from_page_table": {
         "page_table": [
             *TENSORS,
@@ -333,6 +369,10 @@ TABLE: dict[str, dict[str, list[Wrong]]] = {
         **dict.fromkeys(("page_table", "seq_lens", "q_lens"), TENSORS),
     },
     "append_kv, by slots": {"slot_mapping": TENSORS},
+    "append_kv, fp8": {
+        **dict.fromkeys(("k_pages", "v_pages"), FP8_PAGES[:2]),
+        **dict.fromkeys(("k_scale", "v_scale"), SCALE),
+    },
     "DevicePlanner": {
         "device": NO_DEVICE,
         "capacities": [

@@ -88,6 +88,18 @@ def test_planned_inside(batch: Batch, kind: str, pages: torch.dtype) -> None:
     assert_close(out, expected[0], torch.float16)
 
 
+@settings(max_examples=30, deadline=None)
+@given(batches(ragged=False), st.sampled_from(REGIMES), st.sampled_from(KINDS), PAGES)
+def test_batch_invariant_plans(batch: Batch, regime: str, kind: str, pages: torch.dtype) -> None:
+    q, k, v = fp8_tensors(batch, pages)
+    options = rules(batch, regime) | scales(batch, kind)
+    expected = paged_attention_reference(q, k, v, batch.layout, batch.q_lens, **options)
+    plan = batch.plan(batch_invariant=True)
+    out, lse = flashcore.paged_attention(q, k, v, plan, return_lse=True, **options)
+    assert_close(out, expected[0], torch.float16)
+    assert_lse_close(lse, expected[1])
+
+
 @pytest.mark.parametrize("pages", FORMATS.values())
 def test_power_of_two_scales_are_the_dequantised_pages_bit_for_bit(pages: torch.dtype) -> None:
     batch = shared_batch()

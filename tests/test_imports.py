@@ -14,14 +14,14 @@ PACKAGE = Path(__file__).parents[1] / "flashcore"
 
 # From the ground up: a module imports those of its own floor and of floors below.
 FLOORS = (
-    ("contract", "validate", "remembered", "tree", "problem", "names"),
+    ("contract", "validate", "kv_checks", "remembered", "tree", "problem", "names"),
     ("jit",),
     ("dispatch",),  # finds providers by name
     ("pager",),
     ("planner",),
     ("eager",),
     ("sm90",),
-    ("ops", "checks", "kv_checks"),
+    ("ops", "checks"),
     ("one_off",),
     ("api", "append", "append_kernel", "reference", "reference_fold"),
     ("",),  # the package's own names, loaded on first use

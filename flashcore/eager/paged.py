@@ -12,6 +12,7 @@ from flashcore.eager import chunked, run
 from flashcore.eager.merge import apply_sinks, merge_partials
 from flashcore.eager.run import Tree, attend_runs, sees_all
 from flashcore.eager.workspace import scratch
+from flashcore.kv_checks import FP8_DTYPES
 from flashcore.planner.types import Planned
 from flashcore.problem import Extras, KVPool, Rules
 from flashcore.tree import by_depth
@@ -166,7 +167,10 @@ class _PageReader:
         """K and V of pages [runs, pages] as [runs, num_kv_heads, tokens, columns]."""
         gathered = []
         for purpose, pool in self.pools.items():
-            chosen = scratch(purpose, (ids.numel(), *pool.shape[1:]), pool)
-            torch.index_select(pool, 0, ids.flatten(), out=chosen)
+            # Of fp8 not every device gathers anything but the bytes.
+            stored = pool.view(torch.uint8) if pool.dtype in FP8_DTYPES else pool
+            chosen = scratch(purpose, (ids.numel(), *pool.shape[1:]), stored)
+            torch.index_select(stored, 0, ids.flatten(), out=chosen)
+            chosen = chosen.view(pool.dtype)
             gathered.append(chosen.view(len(ids), -1, *pool.shape[2:]).transpose(1, 2))
         return gathered

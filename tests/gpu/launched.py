@@ -160,6 +160,7 @@ def wrong_inputs(**_: Any) -> list[Kernel]:
     return [
         *(kernel for call in dense_calls for kernel in call),
         *paged("causal", 16, host(), 64),
+        *paged("causal", 16, host(), 64, fp8="e4m3"),
         *paged("sinks_tree", 16, host(), 64),
         *paged("causal", 16, device(max_batch=4), 64),
         *from_layout(),
