@@ -256,7 +256,13 @@ def test_results_are_redrawn_and_joined(tmp_path: Path, capsys: pytest.CaptureFi
         ("llama-3.2-1b/6x16+8:40", "fa3"),
     ]
     assert len(joined["engines"]) == 4
-    assert "4x16+8:40" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "4x16+8:40" in printed
+    assert "KV cache" not in printed
+    narrow = {**first, "rows": [{**row, "kv_cache_dtype": "fp8_e4m3"} for row in first["rows"]]}
+    (tmp_path / "narrow").write_text(json.dumps(narrow))
+    assert bench_serve.run(parse("--from-json", str(tmp_path / "narrow"))) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(", KV cache fp8_e4m3")
     other = {**second, "device": "another GPU"}
     (tmp_path / "b").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="results of different devices"):

@@ -384,7 +384,9 @@ def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:
 def _deliver(args: argparse.Namespace, result: dict[str, Any]) -> int:
     from flashcore.bench.serve.report import format_table, plot
 
-    print(f"{result['device']}, driver {result['driver']}, commit {result['commit']}")
+    dtypes = dict.fromkeys(row.get("kv_cache_dtype", "auto") for row in result["rows"])
+    caches = "" if list(dtypes) in ([], ["auto"]) else f", KV cache {', '.join(dtypes)}"
+    print(f"{result['device']}, driver {result['driver']}, commit {result['commit']}{caches}")
     print(format_table(result))
     _write(args, result)
     if args.plot is not None and result["rows"]:

@@ -99,6 +99,18 @@ def test_graph_buffers(mode: str, windows: str) -> None:
     check_stored(engine, forward)
 
 
+def test_compiled_forward() -> None:
+    """Store and attention are one operator to torch.compile, which does not look into it."""
+    engine = engine_of("decode", "e4m3", "full", "parameters")
+    forward = forward_of(engine, "decode")
+    engine.backend.init_forward_metadata(forward.batch)
+    outs = torch.compile(attend, fullgraph=True, dynamic=False, backend="aot_eager")(
+        engine, forward
+    )
+    check_stored(engine, forward)
+    check(engine, forward, outs)
+
+
 def test_large_values_are_not_nan() -> None:
     """SGLang's own store casts without saturating, which is NaN for these on a GPU."""
     engine = engine_of("decode", "e4m3", "full", "none")
