@@ -42,6 +42,14 @@ CASES = {
         "test_dims[112-112-64-64-everything-40]",
         "test_dims[192-128-1-64-causal-40]",
     ),
+    "fp8": (
+        "test_rules[everything-64]",
+        "test_rules[softcap_sinks-128]",
+        "test_page_sizes[1-40]",  # gathered, two warps that convert
+        "test_items_in_a_row[64-64]",
+        "test_dims[dims5-1-64-window-40]",  # 80 columns: padding that is converted
+        "test_scales[e4m3-heads-dtype0]",
+    ),
     "device_plan": (
         "test_same_plan[small-True-40]",  # one kernel: shared memory, and a cluster
         "test_same_plan[chain-True-40]",
