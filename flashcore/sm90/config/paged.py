@@ -65,8 +65,9 @@ class PagedConfig:
     ctas_per_sm: int = 1  # resident together, each with its share of registers and shared memory
     kv_dtype: str = ""  # "e4m3" | "e5m2": fp8 pages, converted in shared memory to fp16, which the
     # products take; what follows is 0 without it. `stages` are then of fp8.
-    q_registers: bool = False  # Q in the consumers' registers: products do not read it every tile
-    wide_stages: int = 0  # of fp16, of K and of V
+    q_registers: bool = False  # Q is in the consumers' registers, and nowhere in shared memory
+    wide_k_stages: int = 0  # of fp16
+    wide_v_stages: int = 0
     converting_warps: int = 0  # of the producer warpgroup, its last
     converted_rows: int = 0  # that one of them converts at a time: a tile, or part of one
 
@@ -109,9 +110,10 @@ class PagedConfig:
         return 4 * self.num_consumer_warpgroups + gathering + self.converting_warps
 
     @property
-    def product_stages(self) -> int:
+    def product_stages(self) -> tuple[int, int]:
         """Stages of K and of V that products read."""
-        return self.wide_stages if self.kv_dtype else self.stages
+        wide = self.wide_k_stages, self.wide_v_stages
+        return wide if self.kv_dtype else (self.stages, self.stages)
 
     @property
     def converted_parts(self) -> int:
@@ -132,12 +134,13 @@ class PagedConfig:
     def smem_bytes(self) -> int:
         """Shared memory of one CTA; 1024 covers barriers, the work slot, the numbers about 64 rows
         and alignment."""
-        columns = self.k_columns + self.v_columns
-        kv = 2 * self.product_stages * self.tile_n * columns
+        k_stages, v_stages = self.product_stages
+        kv = 2 * self.tile_n * (k_stages * self.k_columns + v_stages * self.v_columns)
         if self.kv_dtype:
-            kv += self.stages * self.tile_n * columns
+            kv += self.stages * self.tile_n * (self.k_columns + self.v_columns)
         totals = total_bytes(self.tile_m, self.v_head_dim) if self.chunked else 0
-        return 2 * self.tile_m * self.k_columns + kv + totals + 1024
+        q = 0 if self.q_registers else 2 * self.tile_m * self.k_columns
+        return q + kv + totals + 1024
 
     @property
     def threads(self) -> int:
@@ -203,15 +206,18 @@ def illegal_reason(config: PagedConfig) -> str | None:
 def _conversion_rules(c: PagedConfig) -> tuple[tuple[bool, str], ...]:
     """What must hold of fp8 pages, or of their absence."""
     if not c.kv_dtype:
-        spare = (c.wide_stages, c.converting_warps, c.converted_rows)
-        return ((spare == (0, 0, 0), "stages of fp16 and their warps are for fp8 pages"),)
+        spare = (c.wide_k_stages, c.wide_v_stages, c.converting_warps, c.converted_rows)
+        return (
+            (spare == (0, 0, 0, 0), "stages of fp16 and their warps are for fp8 pages"),
+            (not c.q_registers, "Q goes to registers where pages are fp8"),
+        )
     return (
         (c.kv_dtype in KV_DTYPES, f"kv_dtype {c.kv_dtype!r} is not one of {KV_DTYPES}"),
         *(
             (dim % NARROW_DIM_STEP == 0, f"{name} of fp8 pages: a multiple of 16, got {dim}")
             for name, dim in (("head_dim", c.head_dim), ("v_head_dim", c.v_head_dim))
         ),
-        (c.wide_stages >= 1, "at least one stage of fp16"),
+        (min(c.wide_k_stages, c.wide_v_stages) >= 1, "at least one stage of fp16"),
         (
             1 <= c.converting_warps <= 4 - c.loading_warps,
             f"{c.converting_warps} converting warps beside {c.loading_warps} that load",
@@ -394,7 +400,8 @@ def _converting(tile: _Tile, kv_load: str) -> dict[str, Any]:
         "ctas_per_sm": tile.ctas,
         "producer_registers": 72,
         "consumer_registers": 184 if tile.ctas == 2 else of_one,
-        "wide_stages": 1,
+        "wide_k_stages": 1,
+        "wide_v_stages": 1,
         "converting_warps": 2 if kv_load == "gather" else 3,
         "converted_rows": tile.tile_n // 2,
     }

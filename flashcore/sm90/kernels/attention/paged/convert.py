@@ -17,11 +17,12 @@ from cutlass import Float8E4M3FN, Float8E5M2, Float16, Float32, Int32, Uint32, c
 
 from flashcore.sm90.config.paged import PagedConfig, rows_at_a_time
 from flashcore.sm90.kernels.attention.paged import work_loop
+from flashcore.sm90.kernels.attention.paged.intervals import Rows
 from flashcore.sm90.kernels.attention.paged.operands import Operands
 from flashcore.sm90.kernels.attention.paged.pages import VECTOR
 from flashcore.sm90.kernels.attention.paged.work_loop import Item, Slot
-from flashcore.sm90.kernels.attention.parts import pipelines
-from flashcore.sm90.kernels.attention.parts.consumer import Scale
+from flashcore.sm90.kernels.attention.parts import matmul, pipelines
+from flashcore.sm90.kernels.attention.parts.consumer import ROWS, Scale
 
 CHUNK = 16  # fp8 values of a 16-byte load, and of two 16-byte stores
 WORDS = 4  # of 16 bytes
@@ -104,6 +105,7 @@ class Side(NamedTuple):
     wide: Int32
     loaded: object  # ring of fp8
     converted: object  # ring of fp16
+    stages: int  # of fp16
 
 
 @cute.jit
@@ -146,7 +148,7 @@ def convert_part(
     lanes = const_expr(Lanes(columns, c.tile_n))
     lane = cute.arch.lane_idx()
     loaded = pipelines.state_at(tile, c.stages, False)
-    wide = pipelines.state_at(tile, c.wide_stages, True)
+    wide = pipelines.state_at(tile, side.stages, True)
     row = place * c.converted_rows
     source = side.narrow + loaded.index * (c.tile_n * columns) + row * columns
     target = side.wide + wide.index * (2 * c.tile_n * columns) + row * (2 * lanes.block)
@@ -213,6 +215,46 @@ def item_scale(
     return result
 
 
+@cute.jit
+def load_queries(
+    config: cutlass.Constexpr[PagedConfig],
+    m: Operands,
+    item: Item,
+    rows: Rows,
+    operand: cute.Tensor,  # of a warpgroup's QK: ((column pair, row, columns + 8), 1, step)
+    thread_row: Int32,
+    column: Int32,  # this thread's first
+):
+    """A thread's elements of Q, straight from memory to the registers that products read; those
+    past num_rows are the first row's."""
+    c = config
+    words = cute.recast_tensor(operand, Uint32)  # (row, columns + 8) of each step
+    for r in cutlass.range_constexpr(ROWS):
+        row = thread_row + 8 * r
+        packed = item.row_begin + (row if row < item.num_rows else Int32(0))
+        head = item.kv_head * c.group_size + packed % c.group_size
+        mRow = m.q[rows.token[r], head, None]
+        for i in cutlass.range_constexpr(2 * c.k_steps):
+            at = cute.recast_ptr((mRow.iterator + (8 * i + column)).align(4), dtype=Uint32)
+            words[r + ROWS * i] = cute.make_tensor(at, cute.make_layout(1))[0]
+    if const_expr(m.q.element_type is not Float16):
+        for i in cutlass.range_constexpr(ROWS * 2 * c.k_steps):
+            words[i] = pair_as_fp16(words[i])
+
+
+@cute.jit
+def pair_as_fp16(pair: Uint32) -> Uint32:
+    """Two bf16 values: finite ones are clamped, what is infinite or NaN stays so."""
+    wide = cute.make_rmem_tensor(2, Uint32)
+    wide[0], wide[1] = pair << Uint32(16), pair & Uint32(0xFFFF0000)
+    values = cute.recast_tensor(wide, Float32)
+    for h in cutlass.range_constexpr(2):
+        x = values[h]
+        clamped = cute.arch.fmax(cute.arch.fmin(x, Float32(LARGEST_FP16)), Float32(-LARGEST_FP16))
+        values[h] = clamped if x - x == 0.0 else x
+    return Uint32(matmul.pack_pair(values[0], values[1], Float16))
+
+
 QUERY_LOADS = 8  # 16-byte loads of a thread in flight
 
 
@@ -253,16 +295,7 @@ def gather_queries(
         for n in cutlass.range_constexpr(len(batch)):
             i, j = batch[n]
             row, column = first_row + i * step + thread // lanes, thread % lanes + lanes * j
-            cute.autovec_copy(as_fp16(loaded[n]), sVectors[row, (None, column)])
-
-
-@cute.jit
-def as_fp16(values: cute.Tensor) -> cute.Tensor:
-    """bf16 values, finite ones clamped: what is infinite or NaN stays so."""
-    result = cute.make_rmem_tensor(VECTOR, Float16)
-    for i in cutlass.range_constexpr(VECTOR):
-        x = values[i].to(Float32)
-        clamped = cute.arch.fmax(cute.arch.fmin(x, Float32(LARGEST_FP16)), Float32(-LARGEST_FP16))
-        finite = x - x == 0.0
-        result[i] = (clamped if finite else x).to(Float16)
-    return result
+            words = cute.recast_tensor(loaded[n], Uint32)
+            for w in cutlass.range_constexpr(VECTOR // 2):
+                words[w] = pair_as_fp16(words[w])
+            cute.autovec_copy(cute.recast_tensor(words, Float16), sVectors[row, (None, column)])

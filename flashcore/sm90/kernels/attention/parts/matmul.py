@@ -7,7 +7,7 @@ import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import BFloat16, Float32, Int32
 from cutlass._mlir.dialects import llvm
-from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 
@@ -46,15 +46,6 @@ def pv_product(dtype, warpgroups: int, head_dim: int) -> cute.TiledMma:
         (64, head_dim),
         warpgroup.OperandSource.RMEM,
     )
-
-
-@cute.jit
-def load_operand(tiled_mma: cute.TiledMma, tile: cute.Tensor, operand: cute.Tensor, thread: Int32):
-    """A register operand of a product from shared memory, by all threads of the product."""
-    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), tile.element_type)
-    copy = cute.make_tiled_copy_A(atom, tiled_mma)
-    own = copy.get_slice(thread)
-    cute.copy(copy, own.partition_S(tile), own.retile(operand))
 
 
 @cute.jit
