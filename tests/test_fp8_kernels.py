@@ -62,7 +62,8 @@ def test_configurations(head_dim: int, tile_m: int, expected: tuple[int, ...]) -
         c = choose(head_dim, page_tokens, tile_m, kv_dtype="e5m2")
         registers = (c.producer_registers, c.consumer_registers)
         assert (c.tile_n, c.stages, c.ctas_per_sm, *registers) == expected
-        assert (c.wide_stages, c.converting_warps, c.converted_rows) == (1, warps, c.tile_n // 2)
+        assert c.product_stages == (1, 1)
+        assert (c.converting_warps, c.converted_rows) == (warps, c.tile_n // 2)
         assert c.loading_warps + warps <= 4
 
 
@@ -90,11 +91,11 @@ def test_dims_without_a_kernel_are_named(
     [
         ({"kv_dtype": "e3m4"}, "kv_dtype 'e3m4' is not one of"),
         ({"kv_dtype": ""}, "stages of fp16 and their warps are for fp8 pages"),
-        ({"wide_stages": 0}, "at least one stage of fp16"),
+        ({"wide_k_stages": 0}, "at least one stage of fp16"),
         ({"converting_warps": 4}, "4 converting warps beside 1 that load"),
         ({"converting_warps": 3, "kv_load": "gather"}, "3 converting warps beside 2 that load"),
         ({"converted_rows": 24}, "converted_rows 24: multiples of 16 that divide tile_n"),
-        ({"wide_stages": 2}, "bytes of shared memory exceed 115712"),
+        ({"wide_v_stages": 2}, "bytes of shared memory exceed 115712"),
     ],
 )
 def test_what_cannot_run_is_named(changes: dict[str, Any], message: str) -> None:
