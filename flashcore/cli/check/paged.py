@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 PREFIX = 1024  # tokens that all sequences share
+FP8_DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
 _POOL = 1 << 14  # tokens, several times what is used
 Lengths = tuple[tuple[int, int], ...]  # (new tokens, tokens with them) of each sequence
 
@@ -41,6 +42,7 @@ class PagedCase:
     softcap: float = 0.0
     sinks: bool = False
     host: bool = False
+    kv_dtype: str = ""  # "e4m3" or "e5m2": of the pages, with scales; "": dtype
 
     @property
     def value_dim(self) -> int:
@@ -87,14 +89,16 @@ def cases(shipped: set[PagedConfig] | None = None) -> list[PagedCase]:
         PagedCase("verify with a tree, the host's plan", VERIFY, tree=True, host=True),
         PagedCase("chunked prefill", CHUNKED, tile_m=128),
         PagedCase("chunked prefill, pages of 1", CHUNKED, page_tokens=1, tile_m=128),
+        PagedCase("decode on fp8 pages", DECODE, kv_dtype="e4m3"),
+        PagedCase("chunked prefill on fp8 pages", CHUNKED, tile_m=128, kv_dtype="e4m3"),
         PagedCase("one KV head for each query head", DECODE, heads=(4, 4)),
         PagedCase("sinks and window", MIXED, 64, heads=(16, 2), window=(127, 0), sinks=True),
         PagedCase("soft cap and window", MIXED, 256, heads=(4, 2), window=(600, 0), softcap=30.0),
     ]
     plain = [c for c in shipped if c == _config(PagedCase("", (), **_width(c)), c.device_counts)]
     widths = [
-        PagedCase(f"{c.dtype} {dims}, pages of {c.page_tokens}", MIXED, **_width(c))
-        for c in sorted(plain, key=lambda c: (c.dtype, c.head_dim, -c.page_tokens))
+        PagedCase(f"{c.kv_dtype or c.dtype} {dims}, pages of {c.page_tokens}", MIXED, **_width(c))
+        for c in sorted(plain, key=lambda c: (c.kv_dtype, c.dtype, c.head_dim, -c.page_tokens))
         for dims in [f"{c.head_dim}/{c.v_head_dim}" if c.v_head_dim < c.head_dim else c.head_dim]
     ]
     return [
@@ -108,7 +112,7 @@ def _shipped() -> set[PagedConfig]:
 
 
 def _width(config: PagedConfig) -> dict[str, Any]:
-    names = ("head_dim", "v_head_dim", "page_tokens", "dtype")
+    names = ("head_dim", "v_head_dim", "page_tokens", "dtype", "kv_dtype")
     return {name: getattr(config, name) for name in names}
 
 
@@ -125,6 +129,7 @@ def _config(case: PagedCase, device_counts: bool) -> PagedConfig:
         sinks=case.sinks,
         tree=case.tree,
         device_counts=device_counts,
+        kv_dtype=case.kv_dtype,
     )
     return choose(call, case.tile_m)
 
@@ -184,6 +189,7 @@ def host_plan(case: PagedCase, batch: Batch, **choices: Any) -> Any:
         num_kv_heads=case.heads[1],
         head_dim=case.head_dim,
         v_head_dim=case.value_dim,
+        dtype=batch.k.dtype,
         tile_m=case.tile_m,
         **choices,
     )
@@ -201,6 +207,7 @@ def planner_for(case: PagedCase, batch: Batch, **choices: Any) -> Any:
         head_dim=case.head_dim,
         v_head_dim=case.value_dim,
         page_tokens=case.page_tokens,
+        dtype=batch.k.dtype,
         tile_m=case.tile_m,
         device=batch.q.device,
         **choices,
@@ -221,6 +228,9 @@ def options_of(case: PagedCase, batch: Batch) -> dict[str, Any]:
     options: dict[str, Any] = {"window": case.window, "softcap": case.softcap}
     if case.sinks:
         options["sinks"] = torch.linspace(-1, 1, case.heads[0], device=batch.q.device)
+    if case.kv_dtype:  # neither a power of two nor the same for all heads
+        options["k_scale"] = torch.linspace(0.6, 1.1, case.heads[1], device=batch.q.device)
+        options["v_scale"] = torch.tensor(0.3, device=batch.q.device)
     if case.tree:
         masks = [_tree(queries) for queries, _ in case.lengths]
         width = max(queries for queries, _ in case.lengths)
@@ -264,6 +274,8 @@ def batch_of(case: PagedCase, setting: Setting) -> Batch:
     q = normal(sum(queries), case.heads[0], case.head_dim)
     k, v = (normal(pages, tokens, case.heads[1], d) for d in (case.head_dim, case.value_dim))
     k[~held] = v[~held] = float("nan")
+    if case.kv_dtype:
+        k, v = (pool.to(getattr(torch, FP8_DTYPES[case.kv_dtype])) for pool in (k, v))
     kv_lens, q_lens = (
         torch.tensor(lengths, dtype=torch.int32, device=device) for lengths in (keys, queries)
     )

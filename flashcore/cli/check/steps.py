@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 DECODE = PagedCase("decode", paged.DECODE)
+FP8 = PagedCase("decode", paged.DECODE, kv_dtype="e4m3")
 # Other tables and lengths in the same buffers: another batch, one with idle rows, one alone.
 _REPLAYS: tuple[paged.Lengths, ...] = (
     paged.DECODE,
@@ -36,7 +37,8 @@ def tests() -> list[SelfTest]:
         SelfTest("plan from a device layout", launch_pager, paged.verdict, needs_kernels=True),
         SelfTest("faults are told", launch_faults, judge_faults, needs_kernels=True),
         SelfTest("wrong page tables are refused", launch_refusals, judge_refusals),
-        SelfTest("append_kv, then decode", launch_append, paged.verdict),
+        SelfTest("append_kv, then decode", partial(launch_append, DECODE), paged.verdict),
+        SelfTest("append_kv to fp8 pages, then decode", partial(launch_append, FP8), paged.verdict),
     ]
 
 
@@ -132,21 +134,37 @@ def launch_pager(setting: Setting) -> paged.Launched:
     return paged.Launched(DECODE, batch, {}, once(), once(), True)
 
 
-def launch_append(setting: Setting) -> paged.Launched:
-    """The new tokens' K and V are taken out of the pages and put there by `append_kv`."""
+def launch_append(case: PagedCase, setting: Setting) -> paged.Launched:
+    """The new tokens' K and V are taken out of the pages and put there by `append_kv`; the
+    reference reads the pages as they were."""
+    import torch
+
     import flashcore
 
-    batch = paged.batch_of(DECODE, setting)
+    batch = paged.batch_of(case, setting)
+    options = paged.options_of(case, batch)
+    scales = {name: value for name, value in options.items() if name.endswith("_scale")}
     last = batch.kv_lens.long() - 1
-    rows = batch.table.gather(1, (last // DECODE.page_tokens)[:, None])[:, 0].long()
-    slots = last % DECODE.page_tokens
-    k, v = batch.k[rows, slots].clone(), batch.v[rows, slots].clone()
-    batch.k[rows, slots] = batch.v[rows, slots] = float("nan")
+    rows = batch.table.gather(1, (last // case.page_tokens)[:, None])[:, 0].long()
+    slots = last % case.page_tokens
+    emptied, new = [], []
+    for name, pages in (("k_scale", batch.k), ("v_scale", batch.v)):
+        bits = pages.view(torch.int16 if pages.itemsize == 2 else torch.uint8)
+        taken = bits[rows, slots].view(pages.dtype).float()
+        new.append(taken if not scales else taken * scales[name].expand(case.heads[1])[:, None])
+        left = bits.clone()
+        left[rows, slots] = -1 if pages.itemsize == 2 else 0xFF  # NaN
+        emptied.append(left.view(pages.dtype))
     flashcore.append_kv(
-        k, v, batch.k, batch.v, page_table=batch.table, seq_lens=batch.kv_lens, q_lens=batch.q_lens
+        *(*new, *emptied),
+        page_table=batch.table,
+        seq_lens=batch.kv_lens,
+        q_lens=batch.q_lens,
+        **scales,
     )
-    results = (paged.attend(batch, paged.host_plan(DECODE, batch), {}) for _ in range(2))
-    return paged.Launched(DECODE, batch, {}, next(results), next(results), setting.kernels)
+    filled = batch._replace(k=emptied[0], v=emptied[1])
+    results = (paged.attend(filled, paged.host_plan(case, batch), options) for _ in range(2))
+    return paged.Launched(case, batch, options, next(results), next(results), setting.kernels)
 
 
 # ---------------------------------------------------------------- faults
