@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flashcore import validate
+from flashcore.planner import chunks
 from flashcore.planner.device_plan import (
     Capacities,
     most_queries,
@@ -56,20 +57,30 @@ def width(limits: Limits, page_tokens: int, window: int, queries: int) -> int:
     pages = -(-limits.tokens // page_tokens)
     if window < 0:
         return pages
-    return min(pages, -(-(window + queries) // page_tokens) + 1)
+    return min(pages, -(-(window + queries) // page_tokens) + alignment(limits, page_tokens))
 
 
-def windowed_entries(page_tokens: int, window: int, batch: int, queries: int) -> int:
+def alignment(limits: Limits, page_tokens: int) -> int:
+    """Pages of which a windowed table leaves out a multiple: chunks count from the beginning of a
+    sequence, whatever a window leaves of it."""
+    return chunks.lengths(page_tokens)[0] if limits.batch_invariant else 1
+
+
+def windowed_entries(
+    page_tokens: int, window: int, batch: int, queries: int, align: int = 1
+) -> int:
     """Pages of all sequences that a window leaves: each has its window before its new tokens, and
-    up to a page more on either side."""
-    return (queries + batch * (window + 2 * page_tokens - 2)) // page_tokens
+    up to a page more on either side. align: as `alignment` has it."""
+    entries = (queries + batch * (window + 2 * page_tokens - 2)) // page_tokens
+    return entries + batch * (align - 1)
 
 
 def room_of(limits: Limits, page_tokens: int, window: int) -> Room:
     """Room for every forward: all sequences of full length, or by tokens where a window cuts."""
     entries = limits.batch * width(limits, page_tokens, -1, 0)
     if window >= 0:
-        kept = windowed_entries(page_tokens, window, limits.batch, limits.queries)
+        align = alignment(limits, page_tokens)
+        kept = windowed_entries(page_tokens, window, limits.batch, limits.queries, align)
         entries = min(entries, kept)
     return Room(limits.batch, entries, limits.queries, limits.batch_invariant)
 

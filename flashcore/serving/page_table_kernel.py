@@ -24,6 +24,7 @@ def fill_tables(
     page_tokens: int,
     window: int,
     translation: torch.Tensor | None,
+    align: int,
 ) -> None:
     """See `page_tables.fill`."""
     batch, width = tables.pages.shape
@@ -46,6 +47,7 @@ def fill_tables(
         tables.seq_lens,
         tables.q_lens,
         window,
+        align,
         page_tokens,
         1 if slots.pages else page_tokens,
         constant,
@@ -71,7 +73,7 @@ def fill_tables(
 
 # Compiled for types and for what a model's layers decide, never for a batch's sizes or addresses:
 # the halves of a batch begin at any element, and a first request must not wait for a compiler.
-_SIZES = ["req_stride", "count", "added", "real", "pages_stride", "width", "window"]
+_SIZES = ["req_stride", "count", "added", "real", "pages_stride", "width", "window", "align"]
 _TENSORS = [
     *("req_to_token", "requests", "seq_lens", "new_tokens", "translation"),
     *("pages", "seq_lens_out", "q_lens_out"),
@@ -95,6 +97,7 @@ def _fill(  # type: ignore[no-untyped-def]
     seq_lens_out,
     q_lens_out,
     window,
+    align,
     PAGE_TOKENS: tl.constexpr,
     SPAN: tl.constexpr,  # entries of req_to_token for a page
     CONSTANT: tl.constexpr,
@@ -110,7 +113,7 @@ def _fill(  # type: ignore[no-untyped-def]
     if row >= real:
         length = length * 0
         new = new * 0
-    first = tl.maximum(length - new - window, 0) // PAGE_TOKENS
+    first = tl.maximum(length - new - window, 0) // PAGE_TOKENS // align * align
     if window < 0:
         first = first * 0
     length -= first * PAGE_TOKENS
@@ -126,5 +129,5 @@ def _fill(  # type: ignore[no-untyped-def]
         slot = tl.load(req_to_token + request * req_stride + position, mask=mask, other=0)
         if TRANSLATED:
             slot = tl.load(translation + slot, mask=mask, other=0)
-        page = (slot // SPAN).to(tl.int32)
+        page = tl.maximum(slot // SPAN, 0).to(tl.int32)
         tl.store(pages + row.to(tl.int64) * pages_stride + column, page, mask=mask)

@@ -75,17 +75,20 @@ def fill(
     page_tokens: int,
     window: int = -1,
     translation: torch.Tensor | None = None,
+    align: int = 1,
 ) -> None:
     """Write `tables` for the batch in `slots`.
 
     window: keys to the left of a query that a layer sees: pages before all of them are left out,
     and the length counts from the first page that stays. -1: every page.
     translation: slot -> slot of another pool.
+    align: with a window, the first page that stays is a multiple of so many. What an engine has
+    given back of the pages before the window is page 0, which no query sees.
     """
     if slots.req_to_token.is_cuda:
         from flashcore.serving.page_table_kernel import fill_tables
 
-        fill_tables(tables, slots, page_tokens, window, translation)
+        fill_tables(tables, slots, page_tokens, window, translation, align)
         return
     new = torch.as_tensor(slots.new_tokens, device=slots.seq_lens.device)
     real = torch.arange(len(slots.requests), device=slots.seq_lens.device) < slots.real
@@ -93,7 +96,7 @@ def fill(
     new = torch.where(real, new.long(), 0)
     first = torch.zeros_like(lengths)
     if window >= 0:
-        first = (lengths - new - window).clamp(min=0) // page_tokens
+        first = (lengths - new - window).clamp(min=0) // page_tokens // align * align
     lengths = lengths - first * page_tokens
     tables.seq_lens.copy_(lengths)
     tables.q_lens.copy_(new)
@@ -105,7 +108,7 @@ def fill(
     slot = slots.req_to_token[slots.requests[row].long(), position].long()
     if translation is not None:
         slot = translation[slot]
-    tables.pages[row, column] = (slot // span).int()
+    tables.pages[row, column] = (slot // span).clamp(min=0).int()
 
 
 def tree_mask(

@@ -63,6 +63,7 @@ class View:
         self.model, self.shape, self.window, self.in_place = model, shape, window, in_place
         self.num_pages, self.limits, self._memory = num_pages, limits, memory
         self.translation = translation
+        self._align = capacity.alignment(limits, model.page_tokens)
         self.room = capacity.room_of(limits, model.page_tokens, window)
         self._static: PageTables | None = None
         self._static_rows: dict[int, PageTables] = {}  # of them, by batch
@@ -100,7 +101,14 @@ class View:
             self.planner = self._choose(need, decode)
             queries = max(1, self.model.draft_tokens) if decode else need.queries
             self.tables = self._eager.shaped(need.batch, self._width(self.limits, queries))
-        page_tables.fill(self.tables, slots, self.model.page_tokens, self.window, self.translation)
+        page_tables.fill(
+            self.tables,
+            slots,
+            self.model.page_tokens,
+            self.window,
+            self.translation,
+            self._align,
+        )
 
     def take_tables(self, tables: PageTables, need: Need, *, decode: bool) -> None:
         """Take the tables that the engine keeps, to be read where they are."""
@@ -144,7 +152,9 @@ class View:
         """Pages of all sequences, at most."""
         pages, most = self.model.page_tokens, need.batch * self._width(self.limits, need.queries)
         if self.window >= 0:
-            kept = capacity.windowed_entries(pages, self.window, need.batch, need.queries)
+            kept = capacity.windowed_entries(
+                pages, self.window, need.batch, need.queries, self._align
+            )
             return min(most, kept)
         return most if need.tokens is None else min(most, need.tokens // pages + need.batch)
 

@@ -431,9 +431,13 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
         ),
     },
     "test_sglang_deterministic_gpu": {
-        "test_prefill_chunks_and_decode": lambda page_tokens: kernels_of(
-            Kind(Shape(8, 2, 128), False, (Variant(),)), "bf16", page_tokens, 8, False, True
-        ),
+        "test_prefill_chunks_and_decode": lambda page_tokens, window: [
+            kernel
+            for windowed in (False, True)[: 1 + (window >= 0)]
+            for kernel in kernels_of(
+                Kind(Shape(8, 2, 128), windowed, (Variant(),)), "bf16", page_tokens, 8, False, True
+            )
+        ],
     },
     "test_sglang_gpu": {
         "test_eager": lambda mode, windows, page_tokens: engine(page_tokens, windows, mode=mode),

@@ -32,12 +32,14 @@ def deterministic(**options: Any) -> Any:
     return prepare
 
 
-def stretch(engine: Engine, whole: Forward, begin: int, n: int) -> torch.Tensor:
-    """n tokens of the first request alone, over the cache as `whole` left it."""
+def stretch(engine: Engine, whole: Forward, begin: int, n: int) -> list[torch.Tensor]:
+    """Each layer's output of n tokens of the first request alone, over the cache as `whole` left
+    it."""
     mode = ForwardMode.DECODE if n == 1 else ForwardMode.EXTEND
     slots, row = whole.slots[0][: begin + n], int(whole.batch.req_pool_indices[0])
     batch = batch_of(engine, mode, [Request(begin, n)], [slots], [row])
     part = slice(begin, begin + n)
-    forward = Forward(batch, [slots], [n], *([x[0][part]] for x in (whole.q, whole.k, whole.v)))
+    tensors = ([layer[part] for layer in kind] for kind in (whole.q, whole.k, whole.v))
+    forward = Forward(batch, [slots], [n], *tensors)
     engine.backend.init_forward_metadata(batch)
-    return attend(engine, forward)[0]
+    return attend(engine, forward)

@@ -25,8 +25,8 @@ register()
 LENGTH = CHUNK_TOKENS + 300
 
 
-def engine_of(**options: Any) -> Engine:
-    setup = Setup(16, max_context=2048)
+def engine_of(setup: Setup | None = None, **options: Any) -> Engine:
+    setup = setup or Setup(16, max_context=2048)
     return make_engine(setup, max_batch=4, prepare=deterministic(**options))
 
 
@@ -68,7 +68,6 @@ def test_the_trainer_s_bits_are_not_promised(caplog: pytest.LogCaptureFixture) -
 REFUSED: dict[str, tuple[dict[str, Any], Setup, str]] = {
     "prefill": ({"prefill_attention_backend": "fa3"}, Setup(16), "fa3 for prefill"),
     "decode": ({"decode_attention_backend": "fa3"}, Setup(16), "fa3 for decode"),
-    "window": ({}, Setup(16, window=40), "sliding windows"),
     "tree": (
         {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 4},
         Setup(16, draft_tokens=4),
@@ -103,5 +102,22 @@ def test_prefill_in_any_chunks_and_decode_have_the_same_bits() -> None:
             places = [0, 1, 63, 500, *range(CHUNK_TOKENS - 2, CHUNK_TOKENS + 3), LENGTH - 1]
         for begin in places:
             n = min(chunk, LENGTH - begin)
-            found = stretch(engine, whole, begin, n)
+            found = stretch(engine, whole, begin, n)[0]
             assert torch.equal(found, expected[begin : begin + n]), (chunk, begin)
+
+
+@pytest.mark.parametrize("two_pools", [False, True])
+def test_windows_count_chunks_from_the_beginning(two_pools: bool) -> None:
+    """What SGLang has given back of the pages before a window is page 0, which holds anything."""
+    window = 150
+    setup = Setup(16, max_context=2048, window=window, two_pools=two_pools)
+    engine = engine_of(setup)
+    whole = make_forward(engine, ForwardMode.EXTEND, [Request(0, LENGTH), Request(9, 1)])
+    engine.backend.init_forward_metadata(whole.batch)
+    expected = [out[:LENGTH] for out in attend(engine, whole)]
+    mapping = getattr(engine.runner.token_to_kv_pool, "full_to_swa_index_mapping", None)
+    for begin, n in ((0, 70), (900, 300), (1000, 64), (1023, 1), (1024, 1), (LENGTH - 1, 1)):
+        if mapping is not None:
+            mapping[whole.slots[0][: max(0, begin - window) // 16 * 16]] = 0
+        for layer, found in enumerate(stretch(engine, whole, begin, n)):
+            assert torch.equal(found, expected[layer][begin : begin + n]), (layer, begin)

@@ -11,24 +11,26 @@ from tests.serving_cases import Request
 from tests.vllm import batches
 from tests.vllm.batches import Engine, Forward, Setup, attend, make_engine, make_forward
 
-LENGTH = CHUNK_TOKENS + 300
+LENGTH, PAGE_TOKENS = CHUNK_TOKENS + 300, 16
 
 
 def stretch(engine: Engine, whole: Forward, begin: int, n: int) -> torch.Tensor:
     """n tokens of the first request alone, over the cache as `whole` left it."""
-    request, blocks = [Request(begin, n)], whole.blocks[0][:1]
-    forward = Forward(request, [batches._common(engine, request, blocks, 0, 0)], [blocks])
+    request, blocks = Request(begin, n), whole.blocks[0][0][: -(-(begin + n) // PAGE_TOKENS)]
+    row = batches._freed(engine.setup, engine.groups[0].window, request, blocks)
+    forward = Forward([request], [batches._common(engine, [request], [row], 0, 0)], [[blocks]])
     for kind in ("q", "k", "v"):
         setattr(forward, kind, [x[begin : begin + n] for x in getattr(whole, kind)])
     return attend(engine, forward)[0]
 
 
-@pytest.mark.parametrize("page_tokens", [16, 64])
+@pytest.mark.parametrize("window", [None, 150])
 def test_prefill_in_any_chunks_and_decode_have_the_same_bits(
-    page_tokens: int, monkeypatch: pytest.MonkeyPatch
+    window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versions, "batch_invariant", lambda: True)
-    setup = Setup(page_tokens, layers=1, max_batch=4, max_context=2048, max_tokens=2048)
+    sizes = {"max_batch": 4, "max_context": 2048, "max_tokens": 2048}
+    setup = Setup(PAGE_TOKENS, layers=1, windows=(window,), **sizes)
     engine = make_engine(setup)
     requests = [Request(0, LENGTH), Request(CHUNK_TOKENS, 3, shared=CHUNK_TOKENS), Request(40, 1)]
     whole = make_forward(engine, requests)

@@ -11,7 +11,7 @@ from typing import Any
 
 from flashcore.integrations.sglang.names import NAME
 from flashcore.integrations.sglang.speculation import drafts_are_trees
-from flashcore.serving.shapes import Model, NotServed
+from flashcore.serving.shapes import NotServed
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def wanted(runner: Any) -> bool:
     return any(getattr(x, _SETTING, False) for x in (resolved, runner.server_args))
 
 
-def check(runner: Any, model: Model) -> None:
+def check(runner: Any) -> None:
     """Raise NotServed for what would give a token other bits in prefill and in decode."""
     if not wanted(runner):
         return
@@ -64,12 +64,6 @@ def check(runner: Any, model: Model) -> None:
             f"deterministic inference with {of_prefill} for prefill and {of_decode} for decode, "
             "whose bits differ",
             f"use --attention-backend {NAME} for both",
-        )
-    if model.windowed is not None:
-        raise NotServed(
-            "deterministic inference with sliding windows, whose layers keep no pages before them "
-            "to count chunks from",
-            "use --attention-backend fa3",
         )
     if drafts_are_trees(runner):
         raise NotServed(

@@ -48,7 +48,7 @@ def model_of(runner: Any) -> Model:
         kv_dtype=runner.kv_cache_dtype,
     )
     check_kernels(model)
-    deterministic.check(runner, model)
+    deterministic.check(runner)
     return model
 
 
