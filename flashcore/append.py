@@ -9,7 +9,12 @@ kernel is held against.
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -17,6 +22,8 @@ from flashcore import checks, kv_checks, validate
 from flashcore.kv_checks import FP8_DTYPES
 from flashcore.names import known
 from flashcore.problem import KVPool
+
+logger = logging.getLogger(__name__)
 
 
 @known
@@ -97,12 +104,27 @@ def append_kv(
             f"slot {int(slots.max())} is not in the cache: slots are below num_pages * page_tokens "
             f"= {num_slots}"
         )
-    if k.is_cuda and not checks.traced(k):
+    if k.is_cuda and not checks.traced(k) and can_compile():
         from flashcore.append_kernel import scatter
 
         scatter(k, v, pool, slots)
     else:
         scatter_by_torch(k, v, pool, slots)
+
+
+@cache
+def can_compile() -> bool:
+    """Whether Triton and what it compiles with are here. What is missing is told once: the same
+    values are then written by torch operators, in a dozen launches."""
+    compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))
+    if find_spec("triton") is None or not compiler:
+        logger.warning(
+            "flashcore.append_kv runs by torch operators, a dozen launches in the place of one: it "
+            "needs Triton and a C compiler (cc, gcc, clang or CC), and %s is not here",
+            "Triton" if find_spec("triton") is None else "the compiler",
+        )
+        return False
+    return True
 
 
 def scatter_by_torch(k: torch.Tensor, v: torch.Tensor, pool: KVPool, slots: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import flashcore
+from flashcore import append
 
 HEADS, DIM, V_DIM, PAGES, TOKENS = 2, 16, 8, 12, 4
 
@@ -87,6 +88,30 @@ def test_a_decode_step_sees_its_own_token() -> None:
     q = k * 100  # looks at its own key alone
     out = flashcore.paged_attention(q, k_pages, v_pages, plan, scale=1.0)
     torch.testing.assert_close(out, v)
+
+
+@pytest.mark.parametrize(
+    ("triton", "compiler", "missing"),
+    [(True, True, ""), (False, True, "Triton is not here"), (True, False, "the compiler is not")],
+)
+def test_what_the_kernel_compiles_with_is_told_once(
+    triton: bool,
+    compiler: bool,
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(append, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(append.shutil, "which", lambda name: "/bin/cc" if compiler else None)
+    append.can_compile.cache_clear()
+    try:
+        assert append.can_compile() == append.can_compile() == (not missing)
+    finally:
+        append.can_compile.cache_clear()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == bool(missing)
+    assert all(missing in line for line in told)
 
 
 def call(**changes: Any) -> None:
