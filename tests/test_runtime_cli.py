@@ -67,6 +67,18 @@ def test_compile_for_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "head_dim must be a multiple of 8 from 8 to 256, got 100" in said
 
 
+def test_compile_for_a_deterministic_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--cache-dir", str(tmp_path), "--list", "--serve", "8/8x256", "--batch-invariant")
+    assert compile_cmd.run(parse(compile_cmd, *words)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (paged,) = [line for line in lines if line.startswith("missing paged")]  # of the one tile
+    assert "chunked" in paged
+    merges = [line for line in lines if line.startswith("missing merge")]
+    assert all("fixed_order" in line for line in merges)
+
+
 def test_compile_for_a_server_with_an_fp8_cache(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

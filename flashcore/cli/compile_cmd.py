@@ -69,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "is speculative decoding with trees",
     )
     parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="with --serve: for an engine in its deterministic mode",
+    )
+    parser.add_argument(
         "--prune",
         action="store_true",
         help="compile nothing: remove from the cache what this installation cannot use, such as "
@@ -111,6 +116,7 @@ def _served_kernels(args: argparse.Namespace) -> list[Kernel]:
     return kernels_of(
         *(kind, args.dtype, args.page_size),
         tree="tree" in has,
+        batch_invariant=args.batch_invariant,
         kv_dtype=KV_CACHE_DTYPES.get(args.kv_cache_dtype, ""),
     )
 
