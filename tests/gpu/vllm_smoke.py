@@ -61,6 +61,8 @@ CASES = {
     "gemma2": Case("gemma2"),
     "gemma3": Case("gemma3", sizes={"sliding_window": 256}),
     "eager": Case("llama", options={"enforce_eager": True}),
+    "fp8": Case("llama", options={"kv_cache_dtype": "fp8"}),
+    "fp8-gemma3": Case("gemma3", options={"kv_cache_dtype": "fp8"}),
     "v1-runner": Case("llama", environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}),
     "ngram": Case("llama", options={"speculative_config": NGRAM}),
     "sleep": Case("llama", kind="sleep", options={"enable_sleep_mode": True}),

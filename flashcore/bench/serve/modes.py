@@ -45,8 +45,9 @@ class Mode:
     growing: bool = False  # few prompts with long answers, so that some are retracted
 
 
-def _hicache(backend: str, layout: str) -> Mode:
+def _hicache(backend: str, layout: str, **more: Any) -> Mode:
     arguments = {
+        **more,
         "enable_hierarchical_cache": True,
         "hicache_ratio": 3.0,
         "hicache_io_backend": backend,
@@ -87,6 +88,9 @@ MODES: dict[str, Mode] = {
     "eagle-tree-64": Mode(_eagle(2, 6), draft=True),
     "single-batch-overlap": Mode({"enable_single_batch_overlap": True}),
     "memory-saver": Mode({"enable_memory_saver": True}),
+    "fp8": Mode({"kv_cache_dtype": "fp8_e4m3"}),
+    "fp8-hicache": _hicache("kernel", "page_first", kv_cache_dtype="fp8_e4m3"),
+    "fp8-eagle": Mode(_eagle(1, 4, kv_cache_dtype="fp8_e4m3"), draft=True),
 }
 
 
