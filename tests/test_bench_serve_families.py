@@ -184,6 +184,10 @@ def test_one_that_fails_says_why_and_the_others_run(tmp_path: Path) -> None:
     [
         ("x\nNotServed: flashcore does not serve MLA: use fa3\nRuntimeError: a\n", "use fa3"),
         ("x\nRuntimeError: a\nValueError: b\nkilled", "ValueError: b"),
+        (
+            "(Core) KeyError: 'op'\nRuntimeError: it failed. See root cause above. {}\n",
+            "KeyError: 'op'",
+        ),
         ("nothing to see", "it ended"),
     ],
 )

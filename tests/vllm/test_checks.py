@@ -32,7 +32,7 @@ def test_arguments_of_families_and_cycles_are_those_of_this_vllm() -> None:
     for one in families.find_families(MODELS, SERVED, "vllm"):
         arguments = server_arguments(families.family_options(OPTIONS, one, "flashcore"), "folder")
         AsyncEngineArgs(**arguments)
-        assert arguments["num_gpu_blocks_override"] == families.POOL // 64
+        assert arguments["num_gpu_blocks_override"] == 4 * families.POOL // 64
     asleep = replace(OPTIONS, checkpoint=True, extra=(("enable_sleep_mode", True),))
     arguments = server_arguments(asleep, "folder")
     AsyncEngineArgs(**arguments)
@@ -87,6 +87,7 @@ def bench(folder: Path, *words: str) -> dict[str, Any]:
     """What a check of vLLM's own backend on a CPU leaves; its platform takes no other."""
     out = folder / "result.json"
     command = ["bench", "serve", "--engine", "vllm", "--device", "cpu", "--backends", "CPU_ATTN"]
+    command += ["--log-dir", str(folder / "logs")]
     done = subprocess.run(
         [sys.executable, "-m", "flashcore", *command, *words, "--json", str(out)],
         capture_output=True,
@@ -96,6 +97,9 @@ def bench(folder: Path, *words: str) -> dict[str, Any]:
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
     )
     assert out.exists(), done.stderr[-3000:]
+    logs = "".join(path.read_text() for path in folder.glob("logs/*.log"))
+    assert logs
+    assert "Event loop is closed" not in logs
     result: dict[str, Any] = json.loads(out.read_text())
     return result
 

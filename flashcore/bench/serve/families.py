@@ -53,8 +53,9 @@ ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 # So that many engines start side by side in vLLM, which wants this much of the GPU to be free; the
-# cache is measured by POOL, and this is only more than it takes.
-_VLLM_FRACTION, _VLLM_CACHE_BYTES = 0.08, 16 * 2**30
+# cache is as large as the pool, and these bytes are only more than it takes. Groups of layers of
+# different kinds share a pool's blocks.
+_VLLM_FRACTION, _VLLM_CACHE_BYTES, _VLLM_POOL = 0.08, 16 * 2**30, 4 * POOL
 # Widespread and different ones first, for a run that is cut short.
 ORDER = (
     *("llama", "gpt-oss", "gemma3", "qwen3-next", "qwen3-moe", "nemotron-h", "qwen2.5", "phi3"),
@@ -119,9 +120,10 @@ def family_options(base: EngineOptions, family: Family, backend: str) -> EngineO
     shape = replace(family.shape, context=min(CONTEXT, family.shape.context))
     # States of hybrid models would fill what memory is left.
     small: dict[str, Any] = {"max_mamba_cache_size": 6 * BATCH}
-    fraction = 0.8
+    fraction, pool = 0.8, POOL
     if base.engine == "vllm":
         small, fraction = {"kv_cache_memory_bytes": _VLLM_CACHE_BYTES}, _VLLM_FRACTION
+        pool = _VLLM_POOL
         if base.device == "cuda":  # compiling takes longer than all that is asked
             graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, BATCH]}
             small["compilation_config"] = {"mode": 0, **graphs}
@@ -133,7 +135,7 @@ def family_options(base: EngineOptions, family: Family, backend: str) -> EngineO
         decode_batches=(BATCH,),
         chunked_prefill=2048,
         mem_fraction=min(base.mem_fraction, fraction),
-        max_total_tokens=base.max_total_tokens or POOL,
+        max_total_tokens=base.max_total_tokens or pool,
         extra=(*small.items(), *family.arguments.items(), *base.extra),
     )
 

@@ -28,6 +28,7 @@ START_TIMEOUT_S = 540.0
 MEASURE_TIMEOUT_S = 400.0
 _TAIL_LINES = 25
 _COUNTERS = "flashcore decode: "
+_POINTER = "See root cause above"  # what vLLM's own process says of its engine's
 
 
 class WorkerError(Exception):
@@ -141,6 +142,7 @@ class Worker:
 def reason(log: str, otherwise: str) -> str:
     """The line of an engine's log that says why it ended: one line of at most 300 characters."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [line for line in lines if _POINTER not in line]
     for sign in ("does not serve", "NotServed", "Error: ", "Error"):
         for line in reversed(lines):
             if sign in line:

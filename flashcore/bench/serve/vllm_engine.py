@@ -243,6 +243,11 @@ class VllmEngine(RunningEngine):
 
     def stop(self) -> None:
         self._engine.shutdown()
+        tasks = asyncio.all_tasks(self.loop)  # which would tell of a closed loop
+        for task in tasks:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.loop.close()
 
 
 def sampling_of(output: int, *, streamed: bool, temperature: float = 0.0, **options: Any) -> Any:
