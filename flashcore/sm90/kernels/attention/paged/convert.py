@@ -108,6 +108,12 @@ class Side(NamedTuple):
     stages: int  # of fp16
 
 
+def clears_v(config: PagedConfig) -> bool:
+    """Whether the converting warps zero the rows of V that no row of an item sees, which are those
+    of its end. Of a window's edges consumers see to more (nonfinite.py)."""
+    return config.kv_dtype != "" and not config.window
+
+
 @cute.jit
 def convert_items(
     config: cutlass.Constexpr[PagedConfig],
@@ -124,13 +130,17 @@ def convert_items(
     while item.valid >= 0:
         slot_phase ^= 1
         if item.end > item.first:
+            # Of its last tile, which comes first; rows beyond are of no token and may be NaN.
+            first, seen = begin // const_expr(2 * parts), item.high - (item.end - 1) * c.tile_n
             begin += (item.end - item.first) * const_expr(2 * parts)
             while part < begin:
                 tile, place = part // const_expr(2 * parts), part % const_expr(2 * parts)
                 if place < parts:
-                    convert_part(c, c.k_columns, k, tile, place)
+                    convert_part(c, c.k_columns, k, tile, place, None)
+                elif const_expr(not clears_v(c)) or tile > first or seen >= c.tile_n:
+                    convert_part(c, c.v_columns, v, tile, place - parts, None)
                 else:
-                    convert_part(c, c.v_columns, v, tile, place - parts)
+                    convert_part(c, c.v_columns, v, tile, place - parts, seen)
                 part += c.converting_warps
         item = work_loop.await_item(slot, slot_phase)
 
@@ -142,6 +152,7 @@ def convert_part(
     side: Side,
     tile: Int32,  # of all that there were of K or of V
     place: Int32,  # of the part in its tile
+    seen: Int32 | None,  # rows of the tile that stay; zeros take the place of the others
 ):
     """Wait for a tile of fp8, convert a part of it, hand both stages on."""
     c = config
@@ -165,6 +176,10 @@ def convert_part(
             ahead = fetch(lanes, sources, batches[b + 1])
         for i in cutlass.range_constexpr(len(batches[b])):
             first, block = batches[b][i]
+            if const_expr(seen is not None):
+                kept = row + first + lane // lanes.chunks < seen
+                for w in cutlass.range_constexpr(WORDS):
+                    words[i][w] = words[i][w] if kept else Uint32(0)
             values = widen(words[i], c.kv_dtype)
             for h in cutlass.range_constexpr(2):
                 at = targets[block % 2][h] + lanes.target_step(first, block)

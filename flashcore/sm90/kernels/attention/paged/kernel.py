@@ -469,11 +469,12 @@ class PagedAttention(chunks.ChunkedConsumer):
                 nonfinite.clear(
                     c, frag.accO, rows, m.tree_mask, stage, seen, n * c.tile_n, column, tid
                 )
-        elif begin > 0 or end < c.tile_n:
-            pipelines.await_stage(ring_v, v_state)
-            pages.clear_rows(c, sV[None, None, v_state.index], begin, end, tid)
-            cute.arch.fence_proxy("async.shared", space="cta")
-            barriers.sync_consumers(self.warpgroups)
+        elif const_expr(not convert.clears_v(c)):
+            if begin > 0 or end < c.tile_n:
+                pipelines.await_stage(ring_v, v_state)
+                pages.clear_rows(c, sV[None, None, v_state.index], begin, end, tid)
+                cute.arch.fence_proxy("async.shared", space="cta")
+                barriers.sync_consumers(self.warpgroups)
 
     @cute.jit
     def softmax(
