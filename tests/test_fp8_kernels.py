@@ -46,23 +46,23 @@ def test_every_pair_of_dims_has_the_tiles_of_16_bits(
             assert c.kv_load == wide.kv_load
 
 
-# (tile_n, stages of fp8, CTAs of an SM, registers of producers and consumers)
+# (tile_n, stages of fp8, of K in fp16, Q in registers, CTAs of an SM, registers)
 @pytest.mark.parametrize(
     ("head_dim", "tile_m", "expected"),
     [
-        (64, 64, (128, 4, 2, 72, 184)),
-        (128, 64, (64, 4, 2, 72, 184)),
-        (128, 128, (128, 4, 1, 72, 216)),
-        (256, 64, (64, 4, 1, 72, 240)),
-        (256, 128, (64, 3, 1, 72, 216)),
+        (64, 64, (128, 4, 2, True, 2, 72, 184)),
+        (128, 64, (64, 4, 2, True, 2, 72, 184)),
+        (128, 128, (128, 4, 1, False, 1, 72, 216)),
+        (256, 64, (64, 4, 1, False, 1, 72, 240)),
+        (256, 128, (64, 3, 1, False, 1, 72, 216)),
     ],
 )
 def test_configurations(head_dim: int, tile_m: int, expected: tuple[int, ...]) -> None:
     for page_tokens, warps in ((64, 3), (1, 2)):
         c = choose(head_dim, page_tokens, tile_m, kv_dtype="e5m2")
-        registers = (c.producer_registers, c.consumer_registers)
-        assert (c.tile_n, c.stages, c.ctas_per_sm, *registers) == expected
-        assert c.product_stages == (1, 1)
+        found = (c.tile_n, c.stages, c.wide_k_stages, c.q_registers, c.ctas_per_sm)
+        assert (*found, c.producer_registers, c.consumer_registers) == expected
+        assert c.wide_v_stages == 1
         assert (c.converting_warps, c.converted_rows) == (warps, c.tile_n // 2)
         assert c.loading_warps + warps <= 4
 

@@ -267,6 +267,7 @@ def choose(call: PagedCall, tile_m: int) -> PagedConfig:
                 raise ValueError(f"{name} of fp8 pages must be a multiple of 16, got {dim}")
     kv_load = "gather" if call.page_tokens <= LONGEST_GATHERED_PAGE else "tma"
     tile = _tile(head_dim, v_head_dim, tile_m, call.chunked)
+    schedule = _converting(tile, kv_load, call) if call.kv_dtype else _as_it_lies(tile, kv_load)
     config = PagedConfig(
         dtype=call.dtype,
         head_dim=head_dim,
@@ -275,7 +276,7 @@ def choose(call: PagedCall, tile_m: int) -> PagedConfig:
         group_size=call.group_size,
         num_consumer_warpgroups=tile_m // WARPGROUP_ROWS,
         kv_load=kv_load,
-        **(_converting(tile, kv_load) if call.kv_dtype else _as_it_lies(tile, kv_load)),
+        **schedule,
         kv_dtype=call.kv_dtype,
         evict_first=tile_m == WARPGROUP_ROWS,
         causal=call.causal and not call.tree,
@@ -308,11 +309,15 @@ class _Tile(NamedTuple):
         return tile_columns(self.head_dim) + tile_columns(self.v_head_dim)
 
     @property
+    def q_bytes(self) -> int:
+        """Of Q in shared memory."""
+        return 2 * self.tile_m * tile_columns(self.head_dim)
+
+    @property
     def kv_room(self) -> int:
         """Bytes that a CTA has beside Q and running totals."""
-        q = 2 * self.tile_m * tile_columns(self.head_dim)
         totals = total_bytes(self.tile_m, self.v_head_dim) if self.chunked else 0
-        return smem_bytes_of_cta(self.ctas) - 1024 - totals - q
+        return smem_bytes_of_cta(self.ctas) - 1024 - totals - self.q_bytes
 
     @property
     def fitting_stages(self) -> int:
@@ -389,18 +394,28 @@ def _as_it_lies(tile: _Tile, kv_load: str) -> dict[str, Any]:
     }
 
 
-def _converting(tile: _Tile, kv_load: str) -> dict[str, Any]:
-    """Schedule of fp8 pages: one stage of fp16, the rest of the room for what is on its way."""
-    wide_bytes = 2 * tile.tile_n * tile.columns
-    fitting = (tile.kv_room - wide_bytes) // (tile.tile_n * tile.columns)
+def _converting(tile: _Tile, kv_load: str, call: PagedCall) -> dict[str, Any]:
+    """Schedule of fp8 pages: a stage of fp16 each for K and V, the rest of the room for what is on
+    its way, and a second stage of K where that leaves some.
+
+    Q in registers takes 32 of them for 128 columns, and from shared memory a seventh of its work;
+    two warpgroups' products of 128 keys, and a window under a tree mask, have none to spare.
+    """
+    in_registers = tile.ctas == 2 and tile.head_dim <= 128 and not (call.window and call.tree)
+    room = tile.kv_room + in_registers * tile.q_bytes - 2 * tile.tile_n * tile.columns
+    fitting = room // (tile.tile_n * tile.columns)
+    stages = min(fitting, tile.wanted_stages(1), MOST_STAGES)
+    left = room - stages * tile.tile_n * tile.columns
+    k_stage = 2 * tile.tile_n * tile_columns(tile.head_dim)
     of_one = _registers_of_one(tile, 240 if tile.tile_m == WARPGROUP_ROWS else 216)
     return {
         "tile_n": tile.tile_n,
-        "stages": min(fitting, tile.wanted_stages(1), MOST_STAGES),
+        "stages": stages,
         "ctas_per_sm": tile.ctas,
         "producer_registers": 72,
         "consumer_registers": 184 if tile.ctas == 2 else of_one,
-        "wide_k_stages": 1,
+        "q_registers": in_registers,
+        "wide_k_stages": 2 if left >= k_stage else 1,
         "wide_v_stages": 1,
         "converting_warps": 2 if kv_load == "gather" else 3,
         "converted_rows": tile.tile_n // 2,
