@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from flashcore.bench import bandwidth, latency, paged, paged_providers, plan_time
+from flashcore.bench import machine as machine_module
 from flashcore.bench.latency import (
     PLAN_SHAPES,
     add_excess,
@@ -18,7 +21,6 @@ from flashcore.bench.latency import (
     latency_problems,
 )
 from flashcore.bench.paged_problems import PagedProblem, make_batch
-from flashcore.bench.paged_providers import paged_providers
 from flashcore.cli import bench as bench_command
 from tests import cli_calls
 from tests.bench_paged_fakes import SMALL, complete, machine, measured, ours
@@ -93,12 +95,13 @@ def test_excess_is_over_the_longer_bound() -> None:
     assert row["arithmetic_ms"] == row["products_ms"]
 
 
-def test_rates_are_of_this_run() -> None:
+def test_rates_are_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "PRODUCT_SIZE", 32)
     clocks: list[dict[str, Any]] = [{}, {"sm_mhz": 1500.0}, {"sm_mhz": 1980.0}]
-    rates = arithmetic_rates(machine(lambda graph: 0.5), clocks, 132, 3, size=32)
+    rates = arithmetic_rates(machine(lambda graph: 0.5), clocks, 132, 3)
     assert rates["flops_per_second"] == pytest.approx(2 * 32**3 / 0.5e-3)
     assert rates["exponentials_per_second"] == pytest.approx(16 * 132 * 1980e6)
-    assert arithmetic_rates(machine(), [{}], 132, 3, size=32)["exponentials_per_second"] is None
+    assert arithmetic_rates(machine(), [{}], 132, 3)["exponentials_per_second"] is None
 
 
 def latency_result() -> dict[str, Any]:
@@ -173,9 +176,49 @@ def test_refusals(words: tuple[str, ...], message: str, capsys: pytest.CaptureFi
     assert_refused(bench_command, parse("--latency", *words), message, capsys)
 
 
+def test_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line to the JSON, with a pretended GPU whose every replay takes 1 ms."""
+    problem = PagedProblem("few", 3, 128, prefix_tokens=96, **SMALL)
+    asked: list[Any] = []
+
+    def plans(pretended: Any, rounds: int, sizes: Any) -> list[dict[str, Any]]:
+        asked.append(sizes)
+        return [{"sequences": n, "pages": pages, "us": 9.0} for n, pages in sizes]
+
+    about = {"device": "a GPU", "sm_count": 132, "driver": "1"}
+    for module, name, value in (
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "empty_cache", lambda: None),
+        (latency, "latency_problems", lambda: [problem]),
+        (latency, "PRODUCT_SIZE", 16),
+        (bandwidth, "read_bandwidth", lambda device: {bandwidth.TORCH_SUM: 1e9, "a loop": 2e9}),
+        (paged, "cuda_machine", lambda *, write: machine()),
+        (paged, "empty_graph_ms", lambda pretended, rounds: 1.0),
+        (paged_providers, "paged_providers", lambda **_: ([ours()], {"fa3": "absent"})),
+        (plan_time, "plan_times", plans),
+        (machine_module, "describe_device", lambda: about),
+        (machine_module, "read_clocks", lambda: {"sm_mhz": 1900.0}),
+    ):
+        monkeypatch.setattr(module, name, value)
+    file = tmp_path / "latency.json"
+    assert bench_command.run(parse("--latency", "--rounds", "2", "--json", str(file))) == 0
+    result = json.loads(file.read_text())
+    (row,) = result["rows"]
+    promised = {"workload", "kernel", "ms", "bound_ms", "arithmetic_ms", "empty_graph_ms"}
+    assert {*promised, "excess_us"} <= set(row)
+    assert row["excess_us"] == pytest.approx(-1e3 * max(row["bound_ms"], row["arithmetic_ms"]))
+    assert asked == [PLAN_SHAPES]
+    assert len(result["plan"]) == len(PLAN_SHAPES)
+    assert result["arithmetic"]["sm_mhz"] == 1900.0
+    assert "fa3: absent" in result["skipped"]
+    assert "few " in capsys.readouterr().out
+
+
 def test_xqa_is_a_peer_of_latency_alone() -> None:
     def names(xqa: bool) -> set[str]:
-        found, missing = paged_providers(xqa)
+        found, missing = paged_providers.paged_providers(xqa)
         return {*missing, *(provider.name for provider in found)}
 
     assert names(True) - names(False) == {"flashinfer_xqa"}

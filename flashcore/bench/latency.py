@@ -71,10 +71,11 @@ def _shared(
 
 
 def arithmetic_rates(
-    machine: Machine, clocks: list[dict[str, Any]], sms: int, rounds: int, size: int = PRODUCT_SIZE
+    machine: Machine, clocks: list[dict[str, Any]], sms: int, rounds: int
 ) -> dict[str, Any]:
     """`flops_per_second` of torch's matrix product, and `exponentials_per_second` at the highest
     SM clock of `clocks`; None where no clock is known."""
+    size = PRODUCT_SIZE
     a, b = (torch.empty(size, size, dtype=DTYPE, device=machine.device).normal_() for _ in range(2))
     graph = machine.capture(lambda: a @ b)
     timing = time_graphs({"": graph}, rounds=rounds, start=machine.start)[""]
