@@ -81,11 +81,11 @@ def test_launch_takes_counts_and_workspace_from_the_plan(recorder: Recorder, row
     assert attention[5] is plan.partial_out
     assert attention[6] is plan.partial_lse
     assert attention[7:11] == (plan.cols, plan.work, plan.q_tokens, plan.q_positions)
-    # q_index, tree mask and positions, sinks
-    assert attention[11:15] == (None, None, None, None)
-    assert attention[15] is plan.counter
-    assert attention[16] is plan.counts
-    assert attention[17:] == (0.125, 0.0, -1, -1, min(2 * 132, plan.work.shape[0]))
+    # q_index, tree mask and positions, sinks, scales
+    assert attention[11:17] == (None,) * 6
+    assert attention[17] is plan.counter
+    assert attention[18] is plan.counts
+    assert attention[19:] == (0.125, 0.0, -1, -1, min(2 * 132, plan.work.shape[0]))
     assert merge[:7] == (
         *(out, lse, plan.partial_out, plan.partial_lse),
         *(plan.merge_offsets, plan.merge_partials, None),
