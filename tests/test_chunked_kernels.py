@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import flashcore
+from flashcore.contract.counts import INVALID
 from flashcore.contract.work import DIRECT
 from flashcore.planner import chunks
 from flashcore.reference import sequence_attention
@@ -187,10 +188,13 @@ def test_the_emulation_finds_a_fold_that_is_wrong() -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize(("warps", "heads"), [(1, 1), (8, 1), (1, 8)])
-def test_merges_of_all_lengths(warps: int, heads: int, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("warps", "heads", "on_device"),
+    [(1, 1, False), (8, 1, False), (1, 1, True), (8, 1, True), (1, 8, True)],
+)
+def test_merges_of_all_lengths(warps: int, heads: int, on_device: bool, dim: int) -> None:
     """Lists of none, of 1 to 70, of one that is written already; chunks that nobody sees."""
-    lengths, num_heads = [0, 1, 2, 3, 31, 32, 33, 70, 1], 3
+    lengths, num_heads = [0, 1, 2, 3, 31, 32, 33, 70, 1, 1], 3
     generator = torch.Generator().manual_seed(1)
     count = sum(lengths)
     partial_out = torch.randn(count, num_heads, dim, generator=generator)
@@ -200,6 +204,7 @@ def test_merges_of_all_lengths(warps: int, heads: int, dim: int) -> None:
     order = torch.randperm(count, generator=generator).int()
     offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     order[-1] = DIRECT
+    order[-2] = INVALID if on_device else DIRECT
     shape = (len(lengths), num_heads)
     out, lse = np.full((*shape, dim), 7, np.float32), np.full(shape, 7, np.float32)
     m = {"out": out, "lse": lse, "partial_out": partial_out, "partial_lse": partial_lse}
@@ -207,9 +212,9 @@ def test_merges_of_all_lengths(warps: int, heads: int, dim: int) -> None:
     tensors: Any = mock.Mock(
         spec_set=list(m), **{name: Memory.of(np.asarray(x)) for name, x in m.items()}
     )
-    config = MergeConfig("bf16", dim, False, warps, heads, fixed_order=True)
+    config = MergeConfig("bf16", dim, False, warps, heads, on_device, fixed_order=True)
     merge_partials(plan, tensors, config, shape)
-    for token in range(len(lengths) - 1):
+    for token in range(len(lengths) - 2):
         own = order[offsets[token] : offsets[token + 1]].long()
         expected, expected_lse = fold_chunks(partial_out[own], partial_lse[own])
         expected = expected.bfloat16().float().numpy()
@@ -217,3 +222,5 @@ def test_merges_of_all_lengths(warps: int, heads: int, dim: int) -> None:
         np.testing.assert_allclose(lse[token], expected_lse.numpy(), rtol=1e-5, atol=1e-5)
     assert (out[-1] == 7).all(), "a direct result is left alone"
     assert (lse[-1] == 7).all()
+    assert (np.isnan(out[-2]) if on_device else out[-2] == 7).all()
+    assert (np.isnan(lse[-2]) if on_device else lse[-2] == 7).all()
