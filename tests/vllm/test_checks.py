@@ -12,15 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
-from flashcore.bench.serve import families, vllm_logits
+from flashcore.bench.serve import families, logits, vllm_logits
 from flashcore.bench.serve.engine import EngineOptions
 from flashcore.bench.serve.shapes import SHAPES
+from flashcore.bench.serve.suite import Worker
 from flashcore.bench.serve.vllm_engine import _answer, sampling_of, server_arguments
 from tests.test_bench_serve_vllm import MODELS, SERVED
 from tests.vllm.engines import HAS_ENGINE
@@ -112,6 +114,33 @@ TINY = ("--model-shape", "tiny", "--page-size", "32")
 def test_logits_on_a_cpu(tmp_path: Path) -> None:
     result = bench(tmp_path, "--logits", *TINY)
     assert (result["finite"], result["passed"]) == ({"CPU_ATTN": True}, True)
+
+
+@engine
+def test_an_engine_is_made_to_follow_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another backend would have taken them: what comes before the first change is the same."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    on_cpu = replace(OPTIONS, backend="CPU_ATTN", device="cpu", page_size=32)
+    options = logits._fitted(on_cpu)
+    files = [tmp_path / f"{name}.npy" for name in ("own", "given")]
+    with (tmp_path / "log").open("ab") as log, Worker(options, log) as worker:
+        worker.ready()
+        ask = {"do": "logits", "file": str(files[0]), "forced": None}
+        own = worker.ask(ask, 120)["tokens"]
+        given = [list(tokens) for tokens in own]
+        for row, step in ((0, 0), (3, 7), (3, 8), (5, logits.STEPS - 1)):
+            given[row][step] = 500 + step
+        ask = {"do": "logits", "file": str(files[1]), "forced": given}
+        assert worker.ask(ask, 120)["tokens"] == given
+    first, second = (np.load(file) for file in files)
+    assert first.shape == (len(own), logits.STEPS, vllm_logits.COLUMNS)
+    assert np.isfinite(second).all()
+    before = [step < 7 for step in range(logits.STEPS)]
+    np.testing.assert_allclose(first[3][before], second[3][before], atol=0.2)
+    assert np.abs(first[3][8:] - second[3][8:]).max() > 1.0
+    np.testing.assert_allclose(first[1], second[1], atol=0.2)  # nothing was changed
 
 
 @engine

@@ -19,7 +19,10 @@ from flashcore.bench.serve.timeline import Timeline
 
 OURS = "flashcore"
 _SHARED_FRACTION = 0.1  # of a GPU that is free when an engine starts beside others
-_WORKER = "flashcore.bench.serve.vllm_worker.BenchWorker"
+_WORKERS = {
+    "cuda": "flashcore.bench.serve.vllm_worker.BenchWorker",
+    "cpu": "flashcore.bench.serve.vllm_cpu_worker.BenchCpuWorker",
+}
 
 
 def load() -> None:
@@ -72,9 +75,9 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
         "tensor_parallel_size": tensor,
         "pipeline_parallel_size": pipeline,
         "async_scheduling": options.overlap,
+        "worker_cls": _WORKERS[options.device],
     }
     if options.device == "cuda":
-        arguments["worker_cls"] = _WORKER
         arguments["compilation_config"] = {"max_cudagraph_capture_size": batches}
     else:
         arguments["enforce_eager"] = True

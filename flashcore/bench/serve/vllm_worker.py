@@ -12,14 +12,18 @@ from flashcore.bench.serve import weights
 from flashcore.bench.serve.scheduler import announced
 
 
-class BenchWorker(Worker):
-    """Started by vLLM in a process of its own; `announced` says what is asked for."""
+class MadeUpWeights:
+    """Of a worker, started by vLLM in a process of its own; `announced` says what is asked for."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         deviation = announced().score_deviation
         if deviation is not None:
             weights.install_in_vllm(deviation)
-        return super().load_model(*args, **kwargs)
+        return super().load_model(*args, **kwargs)  # type: ignore[misc]
+
+
+class BenchWorker(MadeUpWeights, Worker):
+    """On a GPU."""
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
         """Where the CuTe DSL can be imported vLLM compiles routers of mixtures for minutes."""
