@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import flashcore
+from flashcore.append import scatter_by_torch
+from flashcore.problem import KVPool
 from tests.append_cases import (
     FP8,
     Case,
@@ -22,6 +24,8 @@ from tests.append_cases import (
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+if torch.cuda.is_available():
+    from flashcore.append_kernel import scatter
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -32,9 +36,34 @@ def test_every_case(case: Case) -> None:
         pages, scales = pool(case, "cuda"), scales_of(case, "cuda")
         slots = slots_of(case, pages[0].shape[0] * case.page_tokens, "cuda", seed)
         wanted = expected(k, v, pages, slots, scales)
-        flashcore.append_kv(k, v, *pages, slot_mapping=slots, **scales)
+        if len(k):
+            scatter(k, v, KVPool(*pages, **scales), slots)
         for actual, right in zip(pages, wanted, strict=True):
             assert differences(actual, right) == []
+
+
+@pytest.mark.parametrize("case", cases()[::5], ids=str)
+def test_the_public_call(case: Case) -> None:
+    """By the kernel or by torch operators on the device, whichever serves these pages."""
+    k, v = values(case, "cuda")
+    pages, scales = pool(case, "cuda"), scales_of(case, "cuda")
+    slots = slots_of(case, pages[0].shape[0] * case.page_tokens, "cuda")
+    wanted = expected(k, v, pages, slots, scales)
+    flashcore.append_kv(k, v, *pages, slot_mapping=slots, **scales)
+    for actual, right in zip(pages, wanted, strict=True):
+        assert differences(actual, right) == []
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_torch_operators_on_the_device(case: Case) -> None:
+    k, v = values(case, "cuda")
+    pages, scales = pool(case, "cuda"), scales_of(case, "cuda")
+    slots = slots_of(case, pages[0].shape[0] * case.page_tokens, "cuda")
+    wanted = expected(k, v, pages, slots, scales)
+    if len(k):
+        scatter_by_torch(k, v, KVPool(*pages, **scales), slots)
+    for actual, right in zip(pages, wanted, strict=True):
+        assert differences(actual, right) == []
 
 
 @pytest.mark.parametrize("pages_dtype", FP8)
@@ -63,7 +92,7 @@ def test_an_aligned_call_after_one_that_is_not() -> None:
         pages = pool(odd, "cuda")
         slots = slots_of(odd, pages[0].shape[0] * odd.page_tokens, "cuda")
         wanted = expected(k, v, pages, slots, {})
-        flashcore.append_kv(k, v, *pages, slot_mapping=slots)
+        scatter(k, v, KVPool(*pages), slots)
         assert [differences(*pair) for pair in zip(pages, wanted, strict=True)] == [[], []]
 
 
@@ -113,7 +142,8 @@ def test_a_slot_beyond_the_pages_is_an_assertion() -> None:
     """In a process of its own, whose device is lost to it."""
     code = (
         "import torch, flashcore\n"
-        "k, pages = torch.zeros(1, 2, 64).cuda().half(), torch.zeros(2, 16, 2, 64).cuda().half()\n"
+        "k = torch.zeros(1, 2, 64).cuda().half()\n"
+        "pages = torch.zeros(2, 16, 2, 64).cuda().to(torch.float8_e5m2)\n"
         "slots = torch.tensor([32]).cuda()\n"
         "flashcore.append_kv(k, k, pages, pages.clone(), slot_mapping=slots)\n"
         "torch.cuda.synchronize()\n"
