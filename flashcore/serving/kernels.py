@@ -12,7 +12,7 @@ import torch
 from flashcore.jit.kernel import Kernel
 from flashcore.problem import Problem, Rules
 from flashcore.serving.planners import prefill_tiles
-from flashcore.serving.shapes import Model, Shape
+from flashcore.serving.shapes import Model, NotServed, Shape
 from flashcore.sm90.config import planner
 from flashcore.sm90.config.dense import WARPGROUP_ROWS
 from flashcore.sm90.launch.tensors import FP8_NAMES
@@ -42,12 +42,21 @@ class Kind:
 def wanted(
     model: Model, kinds: list[Kind], max_batch: int, tree: bool, batch_invariant: bool = False
 ) -> list[Kernel]:
-    """Every kernel that any forward of these layers asks for, each once."""
+    """Every kernel that any forward of these layers asks for, each once.
+
+    Raises NotServed where there is none for one of them.
+    """
     dtype = "bf16" if model.dtype == torch.bfloat16 else "fp16"
     options = max_batch, tree, batch_invariant, FP8_NAMES.get(model.cache_dtype, "")
-    kernels = [
-        kernel for kind in kinds for kernel in kernels_of(kind, dtype, model.page_tokens, *options)
-    ]
+    try:
+        kernels = [
+            kernel
+            for kind in kinds
+            for kernel in kernels_of(kind, dtype, model.page_tokens, *options)
+        ]
+    except ValueError as error:
+        instead = "a KV cache in the model's dtype" if model.fp8 else "another attention backend"
+        raise NotServed(f"these layers ({error})", f"use {instead}") from None
     return list(dict.fromkeys(kernels))
 
 

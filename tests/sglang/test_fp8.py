@@ -13,6 +13,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from flashcore.append import stored
 from flashcore.integrations.sglang.layers import kv_scales
 from flashcore.integrations.sglang.register import NAME, register
+from flashcore.serving import kernels
 from flashcore.serving.shapes import NotServed
 from flashcore.sm90.families import PAGED
 from tests import fake_kernels
@@ -233,6 +234,18 @@ def test_every_kernel_is_there_at_start(
         engine.backend.init_forward_metadata(forward.batch)
         attend(engine, forward)
     assert set(fakes.loaded) == known
+
+
+def test_what_no_kernel_takes_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_kernels.install(monkeypatch)
+
+    def none(*_: object) -> None:
+        raise ValueError("no kernel for that")
+
+    monkeypatch.setattr(kernels, "kernels_for", none)
+    message = r"these layers \(no kernel for that\); use a KV cache in the model's dtype"
+    with pytest.raises(NotServed, match=message):
+        engine_of("decode", "e4m3", "full", "none")
 
 
 # ---------------------------------------------------------------- the command line
