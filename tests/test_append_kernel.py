@@ -1,11 +1,12 @@
-"""The store's Triton kernel in Triton's interpreter, where Triton is: a CPU has none of torch's."""
+"""The store's Triton kernel without a GPU, where Triton is: in its interpreter, and compiled for a
+GPU by a driver that launches nothing."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,83 @@ print(len(cases()))
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
-def test_every_case_in_the_interpreter() -> None:
-    paths = [str(ROOT), *sys.path]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+# Every call of a few cases: the compiled kernel that is remembered for it must be the one that
+# Triton itself would take for its arguments, addresses and strides.
+REMEMBERED = """
+from dataclasses import replace
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import compute_cache_key
+
+class Driver:
+    class utils:
+        load_binary = staticmethod(lambda *_: (1, 2, 32, 0, 1024))
+        get_device_properties = staticmethod(lambda _: {"max_shared_mem": 232448})
+
+    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: launched.append(source))
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda _: 0)
+    map_python_to_cpp_type = staticmethod(lambda kind: kind)
+
+launched = []
+driver.set_active(Driver())
+from flashcore import append_kernel
+from flashcore.problem import KVPool
+from tests.append_cases import cases, pool, scales_of, slots_of, values
+
+class Remembered(dict):
+    def get(self, key):
+        found = super().get(key)
+        return None if found is None else Watched(found)
+
+class Watched:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def run(*arguments):
+            known, keys, _, _, binder = append_kernel._scatter.device_caches[0]
+            _, specialization, options = binder(*arguments, debug=True, instrumentation_mode="")
+            assert known.get(compute_cache_key(keys, specialization, options)) is self.kernel
+            again.append(arguments)
+            self.kernel[grid](*arguments)
+        return run
+
+again, calls = [], 0
+append_kernel._compiled = Remembered()
+for case in cases()[::6]:
+    for tokens in (1, 2, 5, 33):
+        case = replace(case, tokens=tokens)
+        k, v = values(case, "cpu")
+        pages, scales = pool(case, "cpu"), scales_of(case, "cpu")
+        slots = slots_of(case, pages[0].shape[0] * case.page_tokens, "cpu").contiguous()
+        for here in (slots, torch.cat([slots, slots])[1 : 1 + tokens]):
+            append_kernel.scatter(k, v, KVPool(*pages, **scales), here)
+            calls += 1
+assert len(launched) == calls, "one launch for each call"
+print(len(again))
+"""
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton here")
+
+
+def run(script: str, **environment: str) -> int:
+    """What the script prints, a number, in a process of its own."""
+    paths = os.pathsep.join([str(ROOT), *sys.path])
+    command = [sys.executable, "-c", script]
+    variables = os.environ | {"PYTHONPATH": paths, **environment}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert int(done.stdout) > 50
+    return int(done.stdout)
+
+
+@needs_triton
+def test_every_case_in_the_interpreter() -> None:
+    assert run(SCRIPT, TRITON_INTERPRET="1") > 50
+
+
+@needs_triton
+def test_what_is_remembered_is_what_triton_would_take(tmp_path: Path) -> None:
+    assert run(REMEMBERED, TRITON_CACHE_DIR=str(tmp_path)) > 50
