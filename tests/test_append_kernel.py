@@ -96,9 +96,11 @@ for case in cases()[::6]:
         k, v = values(case, "cpu")
         pages, scales = pool(case, "cpu"), scales_of(case, "cpu")
         slots = slots_of(case, pages[0].shape[0] * case.page_tokens, "cpu").contiguous()
-        for here in (slots, torch.cat([slots, slots])[1 : 1 + tokens]):
-            append_kernel.scatter(k, v, KVPool(*pages, **scales), here)
-            calls += 1
+        wide = torch.zeros(tokens, case.heads, case.dim + 1, dtype=k.dtype)  # rows in odd places
+        for keys in (k, wide[..., :-1], wide[..., 1:]):
+            for here in (slots, torch.cat([slots, slots])[1 : 1 + tokens], slots.int()):
+                append_kernel.scatter(keys, v, KVPool(*pages, **scales), here)
+                calls += 1
 assert len(launched) == calls, "one launch for each call"
 print(len(again))
 """
