@@ -15,7 +15,7 @@ from flashcore.sm90.kernels.attention.parts import matmul, pipelines
 class Layouts(NamedTuple):
     """Of tiles in shared memory: those that products read, and those of fp8 that are converted."""
 
-    q: cute.ComposedLayout | None
+    q: cute.ComposedLayout
     k: cute.ComposedLayout  # (tile_n, columns, stage)
     v: cute.ComposedLayout
     narrow_k: cute.Layout | None
@@ -30,14 +30,13 @@ class Layouts(NamedTuple):
 def layouts_of(config: PagedConfig, dtype) -> Layouts:
     """dtype: of the products."""
     c = config
-    k_stages, v_stages = c.product_stages
     narrow: list[Any] = [None, None]
     if c.kv_dtype:
         narrow = [narrow_layout(c, columns) for columns in (c.k_columns, c.v_columns)]
     return Layouts(
-        None if c.q_registers else matmul.smem_layout(dtype, c.tile_m, c.k_columns),
-        matmul.smem_layout(dtype, c.tile_n, c.k_columns, k_stages),
-        matmul.smem_layout(dtype, c.tile_n, c.v_columns, v_stages),
+        matmul.smem_layout(dtype, c.tile_m, c.k_columns),
+        matmul.smem_layout(dtype, c.tile_n, c.k_columns, c.product_stages),
+        matmul.smem_layout(dtype, c.tile_n, c.v_columns, c.product_stages),
         *narrow,
     )
 
@@ -70,20 +69,18 @@ def storage_of(config: PagedConfig, dtype, layouts: Layouts) -> Any:
 
 
 def _converting_storage(config: PagedConfig, dtype, layouts: Layouts) -> Any:
-    stages = config.stages
-    k_stages, v_stages = config.product_stages
-    q_elements = 0 if layouts.q is None else cute.cosize(layouts.q)
+    stages, wide = config.stages, config.wide_stages
 
     @cute.struct
     class Storage:
         narrow_k_barriers: cute.struct.MemRange[Int64, 2 * stages]
         narrow_v_barriers: cute.struct.MemRange[Int64, 2 * stages]
-        k_barriers: cute.struct.MemRange[Int64, 2 * k_stages]
-        v_barriers: cute.struct.MemRange[Int64, 2 * v_stages]
+        k_barriers: cute.struct.MemRange[Int64, 2 * wide]
+        v_barriers: cute.struct.MemRange[Int64, 2 * wide]
         slot_barriers: cute.struct.MemRange[Int64, 2]
         slot: cute.struct.MemRange[Int32, SLOT_WORDS]
         row_totals: cute.struct.MemRange[Float32, config.total_rows]
-        q: cute.struct.Align[cute.struct.MemRange[dtype, q_elements], 1024]
+        q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.q)], 1024]
         k: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.k)], 1024]
         v: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.v)], 1024]
         narrow_k: cute.struct.Align[
@@ -116,10 +113,8 @@ def rings_of(config: PagedConfig, dtype, storage: Any, layouts: Layouts) -> Ring
         return Rings(*2 * _load_rings(c, dtype, barriers, layouts, consumers))
     narrow = storage.narrow_k_barriers, storage.narrow_v_barriers
     converted = (
-        pipelines.converted_ring(barriers.data_ptr(), stages, c.converted_parts, consumers)
-        for barriers, stages in zip(
-            (storage.k_barriers, storage.v_barriers), c.product_stages, strict=True
-        )
+        pipelines.converted_ring(barriers.data_ptr(), c.wide_stages, c.converted_parts, consumers)
+        for barriers in (storage.k_barriers, storage.v_barriers)
     )
     return Rings(*converted, *_load_rings(c, Uint8, narrow, layouts, c.converted_parts))
 
