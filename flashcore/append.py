@@ -3,8 +3,8 @@
     slot mapping, or page table + lengths ─► slots ─► k_pages, v_pages, in place
 
 A slot is page * page_tokens + place in the page. Nothing is awaited. On a CUDA device one launch
-writes K and V into fp8 pages (`append_kernel`); elsewhere, and under a compiler, torch operators
-do, which that kernel is held against.
+writes K and V (`append_kernel`); elsewhere, and under a compiler, torch operators do, which that
+kernel is held against.
 """
 
 from __future__ import annotations
@@ -24,10 +24,6 @@ from flashcore.names import known
 from flashcore.problem import KVPool
 
 logger = logging.getLogger(__name__)
-
-KERNEL_DTYPES = FP8_DTYPES
-"""Pages that the kernel writes on a GPU. It takes those of 16 and 32 bits, too, which join when
-tests/gpu/test_append_gpu.py has passed on one: until then they go the way that has."""
 
 
 @known
@@ -108,8 +104,7 @@ def append_kv(
             f"slot {int(slots.max())} is not in the cache: slots are below num_pages * page_tokens "
             f"= {num_slots}"
         )
-    by_kernel = k.is_cuda and k_pages.dtype in KERNEL_DTYPES and not checks.traced(k)
-    if by_kernel and can_compile():
+    if k.is_cuda and not checks.traced(k) and can_compile():
         from flashcore.append_kernel import scatter
 
         scatter(k, v, pool, slots)
@@ -129,10 +124,6 @@ def can_compile() -> bool:
             "Triton" if find_spec("triton") is None else "the compiler",
         )
         return False
-    logger.warning(
-        "flashcore.append_kv: its kernel for fp8 pages is new: checked by Triton's interpreter, "
-        "not yet on a GPU; `flashcore check` tests it on this one"
-    )
     return True
 
 
