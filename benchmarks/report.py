@@ -431,6 +431,7 @@ LATER: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "paged-h200": ("paged_h200.json", paged_table),
     "latency": ("latency_h200.json", latency_table),
     "serve-small": ("serve_small_h200.json", serve_small_table),
+    "serve-small-f5fbf11": ("serve_small_f5fbf11_h200.json", serve_small_table),
     "models": ("models_h200.json", models_table),
     "models-vllm": ("models_vllm_h200.json", models_table),
     "transformers": ("transformers_h200.json", transformers_table),
