@@ -26,13 +26,16 @@ include make/wheel.mk
 # One for each core, up to 8: the longest test is a pool of processes itself.
 TEST_PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
+# Each in one process or two, with a thread each: side by side.
+CI_TESTS = test-dsl-old test-sglang test-transformers test-vllm
+
 demo: $(READY)
 	$(PY) -m flashcore demo
 
 test: $(DEV_READY) lint types
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/gpu --ignore=tests/families_gpu \
 		-n $(TEST_PROCESSES) --dist worksteal
-	$(if $(CI),$(MAKE) test-dsl-old test-sglang test-transformers test-vllm)
+	$(if $(CI),$(MAKE) -j$(TEST_PROCESSES) --output-sync=target $(CI_TESTS))
 	$(if $(HAS_GPU),$(MAKE) test-gpu)
 
 # Kernels are compiled at first use unless `make gpu-test-kernels` has done so, on this machine or on

@@ -11,8 +11,8 @@ PIP_TARGET = $(PY) -m pip install --quiet --disable-pip-version-check --no-deps 
 test-sglang: $(SGLANG_VERSIONS:%=test-sglang-%)
 
 test-sglang-%: $(DEV_READY) $(SGLANG_DIR)/deps/.ready $(SGLANG_DIR)/%/.ready
-	PYTHONPATH=$(SGLANG_DIR)/$*:$(SGLANG_DIR)/deps $(PY) -m pytest tests/sglang tests/test_append_kernel.py \
-		-W ignore
+	PYTHONPATH=$(SGLANG_DIR)/$*:$(SGLANG_DIR)/deps OMP_NUM_THREADS=1 $(PY) -m pytest tests/sglang \
+		tests/test_append_kernel.py -W ignore
 
 .PRECIOUS: $(SGLANG_DIR)/%/.ready
 
