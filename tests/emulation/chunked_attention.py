@@ -81,10 +81,6 @@ def attention_machine(config: PagedConfig, chunk_tokens: int) -> Any:
         rows = {n: machine.registers(2, np.float32) for n in ("row_max", "row_sum", "alpha")}
         return SimpleNamespace(accO=acc, **rows)
 
-    class Scale(NamedTuple):
-        log2: Any
-        cap_factor: Any
-
     def store_row(values: Any, row: Memory, lane: Any, there: Any) -> None:
         """Of a quad, without the exchange that makes vectors: what each lane holds."""
         for col in range(row.shape[0] // 4):
@@ -99,7 +95,7 @@ def attention_machine(config: PagedConfig, chunk_tokens: int) -> Any:
             consumer_state=lambda stages: state, first_turn=lambda *_: None
         ),
         f"{PARTS}.consumer": SimpleNamespace(
-            ROWS=2, Scale=Scale, Fragments=None, fragments=fragments,
+            ROWS=2, Fragments=None, fragments=fragments,
             last_product=lambda frag, *_: machine.consumer.product(frag),
         ),
         f"{PARTS}.epilogue": SimpleNamespace(store_row=store_row),

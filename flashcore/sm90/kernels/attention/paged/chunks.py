@@ -24,11 +24,10 @@ from flashcore.sm90.kernels.attention.parts import fold, matmul, pipelines
 from flashcore.sm90.kernels.attention.parts.consumer import (
     ROWS,
     Fragments,
-    Scale,
     fragments,
     last_product,
 )
-from flashcore.sm90.kernels.attention.parts.softmax import LOG2_E, quad_sum
+from flashcore.sm90.kernels.attention.parts.softmax import Scale, quad_sum, scale_of
 
 VECTOR = 4  # fp32 elements of a 16-byte access
 QUAD = 4  # lanes that hold a row
@@ -66,10 +65,7 @@ class ChunkedConsumer:
         c = self.config
         wg = cute.arch.make_warp_uniform(tid // 128)
         frag = fragments(c, self.dtype, mma_qk, mma_pv, sQ, sK, sV, wg)
-        if const_expr(c.softcap):
-            scale = Scale(softcap * LOG2_E, softmax_scale / softcap)
-        else:
-            scale = Scale(softmax_scale * LOG2_E, Float32(0.0))
+        scale = scale_of(c, softmax_scale, softcap)
         lane = tid % 32
         thread_row = tid // 32 * 16 + lane // 4
         column = 2 * (lane % 4)

@@ -22,7 +22,7 @@ from flashcore.sm90.kernels.attention.paged.operands import Operands
 from flashcore.sm90.kernels.attention.paged.pages import VECTOR
 from flashcore.sm90.kernels.attention.paged.work_loop import Item, Slot
 from flashcore.sm90.kernels.attention.parts import pipelines
-from flashcore.sm90.kernels.attention.parts.consumer import Scale
+from flashcore.sm90.kernels.attention.parts.softmax import Scale
 
 CHUNK = 16  # fp8 values of a 16-byte load, and of two 16-byte stores
 WORDS = 4  # of 16 bytes

@@ -11,9 +11,9 @@ from flashcore.sm90.kernels.attention.paged.intervals import Rows
 from flashcore.sm90.kernels.attention.paged.operands import Operands
 from flashcore.sm90.kernels.attention.paged.work_loop import Item
 from flashcore.sm90.kernels.attention.parts import fold, matmul
-from flashcore.sm90.kernels.attention.parts.consumer import Fragments, Scale
+from flashcore.sm90.kernels.attention.parts.consumer import Fragments
 from flashcore.sm90.kernels.attention.parts.epilogue import store_row
-from flashcore.sm90.kernels.attention.parts.softmax import finalize, quad_sum
+from flashcore.sm90.kernels.attention.parts.softmax import Scale, finalize, quad_sum
 
 
 @cute.jit

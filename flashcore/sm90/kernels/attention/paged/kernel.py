@@ -45,15 +45,15 @@ from flashcore.sm90.kernels.attention.parts import counter, matmul, pipelines
 from flashcore.sm90.kernels.attention.parts import device_counts as device_plan
 from flashcore.sm90.kernels.attention.parts.consumer import (
     Fragments,
-    Scale,
     fragments,
     here,
     last_product,
 )
 from flashcore.sm90.kernels.attention.parts.softmax import (
-    LOG2_E,
+    Scale,
     online_softmax,
     rescale,
+    scale_of,
     soft_cap,
 )
 from flashcore.sm90.kernels.dsl import SmemAllocator
@@ -315,10 +315,7 @@ class PagedAttention(chunks.ChunkedConsumer):
         c = self.config
         wg = cute.arch.make_warp_uniform(tid // 128)
         frag = fragments(c, self.dtype, mma_qk, mma_pv, sQ, sK, sV, wg)
-        if const_expr(c.softcap):
-            scale = Scale(softcap * LOG2_E, softmax_scale / softcap)
-        else:
-            scale = Scale(softmax_scale * LOG2_E, Float32(0.0))
+        scale = scale_of(c, softmax_scale, softcap)
         lane = tid % 32
         thread_row = tid // 32 * 16 + lane // 4
         column = 2 * (lane % 4)

@@ -48,13 +48,16 @@ def narrow_layout(config: PagedConfig, columns: int) -> cute.Layout:
 
 
 def storage_of(config: PagedConfig, dtype, layouts: Layouts) -> Any:
-    """The struct of a CTA."""
+    """The struct of a CTA; what is not converted has no bytes of fp8."""
+    stages, narrow_stages, k_bytes, v_bytes = config.product_stages, 0, 0, 0
     if config.kv_dtype:
-        return _converting_storage(config, dtype, layouts)
-    stages = config.stages
+        narrow_stages = config.stages
+        k_bytes, v_bytes = cute.cosize(layouts.narrow_k), cute.cosize(layouts.narrow_v)
 
     @cute.struct
     class Storage:
+        narrow_k_barriers: cute.struct.MemRange[Int64, 2 * narrow_stages]
+        narrow_v_barriers: cute.struct.MemRange[Int64, 2 * narrow_stages]
         k_barriers: cute.struct.MemRange[Int64, 2 * stages]
         v_barriers: cute.struct.MemRange[Int64, 2 * stages]
         slot_barriers: cute.struct.MemRange[Int64, 2]
@@ -63,32 +66,8 @@ def storage_of(config: PagedConfig, dtype, layouts: Layouts) -> Any:
         q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.q)], 1024]
         k: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.k)], 1024]
         v: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.v)], 1024]
-        totals: cute.struct.Align[cute.struct.MemRange[Float32, config.total_elements], 16]
-
-    return Storage
-
-
-def _converting_storage(config: PagedConfig, dtype, layouts: Layouts) -> Any:
-    stages, wide = config.stages, config.wide_stages
-
-    @cute.struct
-    class Storage:
-        narrow_k_barriers: cute.struct.MemRange[Int64, 2 * stages]
-        narrow_v_barriers: cute.struct.MemRange[Int64, 2 * stages]
-        k_barriers: cute.struct.MemRange[Int64, 2 * wide]
-        v_barriers: cute.struct.MemRange[Int64, 2 * wide]
-        slot_barriers: cute.struct.MemRange[Int64, 2]
-        slot: cute.struct.MemRange[Int32, SLOT_WORDS]
-        row_totals: cute.struct.MemRange[Float32, config.total_rows]
-        q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.q)], 1024]
-        k: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.k)], 1024]
-        v: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.v)], 1024]
-        narrow_k: cute.struct.Align[
-            cute.struct.MemRange[Uint8, cute.cosize(layouts.narrow_k)], 1024
-        ]
-        narrow_v: cute.struct.Align[
-            cute.struct.MemRange[Uint8, cute.cosize(layouts.narrow_v)], 1024
-        ]
+        narrow_k: cute.struct.Align[cute.struct.MemRange[Uint8, k_bytes], 1024]
+        narrow_v: cute.struct.Align[cute.struct.MemRange[Uint8, v_bytes], 1024]
         totals: cute.struct.Align[cute.struct.MemRange[Float32, config.total_elements], 16]
 
     return Storage

@@ -16,13 +16,6 @@ from flashcore.sm90.kernels.attention.parts import matmul, pipelines
 ROWS = 2  # of a thread in the 64 rows of a warpgroup
 
 
-class Scale(NamedTuple):
-    """Factors of a score: to log2 units, and before tanh when there is a soft cap."""
-
-    log2: Float32
-    cap_factor: Float32
-
-
 class Fragments(NamedTuple):
     """A consumer warpgroup's operands and registers."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, const_expr
@@ -11,6 +13,23 @@ LOG2_E = 1.4426950408889634
 # Independent chains of a row's reduction: one chain of tile_n/4 dependent FMNMX or FADD would
 # leave the pipe idle between issues.
 CHAINS = 4
+
+
+class Scale(NamedTuple):
+    """Factors of a score: to log2 units, and before tanh when there is a soft cap."""
+
+    log2: Float32
+    cap_factor: Float32
+
+
+@cute.jit
+def scale_of(config: cutlass.Constexpr, softmax_scale: Float32, softcap: Float32) -> Scale:
+    """config: a DenseConfig or a PagedConfig."""
+    if const_expr(config.softcap):
+        scale = Scale(softcap * LOG2_E, softmax_scale / softcap)
+    else:
+        scale = Scale(softmax_scale * LOG2_E, Float32(0.0))
+    return scale
 
 
 @cute.jit
