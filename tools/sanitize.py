@@ -57,7 +57,11 @@ CASES = {
         "test_capacities[small]",
         "test_capacities[chain]",
     ),
-    "batch_invariant": ("test_planned_by_either_kernels[128]",),
+    "batch_invariant": (
+        "test_planned_by_either_kernels[128]",
+        "test_several_queries[128-16]",  # chunks of an item, folded in the kernel
+        "test_rules[everything-64-30]",
+    ),
     "device_pager": (
         "test_token_maps[words]",
         "test_token_maps[bool]",
