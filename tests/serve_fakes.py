@@ -22,7 +22,7 @@ class FakeWorker:
     """A worker with a fixed speed; a backend named `broken` dies at its first workload."""
 
     def __init__(self, options: EngineOptions, calls: list[str]) -> None:
-        self.backend, self.options, self.calls = options.backend, options, calls
+        self.backend, self.options, self.calls = options.name, options, calls
         self.begun = False
         calls.append(f"load {self.backend}")
 
@@ -81,7 +81,7 @@ class AskedWorker:
         log: IO[bytes],
         answer: Callable[[EngineOptions, dict[str, Any]], dict[str, Any]],
     ) -> None:
-        self.options, self.backend, self.log, self._answer = options, options.backend, log, answer
+        self.options, self.backend, self.log, self._answer = options, options.name, log, answer
 
     def __enter__(self) -> AskedWorker:
         return self
@@ -97,6 +97,9 @@ class AskedWorker:
 
     def ready(self, timeout: float = 1.0) -> dict[str, Any]:
         return {"start_s": 2.0, "capacity": 100, **self._answer(self.options, {"do": "start"})}
+
+    def counters(self) -> str | None:
+        return None
 
     def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
         return self._answer(self.options, command)

@@ -22,10 +22,17 @@ from flashcore.bench.serve.engine import (
 from flashcore.bench.serve.measure import DoesNotFitError, measure
 from flashcore.bench.serve.report import summarise
 from flashcore.bench.serve.shapes import SHAPES, model_shape
-from flashcore.bench.serve.suite import Worker, WorkerError, counters_since, make_row
+from flashcore.bench.serve.suite import (
+    Turns,
+    Worker,
+    WorkerError,
+    counters_since,
+    make_row,
+    run_serve,
+)
 from flashcore.bench.serve.timeline import NotTogetherError, Timeline, step_seconds
 from flashcore.bench.serve.workloads import PRESETS, Prompts, parse_workload
-from tests.serve_fakes import OPTIONS, fake_run
+from tests.serve_fakes import OPTIONS, fake_run, starting
 
 VOCAB = 1000
 TINY = SHAPES["tiny"]
@@ -275,7 +282,7 @@ def test_a_workload_that_does_not_fit_is_refused() -> None:
 def test_row_is_the_median_and_keeps_its_samples() -> None:
     workload = parse_workload("4x16+8:40")
     samples = [{"step_ms": 20.0, "ttft_ms": 7.0}, {"step_ms": 10.0}, {"step_ms": 90.0}]
-    row = make_row(workload, "fa3", TINY, OPTIONS, samples)
+    row = make_row(workload, TINY, replace(OPTIONS, backend="fa3"), samples)
     assert row["engine"] == "sglang"
     assert {"workload", "backend", "tokens_per_s", "step_ms", "ttft_ms"} <= set(row)
     assert (row["step_ms"], row["ttft_ms"], row["step_ms_all"]) == (20.0, 7.0, [20.0, 10.0, 90.0])
@@ -285,15 +292,49 @@ def test_row_is_the_median_and_keeps_its_samples() -> None:
     assert row["gb_per_step"] == pytest.approx(traffic / 1e9)
     assert row["kv_cache_dtype"] == "auto"
     of_fp8 = replace(OPTIONS, kv_cache_dtype="fp8_e4m3")
-    row = make_row(workload, "fa3", TINY, of_fp8, samples)
+    row = make_row(workload, TINY, replace(of_fp8, backend="fa3"), samples)
     assert row["kv_cache_dtype"] == "fp8_e4m3"
     traffic -= (16 + 4 * 28) * TINY.kv_bytes_per_token() // 2
     assert row["gb_per_step"] == pytest.approx(traffic / 1e9)
-    only_prefill = make_row(parse_workload("4x16+8:1"), "fa3", TINY, OPTIONS, [{"ttft_ms": 5.0}])
+    only_prefill = make_row(
+        parse_workload("4x16+8:1"), TINY, replace(OPTIONS, backend="fa3"), [{"ttft_ms": 5.0}]
+    )
     assert (only_prefill["tokens_per_s"], only_prefill["ttft_ms"]) == (None, 5.0)
 
 
 # The suite
+
+
+def test_engines_of_one_backend_have_rows_of_their_own() -> None:
+    """Caches of several dtypes, in one run: each engine's samples are its own."""
+    steps = {"auto": 20.0, "fp8_e4m3": 10.0}
+
+    def answer(options: EngineOptions, command: dict[str, Any]) -> dict[str, Any]:
+        if command["do"] == "start":
+            return {}
+        return {"samples": [{"step_ms": steps[options.kv_cache_dtype], "ttft_ms": 1.0}]}
+
+    engines = [
+        replace(OPTIONS, backend=backend, kv_cache_dtype=dtype, label=label)
+        for dtype, label in (("auto", ""), ("fp8_e4m3", "fp8_e4m3"))
+        for backend in ("flashcore", "fa3")
+    ]
+    for together in (True, False):
+        result = run_serve(
+            [parse_workload("4x16+8:40")],
+            engines,
+            Turns(1, 1, together),
+            start=starting(answer),
+        )
+        found = {(r["name"], r["backend"], r["kv_cache_dtype"]): r for r in result["rows"]}
+        assert {key: row["step_ms"] for key, row in found.items()} == {
+            ("flashcore", "flashcore", "auto"): 20.0,
+            ("fa3", "fa3", "auto"): 20.0,
+            ("flashcore fp8_e4m3", "flashcore", "fp8_e4m3"): 10.0,
+            ("fa3 fp8_e4m3", "fa3", "fp8_e4m3"): 10.0,
+        }
+        (entry,) = summarise(result["rows"])
+        assert entry["speed_over_fa3"]["flashcore fp8_e4m3"] == 2.0
 
 
 def test_one_engine_start_serves_all_workloads_of_a_model() -> None:

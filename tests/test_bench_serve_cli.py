@@ -67,6 +67,7 @@ def test_refusals(
         (("--dp-attention", "--tp", "2"), "--tp 2 must be a multiple of --dp 1, and that above 1"),
         (("--dp-attention", "--tp", "3", "--dp", "2"), "--tp 3 must be a multiple of --dp 2"),
         (("--kv-cache-dtype", "fp8_e5m2"), "SGLang runs triton in the place of fa3"),
+        (("--kv-cache-dtype", "auto,fp8_e4m3", "--logits"), "takes one dtype where engines are"),
         (("--only", "llama"), "--only goes with --families or --modes"),
         (("--modes", "--resume"), "--resume goes with --families or --modes, and --log-dir"),
         (("--hicache", "direct"), "--hicache goes with --soak"),
@@ -93,6 +94,7 @@ def test_values_that_make_no_sense(words: tuple[str, ...], message: str) -> None
     [
         ("--mem-fraction", "1.5"),
         ("--kv-cache-dtype", "fp8"),
+        ("--kv-cache-dtype", "auto,auto"),
         ("--repeats", "0"),
         ("--engine-args", "[1]"),
         ("--engine-args", "{"),
@@ -150,7 +152,7 @@ def test_options_reach_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 
     words = ("--tp", "4", "--dp", "2", "--dp-attention", "--base-gpu", "1", "--kv-pool", "4096")
     words = (*words, "--kv-cache-dtype", "fp8_e4m3")
-    options = bench_serve._options(parse(*words), "fa3", SHAPES["tiny"])
+    options = bench_serve._options(parse(*words), "fa3", SHAPES["tiny"], "fp8_e4m3")
     assert (options.gpus, options.max_total_tokens) == (4, 4096)
     known = {"cuda_graph_bs", "cuda_graph_max_bs", "disable_prefill_cuda_graph"}
     monkeypatch.setattr(engine_module, "_server_fields", lambda: known)
@@ -159,7 +161,7 @@ def test_options_reach_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted["kv_cache_dtype"] = "fp8_e4m3"
     assert wanted.items() <= arguments.items()
     assert "pp_size" not in arguments
-    plain = server_arguments(bench_serve._options(parse(), "fa3", SHAPES["tiny"]), "/m")
+    plain = server_arguments(bench_serve._options(parse(), "fa3", SHAPES["tiny"], "auto"), "/m")
     assert "kv_cache_dtype" not in plain
 
 

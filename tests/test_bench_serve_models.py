@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,7 +110,9 @@ def test_any_config_makes_a_shape_that_writes_itself_again(tmp_path: Path) -> No
     assert ModelShape(**json.loads(json.dumps(asdict(short)))) == short
     with pytest.raises(ValueError, match=r"--layers for .* must be at least 2"):
         model_shape(written(tmp_path, layer_types=kinds), layers=1)
-    row = make_row(parse_workload("4x16+8:40"), "fa3", shape, OPTIONS, [{"step_ms": 20.0}])
+    row = make_row(
+        parse_workload("4x16+8:40"), shape, replace(OPTIONS, backend="fa3"), [{"step_ms": 20.0}]
+    )
     assert (row["gb_per_step"], row["step_ms"]) == (None, 20.0)
 
 

@@ -28,11 +28,12 @@ def test_table_and_plot(tmp_path: Path) -> None:
 
 
 def test_vllm_s_rows_are_compared_with_its_own_flash_attention() -> None:
+    peers = {"fa3": "FLASH_ATTN"}
     rows = [
         {
             **row,
             "engine": "vllm",
-            "backend": {"fa3": "FLASH_ATTN"}.get(row["backend"], row["backend"]),
+            **dict.fromkeys(("backend", "name"), peers.get(row["backend"], row["backend"])),
         }
         for row in result_of(["4x16+8:40"], ["flashcore", "fa3"])["rows"]
     ]

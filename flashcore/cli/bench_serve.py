@@ -63,9 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--page-size", type=positive, default=64, metavar="N", help="(default: 64)")
     add(
         "--kv-cache-dtype",
-        choices=KV_CACHE_DTYPES,
-        default="auto",
-        help="of every engine; auto: the model's own, bfloat16 (default: auto)",
+        type=_kv_cache_dtypes,
+        default=("auto",),
+        metavar="A,B",
+        help="of every engine; each of several in an engine of its own. auto: the model's own, "
+        f"bfloat16; {', '.join(KV_CACHE_DTYPES[1:])} (default: auto)",
     )
     add(
         "--mem-fraction",
@@ -171,7 +173,7 @@ def _run(args: argparse.Namespace) -> int:
     backends = (args.backends or _default_backends(args)).split(",")
     if not all(backends):
         return refuse(f"--backends {args.backends!r}: an empty name")
-    options = [_options(args, backend, shape) for backend in backends]
+    options = [_options(args, b, shape, dtype) for dtype in args.kv_cache_dtype for b in backends]
     needed = bench_serve_checks.gpus(args, options[0].gpus)
     if find_spec(args.engine) is None:
         name = NAMES[args.engine]
@@ -226,7 +228,9 @@ def _default_backends(args: argparse.Namespace) -> str:
     return f"flashcore,{first},{third}" if three else f"flashcore,{first}"
 
 
-def _options(args: argparse.Namespace, backend: str, shape: ModelShape) -> EngineOptions:
+def _options(
+    args: argparse.Namespace, backend: str, shape: ModelShape, kv_cache_dtype: str
+) -> EngineOptions:
     from flashcore.bench.serve.engine import EngineOptions
 
     if args.base_gpu < 0:
@@ -235,7 +239,7 @@ def _options(args: argparse.Namespace, backend: str, shape: ModelShape) -> Engin
         raise ValueError(
             f"--dp-attention: --tp {args.tp} must be a multiple of --dp {args.dp}, and that above 1"
         )
-    if backend == "fa3" and args.kv_cache_dtype == "fp8_e5m2":
+    if backend == "fa3" and kv_cache_dtype == "fp8_e5m2":
         raise ValueError(
             "--kv-cache-dtype fp8_e5m2: SGLang runs triton in the place of fa3; give --backends "
             "flashcore,triton"
@@ -245,7 +249,8 @@ def _options(args: argparse.Namespace, backend: str, shape: ModelShape) -> Engin
         shape=shape,
         decode_batches=(),
         page_size=args.page_size,
-        kv_cache_dtype=args.kv_cache_dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        label="" if kv_cache_dtype == args.kv_cache_dtype[0] else kv_cache_dtype,
         mem_fraction=args.mem_fraction,
         max_total_tokens=args.kv_pool,
         prefill_graph=args.prefill_graph,
@@ -407,6 +412,17 @@ def _fraction(text: str) -> float:
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {number}")
     return number
+
+
+def _kv_cache_dtypes(text: str) -> tuple[str, ...]:
+    dtypes = tuple(text.split(","))
+    for dtype in dtypes:
+        if dtype not in KV_CACHE_DTYPES:
+            known = ", ".join(KV_CACHE_DTYPES)
+            raise argparse.ArgumentTypeError(f"{dtype!r} is not one of {known}")
+    if len(set(dtypes)) < len(dtypes):
+        raise argparse.ArgumentTypeError(f"{text!r} names one of them twice")
+    return dtypes
 
 
 def _seconds(text: str) -> float:

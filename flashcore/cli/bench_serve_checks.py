@@ -128,6 +128,9 @@ def gpus(args: argparse.Namespace, needed: int) -> int:
     for name, given in (("--logits", args.logits), ("--deterministic", args.deterministic)):
         if args.deadline is not None and given:
             raise ValueError(f"--deadline does not go with {name}")
+    if len(args.kv_cache_dtype) > 1 and asked(args):
+        several = ",".join(args.kv_cache_dtype)
+        raise ValueError(f"--kv-cache-dtype takes one dtype where engines are checked: {several}")
     if args.soak is not None:
         if not args.soak > 0:
             raise ValueError(f"--soak must be more than 0 minutes, got {args.soak}")
@@ -253,21 +256,19 @@ def _deterministic(
     result = run_bits(
         options[0], [one.backend for one in options], _survey(args, logs, about, write)
     )
-    result |= {"rows": [], "skipped": [], "engines": []}
-    for deterministic in (True, False):
-        measured = run_serve(
-            workloads,
-            [replace(one, deterministic=deterministic) for one in options],
-            Turns(args.repeats or 3, args.rounds, args.together),
-            log_dir=args.log_dir,
-            after=_tell,
-        )
-        for name in ("rows", "engines"):
-            result[name] += [{**one, "deterministic": deterministic} for one in measured[name]]
-        result["skipped"] += measured["skipped"]
-        result["summary"] = summarise_cost(result["rows"])
-        write(args, {**about, **result})
-    return result, format_deterministic(result)
+
+    def whole(measured: dict[str, Any]) -> dict[str, Any]:
+        return {**result, **measured, "summary": summarise_cost(measured["rows"])}
+
+    measured = run_serve(
+        workloads,
+        [*(replace(o, deterministic=True, label="deterministic") for o in options), *options],
+        Turns(args.repeats or 3, args.rounds, args.together),
+        log_dir=args.log_dir,
+        after=_tell,
+        keep=lambda measured: write(args, {**about, **whole(measured)}),
+    )
+    return whole(measured), format_deterministic(whole(measured))
 
 
 def _survey(args: argparse.Namespace, logs: Path, about: dict[str, Any], write: Write) -> Survey:

@@ -69,6 +69,12 @@ class EngineOptions:
     engine: str = "sglang"
     triton_cache: str | None = None  # a folder; None: the user's
     deterministic: bool = False  # the engine's own mode for that
+    label: str = ""  # what tells it from others of the same backend
+
+    @property
+    def name(self) -> str:
+        """Of this engine in a run; no two have the same."""
+        return f"{self.backend} {self.label}" if self.label else self.backend
 
     @property
     def environment(self) -> dict[str, str]:

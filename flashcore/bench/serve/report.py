@@ -24,12 +24,21 @@ def engine_of(rows: Sequence[Row]) -> str:
     return next((row["engine"] for row in rows if "engine" in row), "sglang")
 
 
-def _by_backend(rows: list[Row]) -> dict[str, dict[str, Row]]:
-    """Workload -> backend -> row, backends in their usual order, others after them."""
+def _by_engine(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """Workload -> name of the engine -> row, backends in their usual order, others after them.
+
+    In old files an engine has its backend's name.
+    """
+    named = [{**row, "name": engine_name(row)} for row in rows]
     return {
-        name: {b: backends[b] for b in _ordered(backends)}
-        for name, backends in by_workload(rows, "backend").items()
+        workload: {name: engines[name] for name in _ordered(engines)}
+        for workload, engines in by_workload(named, "name").items()
     }
+
+
+def engine_name(row: Row) -> str:
+    """Of the engine that a row is of."""
+    return str(row.get("name", row["backend"]))
 
 
 def speed(row: Row) -> float:
@@ -40,10 +49,10 @@ def speed(row: Row) -> float:
 
 
 def summarise(rows: list[Row]) -> list[dict[str, Any]]:
-    """For each workload: every backend's speed over FA3's, and ours over every other's."""
+    """For each workload: every engine's speed over FA3's, and ours over every other's."""
     summary = []
     baseline = BASELINES[engine_of(rows)]
-    for name, backends in _by_backend(rows).items():
+    for name, backends in _by_engine(rows).items():
         entry: dict[str, Any] = {"workload": name, "spec": next(iter(backends.values()))["spec"]}
         if baseline in backends:
             base = speed(backends[baseline])
@@ -61,10 +70,11 @@ def format_table(result: dict[str, Any]) -> str:
     """A line a workload and backend: tokens/s, step, time to the first token, ratio to FA3's."""
     baseline = BASELINES[engine_of(result["rows"])]
     head = ("workload", "backend", "tokens/s", "step ms", "TTFT ms", "/ FA3", "GB/step", "reuse")
-    lines = [f"{head[0]:<44}{head[1]:<12}" + "".join(f"{word:>10}" for word in head[2:])]
+    width = max([10, *(len(engine_name(row)) for row in result["rows"])]) + 2
+    lines = [f"{head[0]:<44}{head[1]:<{width}}" + "".join(f"{word:>10}" for word in head[2:])]
     key = f"speed_over_{baseline}"
     over = {entry["workload"]: entry.get(key, {}) for entry in result["summary"]}
-    for name, backends in _by_backend(result["rows"]).items():
+    for name, backends in _by_engine(result["rows"]).items():
         for backend, row in backends.items():
             label = name if name == row["spec"] else f"{name} ({row['spec']})"
             figures = (
@@ -78,7 +88,7 @@ def format_table(result: dict[str, Any]) -> str:
             cells = "".join(
                 f"{'-':>10}" if value is None else f"{value:>10{form}}" for value, form in figures
             )
-            lines.append(f"{label:<44}{backend:<12}{cells}")
+            lines.append(f"{label:<44}{backend:<{width}}{cells}")
     lines += [f"not timed: {text}" for text in result["skipped"]]
     return "\n".join(lines)
 
@@ -90,8 +100,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found, baseline = _by_backend(result["rows"]), BASELINES[engine_of(result["rows"])]
-    backends = _ordered({row["backend"]: row for row in result["rows"]})
+    found, baseline = _by_engine(result["rows"]), BASELINES[engine_of(result["rows"])]
+    backends = _ordered({engine_name(row): row for row in result["rows"]})
     figure, axes = pyplot.subplots(figsize=(1.5 * len(found) + 3, 4.8), layout="constrained")
     width = 0.84 / max(1, len(backends))
     for place, backend in enumerate(backends):
@@ -137,4 +147,6 @@ def _first_with(backend: str, found: dict[str, dict[str, Row]]) -> int:
 
 
 def _ordered(backends: dict[str, Any]) -> list[str]:
-    return [b for b in ORDER if b in backends] + [b for b in backends if b not in ORDER]
+    """By backend, its engines in their order in the run."""
+    place = {name: number for number, name in enumerate(ORDER)}
+    return sorted(backends, key=lambda name: place.get(name.split()[0], len(ORDER)))

@@ -43,7 +43,7 @@ class Worker:
     """
 
     def __init__(self, options: EngineOptions, log: IO[bytes]) -> None:
-        self.backend = options.backend
+        self.backend = options.name
         self._options: EngineOptions | None = options  # None: told
         self._stopped = False
         self._log = log
@@ -175,8 +175,8 @@ def run_serve(
 ) -> dict[str, Any]:
     """`rows`, `skipped` and `engines` of the benchmark's JSON object.
 
-    `options` has one entry a backend, all of one shape; a workload with a model of its own is run
-    with that one. `after` is told what was done; `keep` is given the result so far after each
+    `options` has an entry for each engine, all of one shape; a workload with a model of its own is
+    run with that one. `after` is told what was done; `keep` is given the result so far after each
     workload.
     """
     samples: dict[tuple[str, str], list[Sample]] = {}
@@ -197,10 +197,10 @@ def run_serve(
 
     def result() -> dict[str, Any]:
         rows = [
-            make_row(workload, backend, shapes[workload.name], options[0], taken)
+            make_row(workload, shapes[workload.name], one, taken)
             for workload in workloads
-            for backend in dict.fromkeys(one.backend for one in options)
-            if (taken := samples.get((workload.name, backend)))
+            for one in options
+            if (taken := samples.get((workload.name, one.name)))
         ]
         notes = [f"{what}: {why}" for what, why in skipped.items()]
         return {"rows": rows, "skipped": notes, "engines": engines}
@@ -214,12 +214,12 @@ def run_serve(
         except WorkerError as error:
             failed(one, error)
             return False
-        engines.append({"backend": one.backend, **ready})
-        after(f"{one.shape.name}, {one.backend}: engine started in {ready['start_s']:.0f} s")
+        engines.append({"backend": one.name, **ready})
+        after(f"{one.shape.name}, {one.name}: engine started in {ready['start_s']:.0f} s")
         return True
 
     def failed(one: EngineOptions, error: WorkerError) -> None:  # the others shall have their turn
-        skipped[f"{one.backend} on {one.shape.name}"] = reason(str(error), str(error))
+        skipped[f"{one.name} on {one.shape.name}"] = reason(str(error), str(error))
         after(str(error))
 
     def take_turns(those: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
@@ -279,14 +279,9 @@ def counters_since(log: Path, offset: int) -> tuple[str | None, int]:
 
 
 def make_row(
-    workload: Workload,
-    backend: str,
-    shape: ModelShape,
-    options: EngineOptions,
-    samples: Sequence[Sample],
+    workload: Workload, shape: ModelShape, options: EngineOptions, samples: Sequence[Sample]
 ) -> Row:
-    """One line of the result: medians over the samples, and the samples themselves. options: what
-    the engines of all backends have in common."""
+    """One line of the result: medians over the samples of an engine, and the samples themselves."""
 
     def values(name: str) -> list[float]:
         return [sample[name] for sample in samples if sample.get(name) is not None]
@@ -306,9 +301,11 @@ def make_row(
         "spec": workload.spec,
         "model": shape.name,
         "engine": options.engine,
-        "backend": backend,
+        "backend": options.backend,
+        "name": options.name,
         "page_size": page,
         "kv_cache_dtype": options.kv_cache_dtype,
+        "deterministic": options.deterministic,
         "tokens_per_s": None if step_ms is None else 1e3 * workload.batch / step_ms,
         "step_ms": step_ms,
         "step_ms_all": values("step_ms"),
@@ -359,7 +356,8 @@ def log_file(folder: Path | None, options: EngineOptions) -> IO[bytes]:
     """Where an engine's own output goes: kept in `folder`, or gone with the run."""
     if folder is None:
         return tempfile.NamedTemporaryFile(prefix="flashcore-serve-", suffix=".log")
-    return (folder / f"serve-{options.shape.name}-{options.backend}.log").open("ab")
+    name = f"serve-{options.shape.name}-{options.name}.log"
+    return (folder / name.replace(" ", "-")).open("ab")
 
 
 def _brief(answer: dict[str, Any]) -> str:

@@ -78,7 +78,7 @@ def run_turns(
 ) -> dict[str, Any]:
     """`rows`, `skipped` and `engines` of the benchmark's JSON object.
 
-    `options` has one entry a backend. `keep` is given the result so far after each workload.
+    `options` has an entry for each engine. `keep` is given the result so far after each workload.
     """
     run = _Run(workloads, options, plan, start, log_dir, after, keep)
     with tempfile.TemporaryDirectory() as caches:
@@ -126,7 +126,7 @@ class _Run:
             workers: dict[str, Worker] = {}
             for one in those:
                 log = stack.enter_context(log_file(self._log_dir, one))
-                workers[one.backend] = stack.enter_context(self._start(one, log))
+                workers[one.name] = stack.enter_context(self._start(one, log))
             for worker in workers.values():  # they start side by side
                 worker.begin()
             for backend, worker in list(workers.items()):
@@ -213,8 +213,8 @@ class _Run:
         first = [sample["ttft_ms"] for sample in taken.first.get(backend, [])]
         if not samples:  # nothing but a first request, which alone says little
             return None
-        options = self._options[0]
-        row = make_row(workload, backend, self.shapes[workload.name], options, samples)
+        (options,) = (one for one in self._options if one.name == backend)
+        row = make_row(workload, self.shapes[workload.name], options, samples)
         found = {
             name: [sample[name] for sample in samples if sample.get(name) is not None]
             for name in ("step_ms_p50", "host_us", "metadata_us")
@@ -246,7 +246,7 @@ class _Run:
         return ratios
 
     def result(self) -> dict[str, Any]:
-        backends = [one.backend for one in self._options]
+        backends = [one.name for one in self._options]
         rows = [
             row
             for workload in self._workloads
@@ -278,5 +278,5 @@ def _brief(rows: Any) -> str:
             step = "" if row["step_ms"] is None else f" {row['step_ms']:.3f} ms a step,"
             ttft = "-" if row["ttft_ms"] is None else f"{row['ttft_ms']:.1f}"
             first = row["first_request_ttft_ms"]
-            parts.append(f"{row['backend']}{step} {ttft} ms to the first token, first {first:.1f}")
+            parts.append(f"{row['name']}{step} {ttft} ms to the first token, first {first:.1f}")
     return "; ".join(parts)
