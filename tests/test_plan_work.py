@@ -49,21 +49,26 @@ def test_no_two_columns_can_be_swapped(tensor: str) -> None:
 )
 def test_one_sequence_is_split_into_tiles(tokens, pages_of_a_split):
     """8 KV heads, 264 workers: tiles of two pages as long as they are fewer than workers."""
-    cost = splitting.run_cost(tokens, 1)
+    costs = splitting.costs_of(tokens, tokens, 64)
+    cost = splitting.run_cost(tokens, 1, costs)
     share = splitting.split_share(8 * cost, cost, cost, 264)
-    assert splitting.split_pages(-(-tokens // 64), 1, share, 64) == pages_of_a_split
+    assert splitting.split_pages(-(-tokens // 64), 1, share, 64, costs) == pages_of_a_split
 
 
 @given(
     st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 300)), min_size=1, max_size=40),
     st.integers(2, 300),
     st.sampled_from([1, 16, 48, 64, 128, 192]),
+    st.sampled_from([64, 128]),
 )
-def test_splits_balance_workers(runs, workers, page_tokens):
+def test_splits_balance_workers(runs, workers, page_tokens, tile_m):
     """Whole pages and N tiles; no item far above a worker's share; not many more than balance
     needs."""
     pages = [(-(-tokens // page_tokens), blocks) for tokens, blocks in runs]
-    costs = [splitting.run_cost(n * page_tokens, blocks) for n, blocks in pages]
+    once = sum(n * page_tokens for n, _ in pages)
+    in_blocks = sum(n * page_tokens * blocks for n, blocks in pages)
+    kinds = splitting.costs_of(once, in_blocks, tile_m)
+    costs = [splitting.run_cost(n * page_tokens, blocks, kinds) for n, blocks in pages]
     total = sum(cost * blocks for cost, (_, blocks) in zip(costs, pages, strict=True))
     share = splitting.split_share(total, max(costs), min(costs), workers)
     if share == 0:
@@ -74,7 +79,7 @@ def test_splits_balance_workers(runs, workers, page_tokens):
     assert share >= 16 * least
     more = 0
     for (n, blocks), cost in zip(pages, costs, strict=True):
-        length = splitting.split_pages(n, blocks, share, page_tokens)
+        length = splitting.split_pages(n, blocks, share, page_tokens, kinds)
         number = -(-n // length)
         assert length % -(-splitting.TILE_TOKENS // page_tokens) == 0
         rounding = 16 * (splitting.TILE_TOKENS + page_tokens)
@@ -97,6 +102,18 @@ def _tile_of(lengths: list[int], q_lens: list[int], page_tokens: int = 128) -> i
         layout, q_lens=q_lens, num_q_heads=32, num_kv_heads=8, head_dim=128,
         page_tokens=page_tokens, itemsize=2,
     ).tile_m  # fmt: skip
+
+
+def test_a_token_costs_what_takes_longer():
+    """16: read by an SM's share of the DRAM. A block of 64 rows computes half as long."""
+    reads = splitting.costs_of(1000, 1500, 64)
+    assert reads == (1, 8)
+    assert [splitting.token_cost(blocks, reads) for blocks in (1, 2, 4, 16)] == [16, 21, 32, 128]
+    computes = splitting.costs_of(1000, 2001, 64)
+    assert computes == (0, 8)
+    assert [splitting.token_cost(blocks, computes) for blocks in (1, 2, 16)] == [8, 16, 128]
+    assert splitting.costs_of(1000, 1001, 128) == (0, 16)
+    assert splitting.token_cost(3, splitting.Costs(0, 16)) == 48
 
 
 def test_tile_rows_follow_the_cost_of_all_items():

@@ -152,7 +152,7 @@ def _plan(layout: Layout, lengths: torch.Tensor, problem: Problem, choices: _Cho
     if chunk_pages is None:
         num_workers = choices.workers(layout.cols.device, problem, tile_m)
         blocks = _row_blocks(kept.queries * problem.group_size, tile_m)
-        per_split = _split_pages(kept, blocks, problem, num_workers)
+        per_split = _split_pages(kept, blocks, problem, num_workers, tile_m)
     else:  # runs begin with a chunk, and all their chunks but the last are full
         per_split = torch.minimum(chunk_pages[segments.row[segments.owner]], kept.entries)
     groups, num_partials = _group_table(segments, kept, gathered, per_split)
@@ -327,29 +327,37 @@ def _row_blocks(rows: torch.Tensor, tile_m: int) -> torch.Tensor:
 
 
 def _tile_rows(tokens: torch.Tensor, rows: torch.Tensor) -> int:
-    """64, or 128 where that lowers what all items cost by a tenth or more.
+    """64, or 128 where that lowers what all items read by a tenth or more, and all they cost by no
+    more than that.
 
     Two CTAs of 64 rows share an SM and hide each other's waits, which is worth about that; 128 rows
-    halve what row blocks read from L2 (prefill, alone or beside decode).
+    halve what row blocks read from L2 (prefill, alone or beside decode). But a tile is computed
+    whole: 128 rows where most runs have few are twice the arithmetic.
     """
-    narrow, wide = (
-        int((tokens * split.token_cost(_row_blocks(rows, tile_m))).sum()) for tile_m in (64, 128)
-    )
-    return 128 if tokens.numel() and 10 * narrow >= 11 * wide else 64
+    blocks = {tile_m: _row_blocks(rows, tile_m) for tile_m in (64, 128)}
+    read = {tile_m: int((tokens * split.read_cost(b)).sum()) for tile_m, b in blocks.items()}
+    computed = {
+        tile_m: int((tokens * b).sum()) * split.block_cost(tile_m) for tile_m, b in blocks.items()
+    }
+    narrow, wide = (max(read[tile_m], computed[tile_m]) for tile_m in (64, 128))
+    fewer_reads = tokens.numel() > 0 and 10 * read[64] >= 11 * read[128]
+    return 128 if fewer_reads and 10 * wide <= 11 * narrow else 64
 
 
 def _split_pages(
-    runs: Runs, blocks: torch.Tensor, problem: Problem, num_workers: int
+    runs: Runs, blocks: torch.Tensor, problem: Problem, num_workers: int, tile_m: int
 ) -> torch.Tensor:
     """Pages of a split of each group."""
     if runs.tokens.numel() == 0:
         return runs.entries
-    cost = split.run_cost(runs.tokens, blocks)
-    total = int((runs.tokens * split.token_cost(blocks)).sum()) * problem.num_kv_heads
+    costs = split.costs_of(int(runs.tokens.sum()), int((runs.tokens * blocks).sum()), tile_m)
+    cost = split.run_cost(runs.tokens, blocks, costs)
+    total = int((runs.tokens * split.token_cost(blocks, costs)).sum()) * problem.num_kv_heads
     share = split.split_share(total, int(cost.max()), int(cost.min()), num_workers)
     if share == 0:
         return runs.entries
-    pages: torch.Tensor = split.split_pages(runs.entries, blocks, share, problem.page_tokens)
+    page_tokens = problem.page_tokens
+    pages: torch.Tensor = split.split_pages(runs.entries, blocks, share, page_tokens, costs)
     return pages
 
 

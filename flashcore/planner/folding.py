@@ -27,7 +27,7 @@ from flashcore.planner import split
 from flashcore.planner.sharing import Segments
 from flashcore.problem import Problem
 
-L2_COST = split.token_cost(2) - split.token_cost(1)
+L2_COST = split.read_cost(2) - split.read_cost(1)
 """Of reading a byte of KV again, in 1 / split.COST_UNIT of reading it from DRAM."""
 
 PARTIAL_COST = split.COST_UNIT

@@ -7,12 +7,17 @@ more is a partial result more and a pause of its consumers, so as few as balance
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 Int = Any  # int, or an integer tensor
 
 COST_UNIT = 16
 """Costs are counted in sixteenths of a token that is read from DRAM."""
+
+BLOCK_COST = 8
+"""Of products and softmax of a token with a block of 64 rows, however many of them are there; of
+128 rows it is twice that. An SM's share of the DRAM and 62 % of its products, on an H200; 6 on an
+H100, where reading takes longer."""
 
 TILE_TOKENS = 128
 """Splits are whole N tiles, so that only the last split of a run has a tile that is not full."""
@@ -34,17 +39,42 @@ LONGEST_FIRST = 2
 one are fed from L2, and run best beside items that wait for DRAM."""
 
 
-def token_cost(blocks: Int) -> Int:
-    """Cost of a token to all row blocks of its run together, in 1 / COST_UNIT tokens.
+class Costs(NamedTuple):
+    """What a token costs in a batch: `reads` is 1 where its reading decides, 0 where what is
+    computed does, of which DRAM is waited for by nobody. block: of one row block, `block_cost`."""
+
+    reads: int
+    block: int
+
+
+def block_cost(tile_m: int) -> int:
+    """Of a token with a whole tile of rows, in 1 / COST_UNIT tokens."""
+    return BLOCK_COST * tile_m // 64
+
+
+def costs_of(tokens: Int, in_blocks: Int, tile_m: int) -> Costs:
+    """Of a batch. tokens: of all its runs; in_blocks: the same, each times its run's row blocks."""
+    block = block_cost(tile_m)
+    return Costs(int(COST_UNIT * tokens >= block * in_blocks), block)
+
+
+def read_cost(blocks: Int) -> Int:
+    """Of reading a token for all row blocks of its run together, in 1 / COST_UNIT tokens.
 
     One block reads it from DRAM, 16 / 16; each of the others from L2, 5 / 16.
     """
     return 11 + 5 * blocks
 
 
-def run_cost(tokens: Int, blocks: Int) -> Int:
+def token_cost(blocks: Int, costs: Costs) -> Int:
+    """Of a token to all row blocks of its run together: the longer of reading and computing."""
+    read, computed = costs.reads * read_cost(blocks), costs.block * blocks
+    return read + (computed > read) * (computed - read)
+
+
+def run_cost(tokens: Int, blocks: Int, costs: Costs) -> Int:
     """Cost of one work item over a whole run: the blocks share what a token costs."""
-    return tokens * token_cost(blocks) // blocks
+    return tokens * token_cost(blocks, costs) // blocks
 
 
 def split_share(total_cost: int, costliest: int, cheapest: int, num_workers: int) -> int:
@@ -66,13 +96,13 @@ def split_share(total_cost: int, costliest: int, cheapest: int, num_workers: int
     return max(share, COST_UNIT * least)
 
 
-def split_pages(pages: Int, blocks: Int, share: int, page_tokens: int) -> Int:
+def split_pages(pages: Int, blocks: Int, share: int, page_tokens: int, costs: Costs) -> Int:
     """Pages of a split of a run that has `pages` of them and is read by `blocks` row blocks.
 
     All splits of a run but the last are as long. A quarter of a share more is no split more.
     """
     unit = -(-TILE_TOKENS // page_tokens)  # pages
-    tokens = share * blocks // token_cost(blocks)
+    tokens = share * blocks // token_cost(blocks, costs)
     length = (tokens // (unit * page_tokens) + 1) * unit
     splits = (4 * pages + 3 * length - 1) // (4 * length)
     splits = splits + (splits < 1) * 1

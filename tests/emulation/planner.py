@@ -264,24 +264,26 @@ class Emulation(EntriesEmulation):
             (int(row[Group.NUM_TOKENS]), self.blocks(row[Group.NUM_Q]))
             for row in table[: self.groups]
         ]
-        total = self.kv_heads * sum(tokens * (11 + 5 * blocks) for tokens, blocks in work)
+        once, in_blocks = sum(t for t, _ in work), sum(t * blocks for t, blocks in work)
+        block = 8 * self.tile_m // 64
+        reads = int(16 * once >= block * in_blocks)
+        each = [max(reads * (11 + 5 * blocks), block * blocks) for _, blocks in work]
+        total = self.kv_heads * sum(t * cost for (t, _), cost in zip(work, each, strict=True))
+        items = [t * cost // blocks for (t, blocks), cost in zip(work, each, strict=True)]
         share = 0
-        if self.workers > 1 and any(
-            4 * (tokens * (11 + 5 * blocks) // blocks) * self.workers > 5 * total
-            for tokens, blocks in work
-        ):
+        if self.workers > 1 and any(4 * cost * self.workers > 5 * total for cost in items):
             two, four = -(-total // (2 * self.workers)), -(-total // (4 * self.workers))
             share = max(min(two, 16 * self.long), four)
-            if len({tokens * (11 + 5 * blocks) // blocks for tokens, blocks in work}) == 1:
+            if len(set(items)) == 1:
                 share = -(-total // self.workers)
             few = total < 16 * 128 * self.workers
             share = max(share, 16 * (min(self.least, 127) if few else self.least))
         share *= split
         unit = self.unit // self.page_tokens
-        for row, (_, blocks) in zip(table[: self.groups], work, strict=True):
+        for row, (_, blocks), cost in zip(table[: self.groups], work, each, strict=True):
             pages = per_split = int(row[Group.NUM_ENTRIES])
             if share:
-                length = (share * blocks // (11 + 5 * blocks) // self.unit + 1) * unit
+                length = (share * blocks // cost // self.unit + 1) * unit
                 splits = max(1, (4 * pages + 3 * length - 1) // (4 * length))
                 per_split = -(-pages // splits)
                 per_split = -(-per_split // unit) * unit

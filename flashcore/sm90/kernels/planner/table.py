@@ -25,7 +25,8 @@ from flashcore.planner.split import (
     LONGEST_FIRST,
     SHORT_SPLIT_TOKENS,
     TILE_TOKENS,
-    token_cost,
+    block_cost,
+    read_cost,
 )
 from flashcore.sm90.config.planner import GROUP_THREADS
 from flashcore.sm90.kernels.planner.block import (
@@ -33,7 +34,6 @@ from flashcore.sm90.kernels.planner.block import (
     block_reduce,
     block_scan,
     block_scans,
-    block_sum,
     block_sums,
     sort_pairs,
 )
@@ -48,17 +48,26 @@ UNLIKE = 2  # not as long as the first
 
 @cute.jit
 def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared):
-    """`split.split_share` of all groups."""
+    """`split.split_share` of all groups, and `reads` of `split.costs_of`."""
     tid, _, _ = cute.arch.thread_idx()
-    total = Int64(0)
+    once, in_blocks, both = Int64(0), Int64(0), Int64(0)
     for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
-        blocks = row_blocks(problem, plan.groups[h, int(Group.NUM_Q)])
-        total = total + Int64(plan.groups[h, int(Group.NUM_TOKENS)]) * Int64(token_cost(blocks))
-    total = block_sum(total, shared.wide) * Int64(problem.kv_heads)
+        blocks = Int64(row_blocks(problem, plan.groups[h, int(Group.NUM_Q)]))
+        tokens = Int64(plan.groups[h, int(Group.NUM_TOKENS)])
+        once = once + tokens
+        in_blocks = in_blocks + tokens * blocks
+        both = both + tokens * token_cost(problem, blocks, Int64(1))
+    once, in_blocks, both = block_sums((once, in_blocks, both), shared.wide)
+    computed = in_blocks * Int64(block_cost(problem.tile_m))
+    reads = Int64(0)
+    if Int64(COST_UNIT) * once >= computed:
+        reads = Int64(1)
+    total = both if reads == 1 else computed
+    total = total * Int64(problem.kv_heads)
     workers, found = Int64(problem.num_workers), Int32(0)
-    first = run_cost(plan, problem, Int32(0))
+    first = run_cost(plan, problem, Int32(0), reads)
     for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
-        cost = run_cost(plan, problem, h)
+        cost = run_cost(plan, problem, h, reads)
         if 4 * cost * workers > 5 * total:
             found = found | LONG
         if cost != first:
@@ -78,23 +87,30 @@ def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared)
             least = min(least, Int32(SHORT_SPLIT_TOKENS))
         least = Int64(COST_UNIT) * Int64(least)
         share = share if share > least else least
-    return share
+    return share, reads
 
 
 @cute.jit
-def run_cost(plan: Plan, problem: Problem, h: Int32):
+def token_cost(problem: Problem, blocks: Int64, reads: Int64):
+    """`split.token_cost`."""
+    read, computed = reads * Int64(read_cost(blocks)), Int64(block_cost(problem.tile_m)) * blocks
+    return read if read > computed else computed
+
+
+@cute.jit
+def run_cost(plan: Plan, problem: Problem, h: Int32, reads: Int64):
     """`split.run_cost` of one item of a group, 0 past the last group."""
     cost = Int64(0)
     blocks = Int64(row_blocks(problem, plan.groups[h, int(Group.NUM_Q)]))
     if blocks > 0:
         tokens = Int64(plan.groups[h, int(Group.NUM_TOKENS)])
-        cost = tokens * token_cost(blocks) // blocks
+        cost = tokens * token_cost(problem, blocks, reads) // blocks
     return cost
 
 
 @cute.jit
 def cut_groups(
-    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, share: Int64,
+    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, share: Int64, reads: Int64,
     shared: Shared, chunks: cutlass.Constexpr[bool],
 ):  # fmt: skip
     """`split.split_pages` of each group, or a chunk; the whole run where `share` is 0.
@@ -116,7 +132,7 @@ def cut_groups(
                 row = scratch.entries[E.ROW, plan.groups[h, int(Group.ENTRY)]]
                 per_split = min(pages, Int64(chunk_pages(plan, problem, row)))
             else:
-                tokens = share * blocks // token_cost(blocks)
+                tokens = share * blocks // token_cost(problem, blocks, reads)
                 length = (tokens // Int64(problem.split_unit) + 1) * unit
                 splits = (4 * pages + 3 * length - 1) // (4 * length)
                 splits = splits if splits > 1 else Int64(1)
@@ -418,15 +434,14 @@ def cut(
     """What all three of the others need: splits (`split` 0: none), which groups' results are
     merged, and how much there is of each list. Returns 1 where all of it fits, else 0."""
     tid, _, _ = cute.arch.thread_idx()
-    if const_expr(chunks):
-        share = Int64(split)
-    else:
-        share = split_share(plan, problem, num_groups, shared)
+    share, reads = Int64(split), Int64(1)
+    if const_expr(not chunks):
+        share, reads = split_share(plan, problem, num_groups, shared)
         share = share if split == 1 else Int64(0)
     find_company(scratch, num_kept)
     cute.arch.sync_threads()
     gathered, partials, items = cut_groups(
-        plan, scratch, problem, num_groups, share, shared, chunks
+        plan, scratch, problem, num_groups, share, reads, shared, chunks
     )
     fits = Int32(1)
     if plan.counts[int(Count.SEGMENTS)] > plan.member_rows.shape[0]:
