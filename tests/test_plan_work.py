@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 import flashcore
 from flashcore.contract.work import FIELDS
 from flashcore.planner import split as splitting
+from flashcore.problem import Problem
+from flashcore.sm90.config.paged import ctas_per_sm
 from tests.cases import Batch, batches, small_scale
 from tests.plans import assert_lists
 
@@ -49,7 +51,7 @@ def test_no_two_columns_can_be_swapped(tensor: str) -> None:
 )
 def test_one_sequence_is_split_into_tiles(tokens, pages_of_a_split):
     """8 KV heads, 264 workers: tiles of two pages as long as they are fewer than workers."""
-    costs = splitting.costs_of(tokens, tokens, 64)
+    costs = splitting.costs_of(tokens, tokens, splitting.BLOCK_COST)
     cost = splitting.run_cost(tokens, 1, costs)
     share = splitting.split_share(8 * cost, cost, cost, 264)
     assert splitting.split_pages(-(-tokens // 64), 1, share, 64, costs) == pages_of_a_split
@@ -59,15 +61,15 @@ def test_one_sequence_is_split_into_tiles(tokens, pages_of_a_split):
     st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 300)), min_size=1, max_size=40),
     st.integers(2, 300),
     st.sampled_from([1, 16, 48, 64, 128, 192]),
-    st.sampled_from([64, 128]),
+    st.sampled_from([0, 8, 16]),
 )
-def test_splits_balance_workers(runs, workers, page_tokens, tile_m):
+def test_splits_balance_workers(runs, workers, page_tokens, block):
     """Whole pages and N tiles; no item far above a worker's share; not many more than balance
     needs."""
     pages = [(-(-tokens // page_tokens), blocks) for tokens, blocks in runs]
     once = sum(n * page_tokens for n, _ in pages)
     in_blocks = sum(n * page_tokens * blocks for n, blocks in pages)
-    kinds = splitting.costs_of(once, in_blocks, tile_m)
+    kinds = splitting.costs_of(once, in_blocks, block)
     costs = [splitting.run_cost(n * page_tokens, blocks, kinds) for n, blocks in pages]
     total = sum(cost * blocks for cost, (_, blocks) in zip(costs, pages, strict=True))
     share = splitting.split_share(total, max(costs), min(costs), workers)
@@ -106,14 +108,24 @@ def _tile_of(lengths: list[int], q_lens: list[int], page_tokens: int = 128) -> i
 
 def test_a_token_costs_what_takes_longer():
     """16: read by an SM's share of the DRAM. A block of 64 rows computes half as long."""
-    reads = splitting.costs_of(1000, 1500, 64)
+    reads = splitting.costs_of(1000, 1500, 8)
     assert reads == (1, 8)
     assert [splitting.token_cost(blocks, reads) for blocks in (1, 2, 4, 16)] == [16, 21, 32, 128]
-    computes = splitting.costs_of(1000, 2001, 64)
+    computes = splitting.costs_of(1000, 2001, 8)
     assert computes == (0, 8)
     assert [splitting.token_cost(blocks, computes) for blocks in (1, 2, 16)] == [8, 16, 128]
-    assert splitting.costs_of(1000, 1001, 128) == (0, 16)
+    assert splitting.costs_of(1000, 1001, 16) == (0, 16)
     assert splitting.token_cost(3, splitting.Costs(0, 16)) == 48
+
+
+def test_computing_counts_where_two_ctas_share_an_sm():
+    """A block of 128 rows is computed in two of 64; with one CTA an SM only reading counts."""
+    for head_dim in range(8, 264, 8):
+        for v_head_dim in {head_dim, min(head_dim, 128), min(head_dim, 64)}:
+            problem = Problem(8, 2, head_dim, v_head_dim, 64)
+            paired = ctas_per_sm(head_dim, 64, v_head_dim) == 2
+            costs = [splitting.block_cost(problem, tile_m) for tile_m in (64, 128)]
+            assert costs == ([8, 16] if paired else [0, 0]), (head_dim, v_head_dim)
 
 
 def test_tile_rows_follow_the_cost_of_all_items():

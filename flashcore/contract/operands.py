@@ -148,6 +148,7 @@ class PlannerProblem(NamedTuple):
     min_split_tokens: Number  # `planner.split`
     long_split_tokens: Number
     split_unit: Number  # tokens; splits are multiples of it
+    block_cost: Number  # `split.block_cost`
     chunk_pages: Number  # `planner.chunks`, where the config has chunks
     long_chunk_pages: Number
     few_queries: Number  # more make chunks long

@@ -148,7 +148,7 @@ def _plan(layout: Layout, lengths: torch.Tensor, problem: Problem, choices: _Cho
     segments = _fold(found, folding)
     gathered = _gather_queries(segments, lengths, q_offsets, kv_lens)
     kept = _runs(segments, tokens_before, lengths)
-    tile_m = tile_m or _tile_rows(kept.tokens, kept.queries * problem.group_size)
+    tile_m = tile_m or _tile_rows(kept.tokens, kept.queries * problem.group_size, problem)
     if chunk_pages is None:
         num_workers = choices.workers(layout.cols.device, problem, tile_m)
         blocks = _row_blocks(kept.queries * problem.group_size, tile_m)
@@ -326,7 +326,7 @@ def _row_blocks(rows: torch.Tensor, tile_m: int) -> torch.Tensor:
     return (rows + tile_m - 1) // tile_m
 
 
-def _tile_rows(tokens: torch.Tensor, rows: torch.Tensor) -> int:
+def _tile_rows(tokens: torch.Tensor, rows: torch.Tensor, problem: Problem) -> int:
     """64, or 128 where that lowers what all items read by a tenth or more, and all they cost by no
     more than that.
 
@@ -337,7 +337,8 @@ def _tile_rows(tokens: torch.Tensor, rows: torch.Tensor) -> int:
     blocks = {tile_m: _row_blocks(rows, tile_m) for tile_m in (64, 128)}
     read = {tile_m: int((tokens * split.read_cost(b)).sum()) for tile_m, b in blocks.items()}
     computed = {
-        tile_m: int((tokens * b).sum()) * split.block_cost(tile_m) for tile_m, b in blocks.items()
+        tile_m: int((tokens * b).sum()) * split.block_cost(problem, tile_m)
+        for tile_m, b in blocks.items()
     }
     narrow, wide = (max(read[tile_m], computed[tile_m]) for tile_m in (64, 128))
     fewer_reads = tokens.numel() > 0 and 10 * read[64] >= 11 * read[128]
@@ -350,7 +351,8 @@ def _split_pages(
     """Pages of a split of each group."""
     if runs.tokens.numel() == 0:
         return runs.entries
-    costs = split.costs_of(int(runs.tokens.sum()), int((runs.tokens * blocks).sum()), tile_m)
+    in_blocks = int((runs.tokens * blocks).sum())
+    costs = split.costs_of(int(runs.tokens.sum()), in_blocks, split.block_cost(problem, tile_m))
     cost = split.run_cost(runs.tokens, blocks, costs)
     total = int((runs.tokens * split.token_cost(blocks, costs)).sum()) * problem.num_kv_heads
     share = split.split_share(total, int(cost.max()), int(cost.min()), num_workers)

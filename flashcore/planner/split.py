@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from flashcore.problem import Problem
+
 Int = Any  # int, or an integer tensor
 
 COST_UNIT = 16
@@ -39,6 +41,12 @@ LONGEST_FIRST = 2
 one are fed from L2, and run best beside items that wait for DRAM."""
 
 
+PAIRED_DIMS = ((192, 128), (256, 64))
+"""(head_dim, v_head_dim) up to which two CTAs of 64 rows share an SM. Beyond, no item runs beside
+another that waits, and more and shorter ones cost more than they balance: 64 x (8192 + 512), 16/2
+heads of 256, took 46 us with 184 items, 53 with 232."""
+
+
 class Costs(NamedTuple):
     """What a token costs in a batch: `reads` is 1 where its reading decides, 0 where what is
     computed does, of which DRAM is waited for by nobody. block: of one row block, `block_cost`."""
@@ -47,14 +55,16 @@ class Costs(NamedTuple):
     block: int
 
 
-def block_cost(tile_m: int) -> int:
-    """Of a token with a whole tile of rows, in 1 / COST_UNIT tokens."""
-    return BLOCK_COST * tile_m // 64
+def block_cost(problem: Problem, tile_m: int) -> int:
+    """Of a token with a whole tile of rows, in 1 / COST_UNIT tokens; 0 where it is not counted."""
+    dims = problem.head_dim, problem.v_head_dim
+    paired = any(dims[0] <= most and dims[1] <= v_most for most, v_most in PAIRED_DIMS)
+    return BLOCK_COST * tile_m // 64 if paired else 0
 
 
-def costs_of(tokens: Int, in_blocks: Int, tile_m: int) -> Costs:
-    """Of a batch. tokens: of all its runs; in_blocks: the same, each times its run's row blocks."""
-    block = block_cost(tile_m)
+def costs_of(tokens: Int, in_blocks: Int, block: int) -> Costs:
+    """Of a batch. tokens: of all its runs; in_blocks: the same, each times its run's row blocks;
+    block: `block_cost`."""
     return Costs(int(COST_UNIT * tokens >= block * in_blocks), block)
 
 

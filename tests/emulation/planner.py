@@ -265,7 +265,7 @@ class Emulation(EntriesEmulation):
             for row in table[: self.groups]
         ]
         once, in_blocks = sum(t for t, _ in work), sum(t * blocks for t, blocks in work)
-        block = 8 * self.tile_m // 64
+        block = self.block_cost
         reads = int(16 * once >= block * in_blocks)
         each = [max(reads * (11 + 5 * blocks), block * blocks) for _, blocks in work]
         total = self.kv_heads * sum(t * cost for (t, _), cost in zip(work, each, strict=True))

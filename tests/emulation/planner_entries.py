@@ -46,6 +46,7 @@ class EntriesEmulation:
         self.kv_token, self.partial_token = m.kv_token_cost, m.partial_token_cost
         self.least_gain, self.fold, self.workers = m.least_gain, m.fold, m.num_workers
         self.least, self.long, self.unit = m.min_split_tokens, m.long_split_tokens, m.split_unit
+        self.block_cost = m.block_cost
         self.chunk_numbers = m.chunk_pages, m.long_chunk_pages, m.few_queries
         self.rng = np.random.default_rng(seed)
 

@@ -25,7 +25,6 @@ from flashcore.planner.split import (
     LONGEST_FIRST,
     SHORT_SPLIT_TOKENS,
     TILE_TOKENS,
-    block_cost,
     read_cost,
 )
 from flashcore.sm90.config.planner import GROUP_THREADS
@@ -58,7 +57,7 @@ def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared)
         in_blocks = in_blocks + tokens * blocks
         both = both + tokens * token_cost(problem, blocks, Int64(1))
     once, in_blocks, both = block_sums((once, in_blocks, both), shared.wide)
-    computed = in_blocks * Int64(block_cost(problem.tile_m))
+    computed = in_blocks * Int64(problem.block_cost)
     reads = Int64(0)
     if Int64(COST_UNIT) * once >= computed:
         reads = Int64(1)
@@ -93,7 +92,7 @@ def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared)
 @cute.jit
 def token_cost(problem: Problem, blocks: Int64, reads: Int64):
     """`split.token_cost`."""
-    read, computed = reads * Int64(read_cost(blocks)), Int64(block_cost(problem.tile_m)) * blocks
+    read, computed = reads * Int64(read_cost(blocks)), Int64(problem.block_cost) * blocks
     return read if read > computed else computed
 
 
