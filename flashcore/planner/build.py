@@ -148,7 +148,7 @@ def _plan(layout: Layout, lengths: torch.Tensor, problem: Problem, choices: _Cho
     segments = _fold(found, folding)
     gathered = _gather_queries(segments, lengths, q_offsets, kv_lens)
     kept = _runs(segments, tokens_before, lengths)
-    tile_m = tile_m or _tile_rows(kept.tokens, kept.queries * problem.group_size, problem)
+    tile_m = tile_m or _tile_rows(kept, problem)
     if chunk_pages is None:
         num_workers = choices.workers(layout.cols.device, problem, tile_m)
         blocks = _row_blocks(kept.queries * problem.group_size, tile_m)
@@ -326,18 +326,25 @@ def _row_blocks(rows: torch.Tensor, tile_m: int) -> torch.Tensor:
     return (rows + tile_m - 1) // tile_m
 
 
-def _tile_rows(tokens: torch.Tensor, rows: torch.Tensor, problem: Problem) -> int:
-    """64, or 128 where that lowers what all items read by a tenth or more, and all they cost by no
-    more than that.
+def _block_cost(runs: Runs, problem: Problem, tile_m: int) -> int:
+    """`split.block_cost`, or 0 where the batch has a prefill."""
+    prefill = split.fills_tiles(runs.queries * problem.group_size, runs.members)
+    return 0 if bool(prefill.any()) else split.block_cost(problem, tile_m)
+
+
+def _tile_rows(runs: Runs, problem: Problem) -> int:
+    """64, or 128 where that lowers what all items read by a tenth or more, and raises what they
+    cost by no more than that.
 
     Two CTAs of 64 rows share an SM and hide each other's waits, which is worth about that; 128 rows
     halve what row blocks read from L2 (prefill, alone or beside decode). But a tile is computed
     whole: 128 rows where most runs have few are twice the arithmetic.
     """
+    tokens, rows = runs.tokens, runs.queries * problem.group_size
     blocks = {tile_m: _row_blocks(rows, tile_m) for tile_m in (64, 128)}
     read = {tile_m: int((tokens * split.read_cost(b)).sum()) for tile_m, b in blocks.items()}
     computed = {
-        tile_m: int((tokens * b).sum()) * split.block_cost(problem, tile_m)
+        tile_m: int((tokens * b).sum()) * _block_cost(runs, problem, tile_m)
         for tile_m, b in blocks.items()
     }
     narrow, wide = (max(read[tile_m], computed[tile_m]) for tile_m in (64, 128))
@@ -352,7 +359,7 @@ def _split_pages(
     if runs.tokens.numel() == 0:
         return runs.entries
     in_blocks = int((runs.tokens * blocks).sum())
-    costs = split.costs_of(int(runs.tokens.sum()), in_blocks, split.block_cost(problem, tile_m))
+    costs = split.costs_of(int(runs.tokens.sum()), in_blocks, _block_cost(runs, problem, tile_m))
     cost = split.run_cost(runs.tokens, blocks, costs)
     total = int((runs.tokens * split.token_cost(blocks, costs)).sum()) * problem.num_kv_heads
     share = split.split_share(total, int(cost.max()), int(cost.min()), num_workers)

@@ -47,9 +47,17 @@ another that waits, and more and shorter ones cost more than they balance: 64 x 
 heads of 256, took 46 us with 184 items, 53 with 232."""
 
 
+FULL_ROWS = 128
+"""Packed query rows of each member of a run, above which the run fills its tiles: a prefill's. Long
+items with full tiles hide their own waits, and beside decode they compute while it reads: in such a
+batch only reading counts. 60 sequences of 4096 beside 2048 new tokens of 4096 took 389 us with
+tiles of 128 rows, 409 with 64."""
+
+
 class Costs(NamedTuple):
     """What a token costs in a batch: `reads` is 1 where its reading decides, 0 where what is
-    computed does, of which DRAM is waited for by nobody. block: of one row block, `block_cost`."""
+    computed does, of which DRAM is waited for by nobody. block: of one row block, `block_cost`, 0
+    where computing does not count."""
 
     reads: int
     block: int
@@ -64,16 +72,22 @@ def block_cost(problem: Problem, tile_m: int) -> int:
 
 def costs_of(tokens: Int, in_blocks: Int, block: int) -> Costs:
     """Of a batch. tokens: of all its runs; in_blocks: the same, each times its run's row blocks;
-    block: `block_cost`."""
+    block: `block_cost`, 0 if a run `fills_tiles`."""
     return Costs(int(COST_UNIT * tokens >= block * in_blocks), block)
 
 
-def read_cost(blocks: Int) -> Int:
+def fills_tiles(rows: Int, members: Int) -> Any:
+    """Whether a run is a prefill's. rows: packed query rows of all its members."""
+    return rows > FULL_ROWS * members
+
+
+def read_cost(blocks: Int, tokens: Int = 1) -> Int:
     """Of reading a token for all row blocks of its run together, in 1 / COST_UNIT tokens.
 
-    One block reads it from DRAM, 16 / 16; each of the others from L2, 5 / 16.
+    One block reads it from DRAM, 16 / 16; each of the others from L2, 5 / 16. Of several tokens:
+    blocks are those of all of them.
     """
-    return 11 + 5 * blocks
+    return 11 * tokens + 5 * blocks
 
 
 def token_cost(blocks: Int, costs: Costs) -> Int:

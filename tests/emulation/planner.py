@@ -266,6 +266,9 @@ class Emulation(EntriesEmulation):
         ]
         once, in_blocks = sum(t for t, _ in work), sum(t * blocks for t, blocks in work)
         block = self.block_cost
+        for row, members in zip(table, self.p["member_offsets"][: self.groups], strict=False):
+            if int(row[Group.NUM_Q]) * self.group_size > 128 * int(members):
+                block = 0
         reads = int(16 * once >= block * in_blocks)
         each = [max(reads * (11 + 5 * blocks), block * blocks) for _, blocks in work]
         total = self.kv_heads * sum(t * cost for (t, _), cost in zip(work, each, strict=True))

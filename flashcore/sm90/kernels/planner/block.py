@@ -21,7 +21,7 @@ from flashcore.sm90.config.planner import (
     RANKED,
 )
 
-TOGETHER = 3  # numbers that are scanned or summed at once
+TOGETHER = 4  # numbers that are scanned or summed at once
 
 
 class Shared(NamedTuple):

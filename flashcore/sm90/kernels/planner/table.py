@@ -25,6 +25,8 @@ from flashcore.planner.split import (
     LONGEST_FIRST,
     SHORT_SPLIT_TOKENS,
     TILE_TOKENS,
+    Costs,
+    fills_tiles,
     read_cost,
 )
 from flashcore.sm90.config.planner import GROUP_THREADS
@@ -47,26 +49,36 @@ UNLIKE = 2  # not as long as the first
 
 @cute.jit
 def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared):
-    """`split.split_share` of all groups, and `reads` of `split.costs_of`."""
+    """`split.split_share` of all groups, and `split.costs_of`.
+
+    Of each group `plan.member_offsets` is the number of its members yet.
+    """
     tid, _, _ = cute.arch.thread_idx()
-    once, in_blocks, both = Int64(0), Int64(0), Int64(0)
+    block = Int64(problem.block_cost)
+    once, in_blocks, both, full = Int64(0), Int64(0), Int64(0), Int64(0)
     for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
-        blocks = Int64(row_blocks(problem, plan.groups[h, int(Group.NUM_Q)]))
+        queries = plan.groups[h, int(Group.NUM_Q)]
+        blocks = Int64(row_blocks(problem, queries))
         tokens = Int64(plan.groups[h, int(Group.NUM_TOKENS)])
         once = once + tokens
         in_blocks = in_blocks + tokens * blocks
-        both = both + tokens * token_cost(problem, blocks, Int64(1))
-    once, in_blocks, both = block_sums((once, in_blocks, both), shared.wide)
-    computed = in_blocks * Int64(problem.block_cost)
-    reads = Int64(0)
+        both = both + tokens * token_cost(blocks, Costs(Int64(1), block))
+        if fills_tiles(Int64(queries) * Int64(problem.group_size), Int64(plan.member_offsets[h])):
+            full = full + Int64(1)
+    once, in_blocks, both, full = block_sums((once, in_blocks, both, full), shared.wide)
+    if full > 0:
+        block = Int64(0)
+        both = read_cost(in_blocks, once)
+    computed, reads = in_blocks * block, Int64(0)
     if Int64(COST_UNIT) * once >= computed:
         reads = Int64(1)
+    costs = Costs(reads, block)
     total = both if reads == 1 else computed
     total = total * Int64(problem.kv_heads)
     workers, found = Int64(problem.num_workers), Int32(0)
-    first = run_cost(plan, problem, Int32(0), reads)
+    first = run_cost(plan, problem, Int32(0), costs)
     for h in cutlass.range(tid, num_groups, GROUP_THREADS, unroll=1):
-        cost = run_cost(plan, problem, h, reads)
+        cost = run_cost(plan, problem, h, costs)
         if 4 * cost * workers > 5 * total:
             found = found | LONG
         if cost != first:
@@ -86,30 +98,30 @@ def split_share(plan: Plan, problem: Problem, num_groups: Int32, shared: Shared)
             least = min(least, Int32(SHORT_SPLIT_TOKENS))
         least = Int64(COST_UNIT) * Int64(least)
         share = share if share > least else least
-    return share, reads
+    return share, costs
 
 
 @cute.jit
-def token_cost(problem: Problem, blocks: Int64, reads: Int64):
+def token_cost(blocks: Int64, costs: Costs):
     """`split.token_cost`."""
-    read, computed = reads * Int64(read_cost(blocks)), Int64(problem.block_cost) * blocks
+    read, computed = costs.reads * Int64(read_cost(blocks)), costs.block * blocks
     return read if read > computed else computed
 
 
 @cute.jit
-def run_cost(plan: Plan, problem: Problem, h: Int32, reads: Int64):
+def run_cost(plan: Plan, problem: Problem, h: Int32, costs: Costs):
     """`split.run_cost` of one item of a group, 0 past the last group."""
     cost = Int64(0)
     blocks = Int64(row_blocks(problem, plan.groups[h, int(Group.NUM_Q)]))
     if blocks > 0:
         tokens = Int64(plan.groups[h, int(Group.NUM_TOKENS)])
-        cost = tokens * token_cost(problem, blocks, reads) // blocks
+        cost = tokens * token_cost(blocks, costs) // blocks
     return cost
 
 
 @cute.jit
 def cut_groups(
-    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, share: Int64, reads: Int64,
+    plan: Plan, scratch: Scratch, problem: Problem, num_groups: Int32, share: Int64, costs: Costs,
     shared: Shared, chunks: cutlass.Constexpr[bool],
 ):  # fmt: skip
     """`split.split_pages` of each group, or a chunk; the whole run where `share` is 0.
@@ -131,7 +143,7 @@ def cut_groups(
                 row = scratch.entries[E.ROW, plan.groups[h, int(Group.ENTRY)]]
                 per_split = min(pages, Int64(chunk_pages(plan, problem, row)))
             else:
-                tokens = share * blocks // token_cost(problem, blocks, reads)
+                tokens = share * blocks // token_cost(blocks, costs)
                 length = (tokens // Int64(problem.split_unit) + 1) * unit
                 splits = (4 * pages + 3 * length - 1) // (4 * length)
                 splits = splits if splits > 1 else Int64(1)
@@ -433,14 +445,14 @@ def cut(
     """What all three of the others need: splits (`split` 0: none), which groups' results are
     merged, and how much there is of each list. Returns 1 where all of it fits, else 0."""
     tid, _, _ = cute.arch.thread_idx()
-    share, reads = Int64(split), Int64(1)
+    share, costs = Int64(split), Costs(Int64(1), Int64(0))
     if const_expr(not chunks):
-        share, reads = split_share(plan, problem, num_groups, shared)
+        share, costs = split_share(plan, problem, num_groups, shared)
         share = share if split == 1 else Int64(0)
     find_company(scratch, num_kept)
     cute.arch.sync_threads()
     gathered, partials, items = cut_groups(
-        plan, scratch, problem, num_groups, share, reads, shared, chunks
+        plan, scratch, problem, num_groups, share, costs, shared, chunks
     )
     fits = Int32(1)
     if plan.counts[int(Count.SEGMENTS)] > plan.member_rows.shape[0]:
