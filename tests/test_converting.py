@@ -21,7 +21,7 @@ def faults(config: PagedConfig, seed: int) -> list[str]:
         warps=config.converting_warps,
         parts=config.converted_parts,
         stages=config.stages,
-        wide_stages=config.wide_stages,
+        wide_stages=config.product_stages,
         load_time=random.choice([0.1, 1, 20]),
         convert_time=random.choice([0.1, 1, 10]),
         softmax_time=random.choice([0.1, 1, 10, 50]),
@@ -40,7 +40,7 @@ def config(**changes: Any) -> PagedConfig:
         {"converting_warps": 1},
         {"converted_rows": 64},
         {"converted_rows": 16},
-        {"wide_stages": 2, "stages": 2},
+        {"wide_v_stages": 2, "stages": 3},
     ],
     ids=str,
 )
@@ -53,7 +53,7 @@ def test_whatever_waits(changes: dict[str, Any]) -> None:
 def test_gathered_rows_are_converted_in_the_same_order() -> None:
     rows = paged.choose(PagedCall("bf16", 128, 1, 4, kv_dtype="e4m3"), 64)
     boxes = config()
-    for name in ("converting_warps", "converted_rows", "stages", "wide_stages"):
+    for name in ("converting_warps", "converted_rows", "stages", "product_stages"):
         assert getattr(rows, name) == getattr(boxes, name)
 
 

@@ -46,23 +46,24 @@ def test_every_pair_of_dims_has_the_tiles_of_16_bits(
             assert c.kv_load == wide.kv_load
 
 
-# (tile_n, stages of fp8, CTAs of an SM, registers of producers and consumers)
+# (tile_n, stages of fp8, of K in fp16, Q in registers, CTAs of an SM, registers)
 @pytest.mark.parametrize(
     ("head_dim", "tile_m", "expected"),
     [
-        (64, 64, (128, 4, 2, 72, 184)),
-        (128, 64, (64, 4, 2, 72, 184)),
-        (128, 128, (128, 4, 1, 72, 216)),
-        (256, 64, (64, 4, 1, 72, 240)),
-        (256, 128, (64, 3, 1, 72, 216)),
+        (64, 64, (128, 4, 2, True, 2, 72, 184)),
+        (128, 64, (64, 4, 2, True, 2, 72, 184)),
+        (128, 128, (128, 4, 1, False, 1, 72, 216)),
+        (256, 64, (64, 4, 1, False, 1, 72, 240)),
+        (256, 128, (64, 3, 1, False, 1, 72, 216)),
     ],
 )
 def test_configurations(head_dim: int, tile_m: int, expected: tuple[int, ...]) -> None:
     for page_tokens in (64, 1):
         c = choose(head_dim, page_tokens, tile_m, kv_dtype="e5m2")
-        registers = (c.producer_registers, c.consumer_registers)
-        assert (c.tile_n, c.stages, c.ctas_per_sm, *registers) == expected
-        assert (c.wide_stages, c.converting_warps, c.converted_rows) == (1, 2, c.tile_n // 2)
+        found = (c.tile_n, c.stages, c.wide_k_stages, c.q_registers, c.ctas_per_sm)
+        assert (*found, c.producer_registers, c.consumer_registers) == expected
+        assert c.wide_v_stages == 1
+        assert (c.converting_warps, c.converted_rows) == (2, c.tile_n // 2)
         assert c.loading_warps + c.converting_warps <= 4
 
 
@@ -90,12 +91,12 @@ def test_dims_without_a_kernel_are_named(
     [
         ({"kv_dtype": "e3m4"}, "kv_dtype 'e3m4' is not one of"),
         ({"kv_dtype": ""}, "stages of fp16 and their warps are for fp8 pages"),
-        ({"wide_stages": 0}, "at least one stage of fp16"),
+        ({"wide_k_stages": 0}, "at least one stage of fp16"),
         ({"converting_warps": 3}, "3 converting warps: each takes the same parts of all tiles"),
         ({"converting_warps": 4}, "4 converting warps beside 1 that load"),
         ({"converting_warps": 3, "kv_load": "gather"}, "3 converting warps beside 2 that load"),
         ({"converted_rows": 24}, "converted_rows 24: multiples of 16 that divide tile_n"),
-        ({"wide_stages": 2}, "bytes of shared memory exceed 115712"),
+        ({"wide_v_stages": 2}, "bytes of shared memory exceed 115712"),
     ],
 )
 def test_what_cannot_run_is_named(changes: dict[str, Any], message: str) -> None:
@@ -138,7 +139,8 @@ def test_kernels_pass_the_gates(
     assert resources is not None
     assert resources.dynamic_smem_bytes is not None
     assert config.ctas_per_sm * (resources.dynamic_smem_bytes + 1024) <= SMEM_OF_SM
-    # One instruction for two values, of a part of K and of V.
+    # One instruction for two values, of a part of K and of V, and of V with rows that are zeroed.
     opcode = f"F2FP.F16.{kv_dtype.upper()}.UNPACK_B"
-    values = config.converted_rows * (config.k_columns + config.v_columns)
+    copies = 1 if config.window else 2
+    values = config.converted_rows * (config.k_columns + copies * config.v_columns)
     assert resources.count(opcode) == values // 64

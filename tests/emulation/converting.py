@@ -57,7 +57,7 @@ class Kernel:
     warps: int
     parts: int
     stages: int
-    wide_stages: int
+    wide_stages: tuple[int, int]
     load_time: float
     convert_time: float
     softmax_time: float
@@ -66,7 +66,8 @@ class Kernel:
     def __post_init__(self) -> None:
         self.narrow = {x: Ring(self.stages, 1, 1, self.parts) for x in "kv"}
         self.wide = {
-            x: Ring(self.wide_stages, self.parts, self.parts, CONSUMER_WARPS) for x in "kv"
+            x: Ring(stages, self.parts, self.parts, CONSUMER_WARPS)
+            for x, stages in zip("kv", self.wide_stages, strict=True)
         }
 
     def run(self) -> list[str]:

@@ -65,7 +65,9 @@ class PagedConfig:
     ctas_per_sm: int = 1  # resident together, each with its share of registers and shared memory
     kv_dtype: str = ""  # "e4m3" | "e5m2": fp8 pages, converted in shared memory to fp16, which the
     # products take; what follows is 0 without it. `stages` are then of fp8.
-    wide_stages: int = 0  # of fp16, of K and of V
+    q_registers: bool = False  # Q is in the consumers' registers, and nowhere in shared memory
+    wide_k_stages: int = 0  # of fp16
+    wide_v_stages: int = 0
     converting_warps: int = 0  # of the producer warpgroup, its last
     converted_rows: int = 0  # that one of them converts at a time: a tile, or part of one
 
@@ -108,9 +110,10 @@ class PagedConfig:
         return 4 * self.num_consumer_warpgroups + gathering + self.converting_warps
 
     @property
-    def product_stages(self) -> int:
+    def product_stages(self) -> tuple[int, int]:
         """Stages of K and of V that products read."""
-        return self.wide_stages if self.kv_dtype else self.stages
+        wide = self.wide_k_stages, self.wide_v_stages
+        return wide if self.kv_dtype else (self.stages, self.stages)
 
     @property
     def converted_parts(self) -> int:
@@ -131,12 +134,13 @@ class PagedConfig:
     def smem_bytes(self) -> int:
         """Shared memory of one CTA; 1024 covers barriers, the work slot, the numbers about 64 rows
         and alignment."""
-        columns = self.k_columns + self.v_columns
-        kv = 2 * self.product_stages * self.tile_n * columns
+        k_stages, v_stages = self.product_stages
+        kv = 2 * self.tile_n * (k_stages * self.k_columns + v_stages * self.v_columns)
         if self.kv_dtype:
-            kv += self.stages * self.tile_n * columns
+            kv += self.stages * self.tile_n * (self.k_columns + self.v_columns)
         totals = total_bytes(self.tile_m, self.v_head_dim) if self.chunked else 0
-        return 2 * self.tile_m * self.k_columns + kv + totals + 1024
+        q = 0 if self.q_registers else 2 * self.tile_m * self.k_columns
+        return q + kv + totals + 1024
 
     @property
     def threads(self) -> int:
@@ -202,15 +206,18 @@ def illegal_reason(config: PagedConfig) -> str | None:
 def _conversion_rules(c: PagedConfig) -> tuple[tuple[bool, str], ...]:
     """What must hold of fp8 pages, or of their absence."""
     if not c.kv_dtype:
-        spare = (c.wide_stages, c.converting_warps, c.converted_rows)
-        return ((spare == (0, 0, 0), "stages of fp16 and their warps are for fp8 pages"),)
+        spare = (c.wide_k_stages, c.wide_v_stages, c.converting_warps, c.converted_rows)
+        return (
+            (spare == (0, 0, 0, 0), "stages of fp16 and their warps are for fp8 pages"),
+            (not c.q_registers, "Q goes to registers where pages are fp8"),
+        )
     return (
         (c.kv_dtype in KV_DTYPES, f"kv_dtype {c.kv_dtype!r} is not one of {KV_DTYPES}"),
         *(
             (dim % NARROW_DIM_STEP == 0, f"{name} of fp8 pages: a multiple of 16, got {dim}")
             for name, dim in (("head_dim", c.head_dim), ("v_head_dim", c.v_head_dim))
         ),
-        (c.wide_stages >= 1, "at least one stage of fp16"),
+        (min(c.wide_k_stages, c.wide_v_stages) >= 1, "at least one stage of fp16"),
         (
             1 <= c.converting_warps <= 4 - c.loading_warps,
             f"{c.converting_warps} converting warps beside {c.loading_warps} that load",
@@ -268,6 +275,7 @@ def choose(call: PagedCall, tile_m: int) -> PagedConfig:
                 raise ValueError(f"{name} of fp8 pages must be a multiple of 16, got {dim}")
     kv_load = "gather" if call.page_tokens <= LONGEST_GATHERED_PAGE else "tma"
     tile = _tile(head_dim, v_head_dim, tile_m, call.chunked)
+    schedule = _converting(tile, call) if call.kv_dtype else _as_it_lies(tile, kv_load)
     config = PagedConfig(
         dtype=call.dtype,
         head_dim=head_dim,
@@ -276,7 +284,7 @@ def choose(call: PagedCall, tile_m: int) -> PagedConfig:
         group_size=call.group_size,
         num_consumer_warpgroups=tile_m // WARPGROUP_ROWS,
         kv_load=kv_load,
-        **(_converting(tile) if call.kv_dtype else _as_it_lies(tile, kv_load)),
+        **schedule,
         kv_dtype=call.kv_dtype,
         evict_first=tile_m == WARPGROUP_ROWS,
         causal=call.causal and not call.tree,
@@ -309,11 +317,15 @@ class _Tile(NamedTuple):
         return tile_columns(self.head_dim) + tile_columns(self.v_head_dim)
 
     @property
+    def q_bytes(self) -> int:
+        """Of Q in shared memory."""
+        return 2 * self.tile_m * tile_columns(self.head_dim)
+
+    @property
     def kv_room(self) -> int:
         """Bytes that a CTA has beside Q and running totals."""
-        q = 2 * self.tile_m * tile_columns(self.head_dim)
         totals = total_bytes(self.tile_m, self.v_head_dim) if self.chunked else 0
-        return smem_bytes_of_cta(self.ctas) - 1024 - totals - q
+        return smem_bytes_of_cta(self.ctas) - 1024 - totals - self.q_bytes
 
     @property
     def fitting_stages(self) -> int:
@@ -390,18 +402,29 @@ def _as_it_lies(tile: _Tile, kv_load: str) -> dict[str, Any]:
     }
 
 
-def _converting(tile: _Tile) -> dict[str, Any]:
-    """Schedule of fp8 pages: one stage of fp16, the rest of the room for what is on its way."""
-    wide_bytes = 2 * tile.tile_n * tile.columns
-    fitting = (tile.kv_room - wide_bytes) // (tile.tile_n * tile.columns)
+def _converting(tile: _Tile, call: PagedCall) -> dict[str, Any]:
+    """Schedule of fp8 pages: a stage of fp16 each for K and V, the rest of the room for what is on
+    its way, and a second stage of K where that leaves some.
+
+    Q in registers takes 32 of them for 128 columns, and from shared memory a seventh of its work;
+    two warpgroups' products of 128 keys, and a window under a tree mask, have none to spare.
+    """
+    in_registers = tile.ctas == 2 and tile.head_dim <= 128 and not (call.window and call.tree)
+    room = tile.kv_room + in_registers * tile.q_bytes - 2 * tile.tile_n * tile.columns
+    fitting = room // (tile.tile_n * tile.columns)
+    stages = min(fitting, tile.wanted_stages(1), MOST_STAGES)
+    left = room - stages * tile.tile_n * tile.columns
+    k_stage = 2 * tile.tile_n * tile_columns(tile.head_dim)
     of_one = _registers_of_one(tile, 240 if tile.tile_m == WARPGROUP_ROWS else 216)
     return {
         "tile_n": tile.tile_n,
-        "stages": min(fitting, tile.wanted_stages(1), MOST_STAGES),
+        "stages": stages,
         "ctas_per_sm": tile.ctas,
         "producer_registers": 72,
         "consumer_registers": 184 if tile.ctas == 2 else of_one,
-        "wide_stages": 1,
+        "q_registers": in_registers,
+        "wide_k_stages": 2 if left >= k_stage else 1,
+        "wide_v_stages": 1,
         "converting_warps": 2,
         "converted_rows": tile.tile_n // 2,
     }

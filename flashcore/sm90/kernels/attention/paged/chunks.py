@@ -69,8 +69,7 @@ class ChunkedConsumer:
         lane = tid % 32
         thread_row = tid // 32 * 16 + lane // 4
         column = 2 * (lane % 4)
-        k_state = pipelines.consumer_state(c.product_stages)
-        v_state = pipelines.consumer_state(c.product_stages)
+        k_state, v_state = (pipelines.consumer_state(stages) for stages in c.product_stages)
         pipelines.first_turn(wg, self.warpgroups)
         per_chunk = const_expr(CHUNK_TOKENS // c.tile_n)
         slot_phase = Int32(0)
@@ -86,7 +85,7 @@ class ChunkedConsumer:
             frag.row_max.fill(-Float32.inf)
             frag.row_sum.fill(0.0)
             if item.end > item.first:
-                self.load_queries(m, item, sQ, wg, tid)
+                self.load_queries(m, item, rows, sQ, frag, wg, tid)
                 end = item.end
                 while end > item.first:
                     begin = max(item.first, (end - 1) // per_chunk * per_chunk)

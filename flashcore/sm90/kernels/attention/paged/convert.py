@@ -18,10 +18,12 @@ from cutlass import Float8E4M3FN, Float8E5M2, Float16, Float32, Int32, Uint32, c
 
 from flashcore.sm90.config.paged import PagedConfig, rows_at_a_time
 from flashcore.sm90.kernels.attention.paged import work_loop
+from flashcore.sm90.kernels.attention.paged.intervals import Rows
 from flashcore.sm90.kernels.attention.paged.operands import Operands
 from flashcore.sm90.kernels.attention.paged.pages import VECTOR
 from flashcore.sm90.kernels.attention.paged.work_loop import Item, Slot
-from flashcore.sm90.kernels.attention.parts import pipelines
+from flashcore.sm90.kernels.attention.parts import matmul, pipelines
+from flashcore.sm90.kernels.attention.parts.consumer import ROWS
 from flashcore.sm90.kernels.attention.parts.softmax import Scale
 
 CHUNK = 16  # fp8 values of a 16-byte load, and of two 16-byte stores
@@ -105,6 +107,13 @@ class Side(NamedTuple):
     wide: Int32
     loaded: object  # ring of fp8
     converted: object  # ring of fp16
+    stages: int  # of fp16
+
+
+def clears_v(config: PagedConfig) -> bool:
+    """Whether the converting warps zero the rows of V that no row of an item sees, which are those
+    of its end. Of a window's edges consumers see to more (nonfinite.py)."""
+    return config.kv_dtype != "" and not config.window
 
 
 @cute.jit
@@ -123,13 +132,17 @@ def convert_items(
     while item.valid >= 0:
         slot_phase ^= 1
         if item.end > item.first:
+            # Of its last tile, which comes first; rows beyond are of no token and may be NaN.
+            first, seen = begin // const_expr(2 * parts), item.high - (item.end - 1) * c.tile_n
             begin += (item.end - item.first) * const_expr(2 * parts)
             while part < begin:
                 tile, place = part // const_expr(2 * parts), part % const_expr(2 * parts)
                 if place < parts:
-                    convert_part(c, c.k_columns, k, tile, place)
+                    convert_part(c, c.k_columns, k, tile, place, None)
+                elif const_expr(not clears_v(c)) or tile > first or seen >= c.tile_n:
+                    convert_part(c, c.v_columns, v, tile, place - parts, None)
                 else:
-                    convert_part(c, c.v_columns, v, tile, place - parts)
+                    convert_part(c, c.v_columns, v, tile, place - parts, seen)
                 part += c.converting_warps
         item = work_loop.await_item(slot, slot_phase)
 
@@ -141,13 +154,14 @@ def convert_part(
     side: Side,
     tile: Int32,  # of all that there were of K or of V
     place: Int32,  # of the part in its tile
+    seen: Int32 | None,  # rows of the tile that stay; zeros take the place of the others
 ):
     """Wait for a tile of fp8, convert a part of it, hand both stages on."""
     c = config
     lanes = const_expr(Lanes(columns, c.tile_n))
     lane = cute.arch.lane_idx()
     loaded = pipelines.state_at(tile, c.stages, False)
-    wide = pipelines.state_at(tile, c.wide_stages, True)
+    wide = pipelines.state_at(tile, side.stages, True)
     row = place * c.converted_rows
     source = side.narrow + loaded.index * (c.tile_n * columns) + row * columns
     target = side.wide + wide.index * (2 * c.tile_n * columns) + row * (2 * lanes.block)
@@ -164,6 +178,10 @@ def convert_part(
             ahead = fetch(lanes, sources, batches[b + 1])
         for i in cutlass.range_constexpr(len(batches[b])):
             first, block = batches[b][i]
+            if const_expr(seen is not None):
+                kept = row + first + lane // lanes.chunks < seen
+                for w in cutlass.range_constexpr(WORDS):
+                    words[i][w] = words[i][w] if kept else Uint32(0)
             values = widen(words[i], c.kv_dtype)
             for h in cutlass.range_constexpr(2):
                 at = targets[block % 2][h] + lanes.target_step(first, block)
@@ -214,6 +232,46 @@ def item_scale(
     return result
 
 
+@cute.jit
+def load_queries(
+    config: cutlass.Constexpr[PagedConfig],
+    m: Operands,
+    item: Item,
+    rows: Rows,
+    operand: cute.Tensor,  # of a warpgroup's QK: ((column pair, row, columns + 8), 1, step)
+    thread_row: Int32,
+    column: Int32,  # this thread's first
+):
+    """A thread's elements of Q, straight from memory to the registers that products read; those
+    past num_rows are the first row's."""
+    c = config
+    words = cute.recast_tensor(operand, Uint32)  # (row, columns + 8) of each step
+    for r in cutlass.range_constexpr(ROWS):
+        row = thread_row + 8 * r
+        packed = item.row_begin + (row if row < item.num_rows else Int32(0))
+        head = item.kv_head * c.group_size + packed % c.group_size
+        mRow = m.q[rows.token[r], head, None]
+        for i in cutlass.range_constexpr(2 * c.k_steps):
+            at = cute.recast_ptr((mRow.iterator + (8 * i + column)).align(4), dtype=Uint32)
+            words[r + ROWS * i] = cute.make_tensor(at, cute.make_layout(1))[0]
+    if const_expr(m.q.element_type is not Float16):
+        for i in cutlass.range_constexpr(ROWS * 2 * c.k_steps):
+            words[i] = pair_as_fp16(words[i])
+
+
+@cute.jit
+def pair_as_fp16(pair: Uint32) -> Uint32:
+    """Two bf16 values: finite ones are clamped, what is infinite or NaN stays so."""
+    wide = cute.make_rmem_tensor(2, Uint32)
+    wide[0], wide[1] = pair << Uint32(16), pair & Uint32(0xFFFF0000)
+    values = cute.recast_tensor(wide, Float32)
+    for h in cutlass.range_constexpr(2):
+        x = values[h]
+        clamped = cute.arch.fmax(cute.arch.fmin(x, Float32(LARGEST_FP16)), Float32(-LARGEST_FP16))
+        values[h] = clamped if x - x == 0.0 else x
+    return Uint32(matmul.pack_pair(values[0], values[1], Float16))
+
+
 QUERY_LOADS = 8  # 16-byte loads of a thread in flight
 
 
@@ -254,16 +312,7 @@ def gather_queries(
         for n in cutlass.range_constexpr(len(batch)):
             i, j = batch[n]
             row, column = first_row + i * step + thread // lanes, thread % lanes + lanes * j
-            cute.autovec_copy(as_fp16(loaded[n]), sVectors[row, (None, column)])
-
-
-@cute.jit
-def as_fp16(values: cute.Tensor) -> cute.Tensor:
-    """bf16 values, finite ones clamped: what is infinite or NaN stays so."""
-    result = cute.make_rmem_tensor(VECTOR, Float16)
-    for i in cutlass.range_constexpr(VECTOR):
-        x = values[i].to(Float32)
-        clamped = cute.arch.fmax(cute.arch.fmin(x, Float32(LARGEST_FP16)), Float32(-LARGEST_FP16))
-        finite = x - x == 0.0
-        result[i] = (clamped if finite else x).to(Float16)
-    return result
+            words = cute.recast_tensor(loaded[n], Uint32)
+            for w in cutlass.range_constexpr(VECTOR // 2):
+                words[w] = pair_as_fp16(words[w])
+            cute.autovec_copy(cute.recast_tensor(words, Float16), sVectors[row, (None, column)])

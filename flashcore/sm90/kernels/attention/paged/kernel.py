@@ -107,7 +107,7 @@ class PagedAttention(chunks.ChunkedConsumer):
             tma_v, gV = pages.page_copy(c, v_pages, layouts.loaded[1])
         else:
             tma_k, gK, tma_v, gV = None, k_pages, None, v_pages
-        mma_qk = matmul.qk_product(self.dtype, self.warpgroups, c.tile_n)
+        mma_qk = matmul.qk_product(self.dtype, self.warpgroups, c.tile_n, c.q_registers)
         mma_pv = matmul.pv_product(self.dtype, self.warpgroups, c.v_columns)
 
         self.Storage = storage_of(c, self.dtype, layouts)
@@ -152,7 +152,9 @@ class PagedAttention(chunks.ChunkedConsumer):
             # The first item is on its way while the barriers are made.
             words = work_loop.work_row(m.work, cute.arch.block_idx()[0])
         storage = SmemAllocator().allocate(self.Storage)
-        sQ = storage.q.get_tensor(layouts.q.outer, swizzle=layouts.q.inner)
+        sQ = None
+        if const_expr(not c.q_registers):
+            sQ = storage.q.get_tensor(layouts.q.outer, swizzle=layouts.q.inner)
         sK = storage.k.get_tensor(layouts.k.outer, swizzle=layouts.k.inner)
         sV = storage.v.get_tensor(layouts.v.outer, swizzle=layouts.v.inner)
         loaded_k, loaded_v = sK, sV
@@ -183,8 +185,8 @@ class PagedAttention(chunks.ChunkedConsumer):
                     k, v = (
                         convert.Side(narrow.iterator.toint(), wide.iterator.toint(), *of)
                         for narrow, wide, of in (
-                            (loaded_k, sK, (rings.loaded_k, rings.k)),
-                            (loaded_v, sV, (rings.loaded_v, rings.v)),
+                            (loaded_k, sK, (rings.loaded_k, rings.k, c.wide_k_stages)),
+                            (loaded_v, sV, (rings.loaded_v, rings.v, c.wide_v_stages)),
                         )
                     )
                     convert.convert_items(c, k, v, slot, warp - first)
@@ -319,8 +321,7 @@ class PagedAttention(chunks.ChunkedConsumer):
         lane = tid % 32
         thread_row = tid // 32 * 16 + lane // 4
         column = 2 * (lane % 4)
-        k_state = pipelines.consumer_state(c.product_stages)
-        v_state = pipelines.consumer_state(c.product_stages)
+        k_state, v_state = (pipelines.consumer_state(stages) for stages in c.product_stages)
         pipelines.first_turn(wg, self.warpgroups)
         slot_phase = Int32(0)
         item = work_loop.await_item(slot, slot_phase)
@@ -334,7 +335,7 @@ class PagedAttention(chunks.ChunkedConsumer):
             frag.row_max.fill(-Float32.inf)
             frag.row_sum.fill(0.0)
             if item.end > item.first:
-                self.load_queries(m, item, sQ, wg, tid)
+                self.load_queries(m, item, rows, sQ, frag, wg, tid)
                 last = item.end - 1
                 self.first_tile(
                     frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
@@ -371,22 +372,31 @@ class PagedAttention(chunks.ChunkedConsumer):
             item = work_loop.await_item(slot, slot_phase)
 
     @cute.jit
-    def load_queries(self, m: Operands, item: Item, sQ: cute.Tensor, wg: Int32, tid: Int32):
+    def load_queries(
+        self, m: Operands, item: Item, rows: Rows, sQ: cute.Tensor | None, frag: Fragments,
+        wg: Int32, tid: Int32,
+    ):  # fmt: skip
         """Gather this warpgroup's rows of Q; its last products have been waited for."""
-        barriers.sync_warpgroup(wg)
-        if const_expr(self.config.window and self.config.k_columns == 256):
-            tid = here(tid)  # no register is left to keep addresses in from item to item
-        if const_expr(self.out_dtype is not self.dtype):
-            convert.gather_queries(self.config, m, item, sQ, wg * 64, tid % 128)
+        if const_expr(self.config.q_registers):
+            lane = tid % 32
+            convert.load_queries(
+                self.config, m, item, rows, frag.tSrQ, tid // 32 * 16 + lane // 4, 2 * (lane % 4)
+            )
         else:
-            pages.gather_queries(
-                self.config, m.q, m.q_tokens, sQ, item.kv_head, item.row_begin, item.num_rows,
-                wg * 64, tid % 128,
-            )  # fmt: skip
-            cute.arch.cp_async_commit_group()
-            cute.arch.cp_async_wait_group(0)
-        cute.arch.fence_proxy("async.shared", space="cta")
-        barriers.sync_warpgroup(wg)
+            barriers.sync_warpgroup(wg)
+            if const_expr(self.config.window and self.config.k_columns == 256):
+                tid = here(tid)  # no register is left to keep addresses in from item to item
+            if const_expr(self.out_dtype is not self.dtype):
+                convert.gather_queries(self.config, m, item, sQ, wg * 64, tid % 128)
+            else:
+                pages.gather_queries(
+                    self.config, m.q, m.q_tokens, sQ, item.kv_head, item.row_begin, item.num_rows,
+                    wg * 64, tid % 128,
+                )  # fmt: skip
+                cute.arch.cp_async_commit_group()
+                cute.arch.cp_async_wait_group(0)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            barriers.sync_warpgroup(wg)
 
     @cute.jit
     def first_tile(
@@ -456,11 +466,12 @@ class PagedAttention(chunks.ChunkedConsumer):
                 nonfinite.clear(
                     c, frag.accO, rows, m.tree_mask, stage, seen, n * c.tile_n, column, tid
                 )
-        elif begin > 0 or end < c.tile_n:
-            pipelines.await_stage(ring_v, v_state)
-            pages.clear_rows(c, sV[None, None, v_state.index], begin, end, tid)
-            cute.arch.fence_proxy("async.shared", space="cta")
-            barriers.sync_consumers(self.warpgroups)
+        elif const_expr(not convert.clears_v(c)):
+            if begin > 0 or end < c.tile_n:
+                pipelines.await_stage(ring_v, v_state)
+                pages.clear_rows(c, sV[None, None, v_state.index], begin, end, tid)
+                cute.arch.fence_proxy("async.shared", space="cta")
+                barriers.sync_consumers(self.warpgroups)
 
     @cute.jit
     def softmax(

@@ -15,7 +15,7 @@ from flashcore.sm90.kernels.attention.parts import matmul, pipelines
 class Layouts(NamedTuple):
     """Of tiles in shared memory: those that products read, and those of fp8 that are converted."""
 
-    q: cute.ComposedLayout
+    q: cute.ComposedLayout | None
     k: cute.ComposedLayout  # (tile_n, columns, stage)
     v: cute.ComposedLayout
     narrow_k: cute.Layout | None
@@ -30,13 +30,14 @@ class Layouts(NamedTuple):
 def layouts_of(config: PagedConfig, dtype) -> Layouts:
     """dtype: of the products."""
     c = config
+    k_stages, v_stages = c.product_stages
     narrow: list[Any] = [None, None]
     if c.kv_dtype:
         narrow = [narrow_layout(c, columns) for columns in (c.k_columns, c.v_columns)]
     return Layouts(
-        matmul.smem_layout(dtype, c.tile_m, c.k_columns),
-        matmul.smem_layout(dtype, c.tile_n, c.k_columns, c.product_stages),
-        matmul.smem_layout(dtype, c.tile_n, c.v_columns, c.product_stages),
+        None if c.q_registers else matmul.smem_layout(dtype, c.tile_m, c.k_columns),
+        matmul.smem_layout(dtype, c.tile_n, c.k_columns, k_stages),
+        matmul.smem_layout(dtype, c.tile_n, c.v_columns, v_stages),
         *narrow,
     )
 
@@ -49,7 +50,9 @@ def narrow_layout(config: PagedConfig, columns: int) -> cute.Layout:
 
 def storage_of(config: PagedConfig, dtype, layouts: Layouts) -> Any:
     """The struct of a CTA; what is not converted has no bytes of fp8."""
-    stages, narrow_stages, k_bytes, v_bytes = config.product_stages, 0, 0, 0
+    k_stages, v_stages = config.product_stages
+    narrow_stages, k_bytes, v_bytes = 0, 0, 0
+    q_elements = 0 if layouts.q is None else cute.cosize(layouts.q)
     if config.kv_dtype:
         narrow_stages = config.stages
         k_bytes, v_bytes = cute.cosize(layouts.narrow_k), cute.cosize(layouts.narrow_v)
@@ -58,12 +61,12 @@ def storage_of(config: PagedConfig, dtype, layouts: Layouts) -> Any:
     class Storage:
         narrow_k_barriers: cute.struct.MemRange[Int64, 2 * narrow_stages]
         narrow_v_barriers: cute.struct.MemRange[Int64, 2 * narrow_stages]
-        k_barriers: cute.struct.MemRange[Int64, 2 * stages]
-        v_barriers: cute.struct.MemRange[Int64, 2 * stages]
+        k_barriers: cute.struct.MemRange[Int64, 2 * k_stages]
+        v_barriers: cute.struct.MemRange[Int64, 2 * v_stages]
         slot_barriers: cute.struct.MemRange[Int64, 2]
         slot: cute.struct.MemRange[Int32, SLOT_WORDS]
         row_totals: cute.struct.MemRange[Float32, config.total_rows]
-        q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.q)], 1024]
+        q: cute.struct.Align[cute.struct.MemRange[dtype, q_elements], 1024]
         k: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.k)], 1024]
         v: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.v)], 1024]
         narrow_k: cute.struct.Align[cute.struct.MemRange[Uint8, k_bytes], 1024]
@@ -92,8 +95,10 @@ def rings_of(config: PagedConfig, dtype, storage: Any, layouts: Layouts) -> Ring
         return Rings(*2 * _load_rings(c, dtype, barriers, layouts, consumers))
     narrow = storage.narrow_k_barriers, storage.narrow_v_barriers
     converted = (
-        pipelines.converted_ring(barriers.data_ptr(), c.wide_stages, c.converted_parts, consumers)
-        for barriers in (storage.k_barriers, storage.v_barriers)
+        pipelines.converted_ring(barriers.data_ptr(), stages, c.converted_parts, consumers)
+        for barriers, stages in zip(
+            (storage.k_barriers, storage.v_barriers), c.product_stages, strict=True
+        )
     )
     return Rings(*converted, *_load_rings(c, Uint8, narrow, layouts, c.converted_parts))
 

@@ -38,7 +38,7 @@ def fragments(
     dtype: cutlass.Constexpr,
     mma_qk: cute.TiledMma,
     mma_pv: cute.TiledMma,
-    sQ: cute.Tensor,
+    sQ: cute.Tensor | None,  # None: Q is in registers
     sK: cute.Tensor,
     sV: cute.Tensor,
     wg,
@@ -50,11 +50,16 @@ def fragments(
     v_columns = const_expr(cute.size(sV, mode=[1]))
     accO = cute.make_rmem_tensor(thr_pv.partition_shape_C((c.tile_m, v_columns)), Float32)
     accS = cute.make_rmem_tensor(thr_qk.partition_shape_C((c.tile_m, c.tile_n)), Float32)
+    if const_expr(sQ is None):
+        k_columns = const_expr(cute.size(sK, mode=[1]))
+        tSrQ = cute.make_rmem_tensor(thr_qk.partition_shape_A((c.tile_m, k_columns)), dtype)
+    else:
+        tSrQ = mma_qk.make_fragment_A(thr_qk.partition_A(sQ))
     rows = const_expr(ROWS)
     return Fragments(
         mma_qk,
         mma_pv,
-        mma_qk.make_fragment_A(thr_qk.partition_A(sQ)),
+        tSrQ,
         mma_qk.make_fragment_B(thr_qk.partition_B(sK)),
         mma_pv.make_fragment_B(thr_pv.partition_B(sVt)),
         accS.layout,

@@ -20,8 +20,8 @@ def smem_layout(dtype, rows: int, cols: int, stages: int | None = None) -> cute.
     return cute.tile_to_shape(atom, (rows, cols, stages), order=(0, 1, 2))
 
 
-def qk_product(dtype, warpgroups: int, tile_n: int) -> cute.TiledMma:
-    """S = Q K^T: both operands from shared memory, 64 rows for each warpgroup."""
+def qk_product(dtype, warpgroups: int, tile_n: int, q_registers: bool = False) -> cute.TiledMma:
+    """S = Q K^T: K from shared memory, and Q unless it is in registers; 64 rows a warpgroup."""
     return sm90.make_trivial_tiled_mma(
         dtype,
         dtype,
@@ -30,7 +30,7 @@ def qk_product(dtype, warpgroups: int, tile_n: int) -> cute.TiledMma:
         Float32,
         (warpgroups, 1, 1),
         (64, tile_n),
-        warpgroup.OperandSource.SMEM,
+        warpgroup.OperandSource.RMEM if q_registers else warpgroup.OperandSource.SMEM,
     )
 
 
