@@ -403,30 +403,40 @@ def _as_it_lies(tile: _Tile, kv_load: str) -> dict[str, Any]:
 
 
 def _converting(tile: _Tile, call: PagedCall) -> dict[str, Any]:
-    """Schedule of fp8 pages: a stage of fp16 each for K and V, the rest of the room for what is on
-    its way, and a second stage of K where that leaves some.
+    """Schedule of fp8 pages: two stages of fp16 each for K and V where they leave two of fp8, or
+    two for K alone, or one each; the rest of the room is for what is on its way.
 
     Q in registers takes 32 of them for 128 columns, and from shared memory a seventh of its work;
-    two warpgroups' products of 128 keys, and a window under a tree mask, have none to spare.
+    two warpgroups' products of 128 keys, and a window under a tree mask, have none to spare, and
+    with masks two warpgroups have none for a second stage either. A warp
+    converts 64 rows at a time: with half of that, what it waits for came up twice as often, 14 %
+    of 32 x 8192 tokens; with a second stage of V this became 2 % less again, and 14 % where runs
+    are long and shared (8 x 131072, 70 %).
     """
     in_registers = tile.ctas == 2 and tile.head_dim <= 128 and not (call.window and call.tree)
-    room = tile.kv_room + in_registers * tile.q_bytes - 2 * tile.tile_n * tile.columns
-    fitting = room // (tile.tile_n * tile.columns)
-    stages = min(fitting, tile.wanted_stages(1), MOST_STAGES)
-    left = room - stages * tile.tile_n * tile.columns
-    k_stage = 2 * tile.tile_n * tile_columns(tile.head_dim)
+    room = tile.kv_room + in_registers * tile.q_bytes
+    k_stage, v_stage = (
+        2 * tile.tile_n * tile_columns(dim) for dim in (tile.head_dim, tile.v_head_dim)
+    )
+    narrow_stage = (k_stage + v_stage) // 2
+    masked = call.window or call.tree or call.softcap
+    few_registers = tile.tile_m > WARPGROUP_ROWS and masked
+    for wide in ((1, 1),) if few_registers else ((2, 2), (2, 1), (1, 1)):
+        fitting = (room - wide[0] * k_stage - wide[1] * v_stage) // narrow_stage
+        if fitting >= 2:
+            break
     of_one = _registers_of_one(tile, 240 if tile.tile_m == WARPGROUP_ROWS else 216)
     return {
         "tile_n": tile.tile_n,
-        "stages": stages,
+        "stages": min(fitting, tile.wanted_stages(1), MOST_STAGES),
         "ctas_per_sm": tile.ctas,
         "producer_registers": 72,
         "consumer_registers": 184 if tile.ctas == 2 else of_one,
         "q_registers": in_registers,
-        "wide_k_stages": 2 if left >= k_stage else 1,
-        "wide_v_stages": 1,
+        "wide_k_stages": wide[0],
+        "wide_v_stages": wide[1],
         "converting_warps": 2,
-        "converted_rows": tile.tile_n // 2,
+        "converted_rows": min(tile.tile_n, 64),
     }
 
 
