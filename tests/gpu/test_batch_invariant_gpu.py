@@ -245,7 +245,7 @@ def test_planned_on_the_device(rule: str) -> None:
         plan = planner.update(*inputs(chosen, "cuda"))
         assert plan.faults() == Fault(0)
         found = planner.trimmed(len(rows)).to("cpu")
-        expected = chosen.plan(batch_invariant=True, fold=False)
+        expected = chosen.plan(batch_invariant=True, fold=False, tile_m=64)  # as the planner
         assert_same_plan(found, expected)
         rows_of_q = torch.cat([q[tokens], padding[len(tokens) :]])
         out, lse = flashcore.paged_attention(
@@ -268,7 +268,7 @@ def test_planned_by_either_kernels(page_tokens: int, monkeypatch: pytest.MonkeyP
         chosen = picked(batch, rows := rng.integers(0, 24, int(rng.integers(1, 40))).tolist())
         chosen.page_table = batch.page_table[rows]
         planner.update(*inputs(chosen, "cuda"))
-        expected = chosen.plan(batch_invariant=True, fold=False)
+        expected = chosen.plan(batch_invariant=True, fold=False, tile_m=64)  # as the planner
         assert_same_plan(planner.trimmed(len(rows)).to("cpu"), expected)
 
 
