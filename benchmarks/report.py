@@ -15,7 +15,7 @@ from typing import Any
 
 from flashcore.bench.latency import method_of
 from flashcore.bench.rows import by_workload
-from flashcore.bench.serve.report import NAMES, PEERS
+from flashcore.bench.serve.report import BASELINES, NAMES, OURS, PEERS, engine_name, engine_of
 from flashcore.bench.serve.workloads import parse_workload
 
 HERE = Path(__file__).parent
@@ -105,7 +105,8 @@ def paged_table(data: dict[str, Any]) -> str:
         for name, title in (("ratio_to_bound", "x bound"), ("ratio_to_fastest_read", "x read"))
         if all(name in row for row in data["rows"])
     }
-    head += [*ratios.values(), "FA3 / flashcore", "best peer / flashcore"]
+    beside = ["x bf16"] if "flashcore_bf16" in run else []
+    head += [*ratios.values(), *beside, "FA3 / flashcore", "best peer / flashcore"]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for kernels in by_workload(data["rows"]).values():
         ours = kernels.get("flashcore")
@@ -116,8 +117,10 @@ def paged_table(data: dict[str, Any]) -> str:
         bound = f"{ours['bound_ms']:.3f}" if decode else ""
         over = " | ".join(f"{ours[name]:.3f}" if decode else "" for name in ratios)
         fa3 = f"{kernels['fa3']['ms'] / ours['ms']:.3f}" if "fa3" in kernels else ""
-        peers = [row["ms"] for name, row in kernels.items() if name != "flashcore"]
+        peers = [row["ms"] for name, row in kernels.items() if not name.startswith("flashcore")]
         best = f"{min(peers) / ours['ms']:.3f}" if peers else ""
+        if beside and "flashcore_bf16" in kernels:
+            over += f" | {ours['ms'] / kernels['flashcore_bf16']['ms']:.3f}"
         rows.append(
             f"| {_paged_label(ours)} | {ours['reuse']:.0%} | {bound} | {' | '.join(times)} | "
             f"{over} | {fa3} | {best} |"
@@ -182,6 +185,7 @@ PAGED_KERNELS = {
     "flashinfer": "FlashInfer",
     "cascade_fa2": "its cascade, fa2",
     "cascade_fa3": "its cascade, fa3",
+    "flashcore_bf16": "flashcore, bf16",
     "flashcore": "flashcore",
 }
 
@@ -211,6 +215,35 @@ def serve_table(data: dict[str, Any]) -> str:
         f"FlashInfer {versions['flashinfer-python']}, sgl_kernel {versions['sglang-kernel']}, "
         f"{data['date'][:10]}, commit {data['commit']}; "
         + ", ".join(f"`{run['command']}`" for run in runs)
+    )
+
+
+def engines_table(data: dict[str, Any]) -> str:
+    """A line for each workload and engine: its speed, over FlashAttention-3's in an engine like it,
+    and where flashcore has several, over the plain one's."""
+    peer = BASELINES[engine_of(data["rows"])]
+    several = len({engine_name(row) for row in data["rows"] if row["backend"] == OURS}) > 1
+    head = ["workload", "model", "engine", "tokens/s", "step, ms", "first token, ms"]
+    head += [f"over {peer}", *["over flashcore"] * several]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    named = [{**row, "name": engine_name(row)} for row in data["rows"]]
+    for workload, by_name in by_workload(named, "name").items():
+        for name, row in by_name.items():
+            spec = row["spec"].split("/")[-1]
+            label = spec if workload == row["spec"] else f"{workload}, {spec}"
+            cells = [label, row["model"], name]
+            for figure, form in (("tokens_per_s", ".0f"), ("step_ms", ".2f"), ("ttft_ms", ".1f")):
+                cells.append("" if row[figure] is None else f"{row[figure]:{form}}")
+            for other in (name.replace(row["backend"], peer, 1), *[OURS] * several):
+                known = other in by_name and other != name
+                cells.append(f"{_speed(row) / _speed(by_name[other]):.2f}" if known else "")
+            rows.append("| " + " | ".join(cells) + " |")
+    versions, engine = data["versions"], engine_of(data["rows"])
+    runs = data.get("runs", [data])
+    return (
+        "\n".join(rows) + f"\n\n{data['device']}, driver {data['driver']}, {NAMES[engine]} "
+        f"{versions[engine]}, torch {versions['torch']}, {data['date'][:10]}, commit "
+        f"{data['commit']}; " + ", ".join(f"`{run['command']}`" for run in runs)
     )
 
 
@@ -417,6 +450,20 @@ def transformers_table(data: dict[str, Any]) -> str:
     )
 
 
+def deterministic_table(data: dict[str, Any]) -> str:
+    """Differing bits by backend, setting and mode, then speeds."""
+    modes = list(dict.fromkeys(row["mode"] for row in data["bits"] if row["mode"]))
+    rows = ["| backend | setting | " + " | ".join(modes) + " |", "|---" * (len(modes) + 2) + "|"]
+    settings = dict.fromkeys((row["backend"], row["setting"]) for row in data["bits"])
+    for backend, setting in settings:
+        of = {
+            r["mode"]: r for r in data["bits"] if (r["backend"], r["setting"]) == (backend, setting)
+        }
+        found = (f"{of[m]['differences']} of {of[m]['of']}" if m in of else "" for m in modes)
+        rows.append(f"| {backend} | {setting} | " + " | ".join(found) + " |")
+    return "\n".join(rows) + "\n\n" + engines_table(data)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "headline": ("serve_h100.json", headline_table),
     "cpu": ("cpu.json", cpu_table),
@@ -432,6 +479,11 @@ LATER: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "latency": ("latency_h200.json", latency_table),
     "serve-small": ("serve_small_h200.json", serve_small_table),
     "serve-small-f5fbf11": ("serve_small_f5fbf11_h200.json", serve_small_table),
+    "vllm": ("vllm_h200.json", engines_table),
+    "serve-fp8": ("serve_fp8_h200.json", engines_table),
+    "serve-tp2": ("serve_tp2.json", engines_table),
+    "deterministic": ("deterministic_h200.json", deterministic_table),
+    "paged-fp8": ("paged_fp8_h200.json", paged_table),
     "models": ("models_h200.json", models_table),
     "models-vllm": ("models_vllm_h200.json", models_table),
     "transformers": ("transformers_h200.json", transformers_table),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,11 @@ def test_options_reach_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted["kv_cache_dtype"] = "fp8_e4m3"
     assert wanted.items() <= arguments.items()
     assert "pp_size" not in arguments
+    assert "nccl_port" not in arguments  # one for each copy of the model, by SGLang itself
+    known.add("nccl_port")
     plain = server_arguments(bench_serve._options(parse(), "fa3", SHAPES["tiny"], "auto"), "/m")
     assert "kv_cache_dtype" not in plain
+    assert plain["nccl_port"] == 20000 + os.getpid() % 10000
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,36 @@ def test_no_test_is_named_that_is_gone() -> None:
     for file, tests in LAUNCHES.items():
         text = (ROOT / "tests" / "gpu" / f"{file}.py").read_text()
         assert [test for test in tests if test and f"def {test}(" not in text] == []
+
+
+def parameters_of(file: Path) -> dict[str, set[str]]:
+    """Test -> names of its parameters and of its fixtures that have some, read from the text: what
+    imports an engine cannot be collected without it."""
+    functions = [n for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef)]
+    found: dict[str, set[str]] = {}
+    several = set()  # fixtures
+    for function in functions:
+        names: set[str] = set()
+        for decorator in function.decorator_list:
+            called = ast.unparse(decorator).split("(")[0]
+            if called == "pytest.mark.parametrize":
+                assert isinstance(decorator, ast.Call)
+                given = ast.literal_eval(decorator.args[0])
+                names.update([given] if isinstance(given, str) else given)
+            if called == "pytest.fixture" and "params=" in ast.unparse(decorator):
+                several.add(function.name)
+        found[function.name] = names
+    for function in functions:
+        found[function.name] |= several & {a.arg for a in function.args.args}
+    return found
+
+
+def test_what_is_said_takes_the_parameters_of_its_test() -> None:
+    for file, tests in LAUNCHES.items():
+        found = parameters_of(ROOT / "tests" / "gpu" / f"{file}.py")
+        for test, parameters in found.items():
+            if test.startswith("test_") and (launches := tests.get(test, tests.get(""))):
+                inspect.signature(launches).bind(**dict.fromkeys(parameters))
 
 
 def test_a_chain_of_its_own_for_very_many_sequences() -> None:

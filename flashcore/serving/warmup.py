@@ -63,7 +63,6 @@ class Cache:
 @contextmanager
 def compiled(needed: list[Kernel], device: torch.device) -> Iterator[None]:
     """Compile `needed`; within, launch them by `run_all`. How long it took is told in the log."""
-    _tell_untried(needed)
     kernels.prepare(needed)
     started = time.monotonic()
     yield
@@ -71,21 +70,6 @@ def compiled(needed: list[Kernel], device: torch.device) -> Iterator[None]:
         torch.cuda.synchronize()  # what a kernel has against this machine is told here
     seconds = time.monotonic() - started
     logger.info("flashcore attention: %d kernels launched once in %.1f s", len(needed), seconds)
-
-
-def _tell_untried(needed: list[Kernel]) -> None:
-    """Say what of `needed` no GPU has run before this one."""
-    configs = [kernel.config for kernel in needed if kernel.family is PAGED]
-    for what, untried in (
-        ("batch-invariant plans", any(config.chunked for config in configs)),
-        ("an fp8 cache", any(config.kv_dtype for config in configs)),
-    ):
-        if untried:
-            logger.warning(
-                "flashcore attention: the kernels for %s are new: compiled and checked on the CPU, "
-                "not yet on a GPU; `flashcore check` tests them on this one",
-                what,
-            )
 
 
 def run_all(model: Model, kind: Kind, cache: Cache, wanted: list[Kernel], tree: bool) -> None:

@@ -425,7 +425,7 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
     "test_transformers_gpu": {"": lambda **_: []},
     "test_vllm_gpu": {
         "": lambda **_: vllm_layers(),
-        "test_fp8": lambda kv_cache: vllm_fp8(kv_cache),
+        "test_fp8": lambda kv_cache, **_: vllm_fp8(kv_cache),
         "test_vllm_s_batch_specifications": lambda name, heads, block, window: vllm_specified(
             heads, block, window
         ),

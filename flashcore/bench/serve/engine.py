@@ -40,6 +40,12 @@ ENVIRONMENT = {  # what a run without a network needs; the user's own values win
 }
 
 
+_FIRST_PORT, _PORTS = 20000, 10000
+"""Where an engine's processes meet, below the ports that a machine gives out by itself: SGLang
+takes a free one of those, and of many engines that start side by side one may have lost it before
+it listens."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How one engine is started. `decode_batches` are the batch sizes that get a CUDA graph.
@@ -126,6 +132,8 @@ def server_arguments(options: EngineOptions, model_path: str) -> dict[str, Any]:
             arguments[name] = ranks
     if options.dp_attention:
         arguments["enable_dp_attention"] = True
+    if options.ranks[2] == 1 and "nccl_port" in known:
+        arguments["nccl_port"] = _FIRST_PORT + os.getpid() % _PORTS
     if options.max_total_tokens is not None:
         arguments["max_total_tokens"] = options.max_total_tokens
     if options.device == "cuda":
