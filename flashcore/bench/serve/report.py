@@ -120,8 +120,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             )
     labels = []
     for name, rows in found.items():
-        spec = next(iter(rows.values()))["spec"].replace("/", "\n")
-        labels.append(spec if spec == name else f"{name}\n{spec}")
+        spec = next(iter(rows.values()))["spec"]
+        labels.append((spec if spec == name else f"{name}\n{spec}").replace("/", "\n"))
     axes.set_xticks(range(len(found)), labels, fontsize=7)
     axes.axhline(1, color="#888", linewidth=0.7)
     axes.set_ylabel(
