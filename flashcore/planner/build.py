@@ -14,7 +14,7 @@ from flashcore.contract.work import DIRECT, FIELDS, Group, Work
 from flashcore.dispatch import resident_ctas
 from flashcore.names import known
 from flashcore.pager.csr import Layout
-from flashcore.planner import chunks, split
+from flashcore.planner import chunks, expansion, split
 from flashcore.planner.folding import FOLD_ROWS, Costs, Fold, Folding, Runs, check_fold, fold_groups
 from flashcore.planner.sharing import Segments, find_segments
 from flashcore.planner.types import Plan
@@ -39,6 +39,7 @@ def plan(
     share: bool = True,
     fold: Fold = True,
     batch_invariant: bool = False,
+    expand: bool | None = None,
 ) -> Plan:
     """Plan the attention of one batch; the result serves every layer.
 
@@ -62,6 +63,10 @@ def plan(
             tokens up to it and from nothing else: not from the rest of the
             batch, sharing, q_len, the page size or the GPU's size (docs/determinism.md). Wants
             pages that divide 1024 tokens.
+        expand: of fp8 pages (itemsize 1), whether calls with kernels widen each distinct page once
+            into scratch of 16 bits, which is faster where many row blocks read it (long prefill);
+            results are the same bits. None: where it costs less, by `planner.expansion`, and takes
+            at most `planner.expansion.EXPANSION_BYTES`; `PlanStats.expansion` says what and why.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.
@@ -81,7 +86,7 @@ def plan(
         batch = layout.row_offsets.numel() - 1
         validate.same_device("layout", layout.cols, cu_seqlens_q=cu_seqlens_q)
         q_lens = validate.lengths_of("cu_seqlens_q", cu_seqlens_q, "sequences", batch)
-    choices = _Choices(tile_m, num_workers, share, fold, batch_invariant)
+    choices = _Choices(tile_m, num_workers, share, fold, batch_invariant, expand)
     choices.check()
     return _plan(layout, _query_lengths(layout, q_lens), problem, choices)
 
@@ -94,6 +99,7 @@ class _Choices(NamedTuple):
     share: bool
     fold: Fold
     batch_invariant: bool
+    expand: bool | None
 
     def check(self) -> None:
         """A TypeError or ValueError naming the argument."""
@@ -104,6 +110,8 @@ class _Choices(NamedTuple):
             validate.positive_int("num_workers", workers)
         validate.flag("share", self.share)
         validate.flag("batch_invariant", self.batch_invariant)
+        if self.expand is not None:
+            validate.flag("expand", self.expand)
         check_fold(self.fold)
 
     def workers(self, device: torch.device, problem: Problem, tile_m: int) -> int:
@@ -159,6 +167,7 @@ def _plan(layout: Layout, lengths: torch.Tensor, problem: Problem, choices: _Cho
     merge_offsets, merge_partials = _merge_lists(
         segments, groups, gathered, lengths, q_offsets, int(q_offsets[-1])
     )
+    tables = expansion.Tables(layout.cols, groups, gathered.positions)
     decisions = (runs.tokens, runs.members, folding.children, folding.reason)
     return Plan(
         num_q_heads=problem.num_q_heads,
@@ -167,6 +176,7 @@ def _plan(layout: Layout, lengths: torch.Tensor, problem: Problem, choices: _Cho
         v_head_dim=problem.v_head_dim,
         page_tokens=page_tokens,
         itemsize=problem.itemsize,
+        expansion=expansion.expansion_of(tables, problem, tile_m, choices.expand),
         tile_m=tile_m,
         total_q=int(q_offsets[-1]),
         max_q_len=int(lengths.max()) if lengths.numel() else 0,

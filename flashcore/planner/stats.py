@@ -10,6 +10,7 @@ import torch
 from flashcore import validate
 from flashcore.contract.reasons import Reason
 from flashcore.contract.work import Group
+from flashcore.planner.expansion import WAY_TEXT, expanded_bytes
 from flashcore.problem import Problem
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class PlanStats:
     num_work_items, num_partial_tokens: see `work`.
     reasons: for each `Reason` that occurs, its text -> (groups as found, their tokens).
     problem: what the plan is for.
+    expansion: what becomes of fp8 pages, and why; "" where the plan's itemsize is not 1.
+    pages_expanded: distinct pages that a call may expand; 0 where it converts.
     """
 
     batch: int
@@ -57,6 +60,8 @@ class PlanStats:
     num_partial_tokens: int
     reasons: dict[str, tuple[int, int]]
     problem: Problem
+    expansion: str = ""
+    pages_expanded: int = 0
 
     @property
     def reuse(self) -> float:
@@ -80,6 +85,10 @@ class PlanStats:
         """Bytes of partial results, written once and read once."""
         return 2 * self.num_partial_tokens * self.problem.partial_bytes
 
+    def bytes_expansion(self) -> int:
+        """Bytes of the scratch that a call expands pages into."""
+        return expanded_bytes(self.pages_expanded, self.problem)
+
     def _token_bytes(self, dtype: torch.dtype) -> int:
         return replace(
             self.problem, itemsize=validate.dtype("dtype", dtype).itemsize
@@ -101,6 +110,7 @@ def plan_stats(plan: Plan) -> PlanStats:
         chosen = plan.decisions[plan.decisions[:, 3] == reason]
         if chosen.shape[0]:
             reasons[REASON_TEXT[reason]] = (chosen.shape[0], int(chosen[:, 0].sum()))
+    expanded = None if plan.expansion is None else plan.expansion.pages
     return PlanStats(
         batch=plan.batch,
         total_q=plan.total_q,
@@ -116,4 +126,6 @@ def plan_stats(plan: Plan) -> PlanStats:
         num_partial_tokens=plan.num_partial_tokens,
         reasons=reasons,
         problem=plan.problem,
+        expansion="" if plan.expansion is None else WAY_TEXT[plan.expansion.way],
+        pages_expanded=0 if expanded is None else expanded.numel(),
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from flashcore import validate
+from flashcore.planner.expansion import Expansion
 from flashcore.planner.stats import PlanStats, plan_stats
 from flashcore.problem import Problem
 from flashcore.remembered import Remembered
@@ -63,12 +64,14 @@ class Workspace(NamedTuple):
 
 class Planned(NamedTuple):
     """A plan as attention takes it. counts: of a plan made on the device. workspace: the plan's
-    own; made for a call where there is none."""
+    own; made for a call where there is none. expansion: of fp8 pages, where kernels may expand
+    them; its results are those without it."""
 
     tensors: PlanTensors
     numbers: PlanNumbers
     counts: torch.Tensor | None = None
     workspace: Workspace | None = None
+    expansion: Expansion | None = None
 
 
 def plan_tensors(plan: Plan | DevicePlan) -> PlanTensors:
@@ -115,6 +118,7 @@ class Plan:
     decisions: [num_groups_found, 4] what folding decided about each group as found: tokens,
         members, runs that follow, `folding.Reason`.
     itemsize: bytes of a K or V element, as folding took it to be.
+    expansion: the way of fp8 pages (`planner.expansion`); None where itemsize is not 1.
     launches: of `flashcore.paged_attention` with this plan; not part of its contents.
     """
 
@@ -147,6 +151,7 @@ class Plan:
     merge_partials: torch.Tensor
     decisions: torch.Tensor
     itemsize: int = field(default=2, kw_only=True)
+    expansion: Expansion | None = field(default=None, kw_only=True)
     launches: Remembered = field(default_factory=no_launches, init=False, repr=False)
 
     @property
@@ -173,7 +178,7 @@ class Plan:
 
     @property
     def planned(self) -> Planned:
-        return Planned(self.tensors, self.numbers)
+        return Planned(self.tensors, self.numbers, expansion=self.expansion)
 
     def stats(self) -> PlanStats:
         """What the plan reads, shares and folds, and why. Waits for the device."""
@@ -184,7 +189,7 @@ class Plan:
         device = validate.device("device", device)
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         for name, value in values.items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, (torch.Tensor, Expansion)):
                 values[name] = value.to(device)
         return Plan(**values)
 

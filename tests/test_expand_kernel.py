@@ -1,0 +1,35 @@
+"""The expansion's Triton kernel in its interpreter, where Triton is."""
+
+from __future__ import annotations
+
+from tests.test_append_kernel import needs_triton, run
+
+# Casts of fp8 by torch, as tests/test_append_kernel.py has them.
+SCRIPT = """
+import numpy as np, torch, triton.runtime.interpreter as interpreter
+from flashcore import expand_kernel
+from tests.expand_cases import cases, differences, pool_of
+
+DTYPES = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2, "fp16": torch.float16}
+
+def cast(data, source, target, rounding):
+    bits = torch.from_numpy(np.frombuffer(data.tobytes(), dtype="int8").copy().reshape(data.shape))
+    return bits.view(DTYPES[source.name]).to(DTYPES[target.name]).view(torch.int16).numpy()
+
+interpreter._convert_float = cast
+for case in cases():
+    pool = pool_of(case, "cpu")
+    target = expand_kernel.scratch_pages(
+        torch.full((4 * pool[0].numel(),), 7.0, dtype=torch.float16), pool
+    )
+    pages = torch.tensor([*case.picked, 99], dtype=torch.int32)  # the last one is not looked at
+    count = torch.tensor([len(case.picked)], dtype=torch.int32)
+    expand_kernel.expand(pool, pages, count, target)
+    assert differences(target, pool, case.picked) == 0, case
+print(len(cases()))
+"""
+
+
+@needs_triton
+def test_every_case_in_the_interpreter() -> None:
+    assert run(SCRIPT, TRITON_INTERPRET="1") > 50
