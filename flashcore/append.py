@@ -10,15 +10,12 @@ kernel is held against.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 
-from flashcore import checks, kv_checks, validate
+from flashcore import checks, kv_checks, triton_compiler, validate
 from flashcore.kv_checks import FP8_DTYPES
 from flashcore.names import known
 from flashcore.problem import KVPool
@@ -116,15 +113,14 @@ def append_kv(
 def can_compile() -> bool:
     """Whether Triton and what it compiles with are here. What is missing is told once: the same
     values are then written by torch operators, in a dozen launches."""
-    compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))
-    if find_spec("triton") is None or not compiler:
+    missing = triton_compiler.missing()
+    if missing is not None:
         logger.warning(
             "flashcore.append_kv runs by torch operators, a dozen launches in the place of one: it "
-            "needs Triton and a C compiler (cc, gcc, clang or CC), and %s is not here",
-            "Triton" if find_spec("triton") is None else "the compiler",
+            "needs Triton and a C compiler (cc, gcc, clang or CC), and %s",
+            missing,
         )
-        return False
-    return True
+    return missing is None
 
 
 def scatter_by_torch(k: torch.Tensor, v: torch.Tensor, pool: KVPool, slots: torch.Tensor) -> None:

@@ -23,7 +23,8 @@ def expand(
 
     pool: fp8 [num_pages, page_tokens, num_kv_heads, columns], any strides with a contiguous last
     axis. pages: int32. count: int32 [1], at most target's pages. target: fp16 [at least count,
-    page_tokens, num_kv_heads, columns], heads outside of tokens: `scratch_pages`.
+    page_tokens, num_kv_heads, columns], the transpose of contiguous [.., num_kv_heads, page_tokens,
+    columns].
     """
     _, tokens, heads, columns = pool.shape
     rows = target.shape[0] * tokens * heads
@@ -43,15 +44,6 @@ def expand(
         triton.next_power_of_2(columns),
         pool.dtype == torch.float8_e4m3fn,
     )
-
-
-def scratch_pages(scratch: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-    """As many pages like the pool's, in fp16, as `scratch` (fp16 [n]) has room for, heads outside
-    of tokens: what is read at a time, the rows of one head, is one piece."""
-    _, tokens, heads, columns = pool.shape
-    count = scratch.numel() // (tokens * heads * columns)
-    pages = scratch[: count * tokens * heads * columns].view(count, heads, tokens, columns)
-    return pages.transpose(1, 2)
 
 
 def _multiprocessors(x: torch.Tensor) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flashcore
-from flashcore import append
+from flashcore import append, triton_compiler
 
 HEADS, DIM, V_DIM, PAGES, TOKENS = 2, 16, 8, 12, 4
 
@@ -102,8 +102,10 @@ def test_what_the_kernel_compiles_with_is_told_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(append, "find_spec", lambda name: object() if triton else None)
-    monkeypatch.setattr(append.shutil, "which", lambda name: "/bin/cc" if compiler else None)
+    monkeypatch.setattr(triton_compiler, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(
+        triton_compiler.shutil, "which", lambda name: "/bin/cc" if compiler else None
+    )
     append.can_compile.cache_clear()
     try:
         assert append.can_compile() == append.can_compile() == (not missing)

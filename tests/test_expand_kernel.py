@@ -19,9 +19,8 @@ def cast(data, source, target, rounding):
 interpreter._convert_float = cast
 for case in cases():
     pool = pool_of(case, "cpu")
-    target = expand_kernel.scratch_pages(
-        torch.full((4 * pool[0].numel(),), 7.0, dtype=torch.float16), pool
-    )
+    shape = (4, case.heads, case.page_tokens, case.columns)
+    target = torch.full(shape, 7.0, dtype=torch.float16).transpose(1, 2)
     pages = torch.tensor([*case.picked, 99], dtype=torch.int32)  # the last one is not looked at
     count = torch.tensor([len(case.picked)], dtype=torch.int32)
     expand_kernel.expand(pool, pages, count, target)

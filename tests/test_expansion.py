@@ -56,7 +56,8 @@ def test_a_window_leaves_less_to_convert():
     assert reads.under(RULES._replace(window_left=1 << 20)) == reads
     narrow = reads.under(RULES._replace(window_left=127))
     assert narrow.block_tokens == 64 * (128 + 32), "the window, and the tokens of a block's rows"
-    assert is_worth(reads, PROBLEM) and not is_worth(narrow, PROBLEM)
+    assert is_worth(reads, PROBLEM)
+    assert not is_worth(narrow, PROBLEM)
     both = Rules(1.0, window_left=127, window_right=10)
     assert reads.under(both).block_tokens == 64 * (128 + 10 + 32)
     assert reads.under(Rules(1.0, window_left=127)) == reads, "open to the right"
@@ -90,10 +91,10 @@ def test_what_is_asked_for_and_cannot_be():
 def test_a_forced_plan_expands_under_any_rules():
     narrow = RULES._replace(window_left=127)
     chosen, forced = (long_prefill(2048, 32768, expand=expand) for expand in (None, True))
-    assert chosen.expansion.serves(RULES, PROBLEM)
-    assert not chosen.expansion.serves(narrow, PROBLEM)
-    assert forced.expansion.serves(narrow, PROBLEM)
-    assert not long_prefill(1, 32768).expansion.serves(RULES, PROBLEM)
+    assert chosen.expansion.serves(RULES, 2048)
+    assert not chosen.expansion.serves(narrow, 2048)
+    assert forced.expansion.serves(narrow, 2048)
+    assert not long_prefill(1, 32768).expansion.serves(RULES, 2048)
 
 
 def test_stats_say_what_and_why():
@@ -121,10 +122,11 @@ def test_places_are_those_of_the_pages(batch: Batch):
         return
     assert found.way is Way.EXPANDED
     assert found.pages.tolist() == sorted(set(plan.cols[read].tolist()))
-    assert int(found.count) == found.pages.numel()
-    assert found.cols.dtype == found.pages.dtype == found.count.dtype == torch.int32
+    assert int(found.page_count) == found.pages.numel()
+    assert found.cols.dtype == found.pages.dtype == found.page_count.dtype == torch.int32
     assert torch.equal(found.pages[found.cols.long()][read], plan.cols[read])
-    assert int(found.cols.min()) >= 0 and int(found.cols.max()) < found.pages.numel()
+    assert int(found.cols.min()) >= 0
+    assert int(found.cols.max()) < found.pages.numel()
 
 
 def test_what_blocks_read_is_counted_as_a_causal_mask_leaves_it():

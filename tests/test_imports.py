@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "flashcore"
 # From the ground up: a module imports those of its own floor and of floors below.
 FLOORS = (
     ("contract", "validate", "kv_checks", "remembered", "tree", "problem", "names"),
+    ("triton_compiler", "expand_kernel"),
     ("jit",),
     ("dispatch",),  # finds providers by name
     ("pager",),

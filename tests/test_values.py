@@ -38,6 +38,7 @@ MANY = {
     "integrations.transformers.mask.attention_spans",
     # the contract of Triton
     "append_kernel._scatter",
+    "expand_kernel._expand",
     "serving.page_table_kernel._fill",
     # the specification, as plain as it can be
     "reference.sequence_attention",
@@ -132,10 +133,11 @@ def test_a_plan_knows_its_problem_and_hands_on_its_tensors() -> None:
     )
     assert plan.to("cpu").problem == plan.problem
     assert plan.stats().problem == plan.problem
-    tensors, numbers, counts, workspace = plan.planned
+    tensors, numbers, counts, workspace, expansion = plan.planned
     assert all(getattr(plan, name) is value for name, value in tensors._asdict().items())
     assert all(getattr(plan, name) == value for name, value in numbers._asdict().items())
     assert counts is workspace is None
+    assert expansion is plan.expansion is not None
 
 
 def test_a_device_plan_does_too() -> None:
@@ -151,7 +153,7 @@ def test_a_device_plan_does_too() -> None:
     )
     for plan in (planner.plan, planner.variant(tile_m=128).plan):
         assert plan.problem == Problem(8, 2, 64, 64, 16, 1)
-        tensors, numbers, counts, workspace = plan.planned
+        tensors, numbers, counts, workspace, _ = plan.planned
         assert all(getattr(plan, name) is value for name, value in tensors._asdict().items())
         assert numbers == (len(plan.partial_lse), True, plan.tile_m, False)
         assert counts is plan.counts

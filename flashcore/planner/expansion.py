@@ -82,6 +82,11 @@ def is_worth(reads: Reads, problem: Problem) -> bool:
     return converting > EXPAND_COST * reads.distinct_tokens * elements + LAUNCH_COST
 
 
+def may_be_worth(total_q: int, problem: Problem) -> bool:
+    """Whether so many query tokens can make it worth: no page is read by more row blocks."""
+    return CONVERT_COST * total_q * problem.group_size > EXPAND_COST * ROWS
+
+
 def expanded_bytes(pages: int, problem: Problem) -> int:
     """Scratch for K and V of so many pages, all KV heads, 16 bits an element."""
     columns = problem.head_dim + problem.v_head_dim
@@ -91,28 +96,52 @@ def expanded_bytes(pages: int, problem: Problem) -> int:
 class Expansion(NamedTuple):
     """The way of a plan's fp8 pages and, where it is to expand them, int32 tensors.
 
-    pages: [num_pages] page ids, each once. count: [1] num_pages. cols: as the plan's, with places
-    in `pages`; entries that no work item reads have any.
+    pages: [num_pages] page ids, each once. page_count: [1] num_pages. cols: as the plan's, with
+    places in `pages`; entries that no work item reads have any.
     forced: whatever it costs.
+    scratch: fp16 [n] for K and V of these pages; None: taken for each call.
+    counts, converted_counts: of a plan made on the device (`DevicePlan.counts`), which decides what
+        is to be done: in one of them there is no work item.
     """
 
     way: Way
+    problem: Problem
     reads: Reads
     forced: bool = False
     pages: torch.Tensor | None = None
-    count: torch.Tensor | None = None
+    page_count: torch.Tensor | None = None
     cols: torch.Tensor | None = None
+    scratch: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    converted_counts: torch.Tensor | None = None
 
-    def serves(self, rules: Rules, problem: Problem) -> bool:
-        """Whether a call with these rules expands."""
-        if self.way is not Way.EXPANDED:
-            return False
-        return self.forced or is_worth(self.reads.under(rules), problem)
+    def serves(self, rules: Rules, total_q: int) -> bool:
+        """Whether a call with these rules and so many query tokens expands, or may."""
+        if self.way is not Way.EXPANDED or self.forced:
+            return self.forced
+        if self.counts is None:
+            return is_worth(self.reads.under(rules), self.problem)
+        return may_be_worth(total_q, self.problem) and not rules.windowed
+
+    @property
+    def list(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """pages and page_count."""
+        assert self.pages is not None
+        assert self.page_count is not None
+        return self.pages, self.page_count
 
     def to(self, device: torch.device) -> Expansion:
-        tensors = ("pages", "count", "cols")
-        moved = {name: getattr(self, name) for name in tensors}
-        return self._replace(**{n: x if x is None else x.to(device) for n, x in moved.items()})
+        """The same on another device."""
+
+        def moved(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.to(device)
+
+        tensors = {
+            "pages": moved(self.pages),
+            "page_count": moved(self.page_count),
+            "cols": moved(self.cols),
+        }
+        return self._replace(**tensors)  # type: ignore[arg-type]
 
 
 class Tables(NamedTuple):
@@ -140,17 +169,17 @@ def expansion_of(
     reads = _reads(tables, problem, tile_m)
     forced = expand is True
     if expand is False:
-        return Expansion(Way.REFUSED, reads)
+        return Expansion(Way.REFUSED, problem, reads)
     # No distinct token is read by more row blocks than there are.
     if not forced and not is_worth(reads, problem):
-        return Expansion(Way.CONVERTED, reads)
+        return Expansion(Way.CONVERTED, problem, reads)
     used = tables.cols[_entries_read(tables)]
     if used.numel() == 0:
-        return Expansion(Way.CONVERTED, reads)
+        return Expansion(Way.CONVERTED, problem, reads)
     pages = torch.unique(used)
     reads = reads._replace(distinct_tokens=pages.numel() * problem.page_tokens)
     if not forced and not is_worth(reads, problem):
-        return Expansion(Way.CONVERTED, reads)
+        return Expansion(Way.CONVERTED, problem, reads)
     size = expanded_bytes(pages.numel(), problem)
     if size > EXPANSION_BYTES:
         if forced:
@@ -158,10 +187,11 @@ def expansion_of(
                 f"expand=True: {pages.numel()} distinct pages of 16 bits take {size} bytes, at "
                 f"most {EXPANSION_BYTES} may be taken; use None or False"
             )
-        return Expansion(Way.NO_ROOM, reads)
+        return Expansion(Way.NO_ROOM, problem, reads)
     places = torch.searchsorted(pages, tables.cols).clamp(max=pages.numel() - 1)
     count = torch.tensor([pages.numel()], dtype=torch.int32, device=pages.device)
-    return Expansion(Way.EXPANDED, reads, forced, pages.int(), count, places.int())
+    found = pages.int(), count, places.int()
+    return Expansion(Way.EXPANDED, problem, reads, forced, *found)
 
 
 def _reads(tables: Tables, problem: Problem, tile_m: int) -> Reads:

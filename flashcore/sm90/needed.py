@@ -16,12 +16,14 @@ from flashcore.sm90.families import MERGE, PAGED, PLANNER
 @dataclass(frozen=True)
 class Attached:
     """What a paged call brings besides q and the pool. dtype: "bf16" or "fp16", of both; kv_dtype:
-    "e4m3" or "e5m2" where the pool is fp8, with a `Problem` of itemsize 1."""
+    "e4m3" or "e5m2" where the pool is fp8, with a `Problem` of itemsize 1. expanded: in place of it
+    where such pages have been expanded."""
 
     dtype: str = "bf16"
     sinks: bool = False
     tree_mask: bool = False
     kv_dtype: str = ""
+    expanded: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def call_of(problem: Problem, rules: Rules, attached: Attached, on_device: bool)
         tree=attached.tree_mask,
         device_counts=on_device,
         kv_dtype=attached.kv_dtype,
+        expanded=attached.expanded,
     )
 
 

@@ -39,7 +39,7 @@ def _operands(config: PagedConfig) -> Paged:
 
     c = config
     dtype = element_of(c.dtype)
-    of_pages = Uint8 if c.kv_dtype else dtype
+    of_pages = Uint8 if c.kv_dtype else element_of("fp16") if c.expanded else dtype
     total_q, partials, heads = cute.sym_int(), cute.sym_int(), cute.sym_int()
     pages, kv_heads = cute.sym_int(), cute.sym_int()
     gathered = cute.sym_int()
@@ -59,8 +59,8 @@ def _operands(config: PagedConfig) -> Paged:
         tree_mask=matrix(Uint8, total_q, cute.sym_int(), 1) if c.tree else None,
         tree_positions=vector(Int32, total_q) if c.tree and c.window else None,
         sinks=vector(Float32, heads) if c.sinks else None,
-        k_scale=any_stride(Float32, kv_heads) if c.kv_dtype else None,
-        v_scale=any_stride(Float32, kv_heads) if c.kv_dtype else None,
+        k_scale=any_stride(Float32, kv_heads) if c.scaled else None,
+        v_scale=any_stride(Float32, kv_heads) if c.scaled else None,
         counter=vector(Int32, 2),
         counts=vector(Int32, int(Count.SIZE)) if c.device_counts else None,
         softmax_scale=Float32(1.0),

@@ -70,6 +70,8 @@ class PagedConfig:
     wide_v_stages: int = 0
     converting_warps: int = 0  # of the producer warpgroup, its last
     converted_rows: int = 0  # that one of them converts at a time: a tile, or part of one
+    expanded: bool = False  # pages are fp16, widened from fp8 before: all is as of these but that
+    # nothing is converted
 
     @property
     def tile_m(self) -> int:
@@ -114,6 +116,11 @@ class PagedConfig:
         """Stages of K and of V that products read."""
         wide = self.wide_k_stages, self.wide_v_stages
         return wide if self.kv_dtype else (self.stages, self.stages)
+
+    @property
+    def scaled(self) -> bool:
+        """What pages hold is of fp8: products are of fp16, and K and V have scales."""
+        return self.expanded or self.kv_dtype != ""
 
     @property
     def converted_parts(self) -> int:
@@ -212,6 +219,7 @@ def _conversion_rules(c: PagedConfig) -> tuple[tuple[bool, str], ...]:
             (not c.q_registers, "Q goes to registers where pages are fp8"),
         )
     return (
+        (not c.expanded, "expanded pages are not of fp8"),
         (c.kv_dtype in KV_DTYPES, f"kv_dtype {c.kv_dtype!r} is not one of {KV_DTYPES}"),
         *(
             (dim % NARROW_DIM_STEP == 0, f"{name} of fp8 pages: a multiple of 16, got {dim}")
@@ -258,6 +266,7 @@ class PagedCall(NamedTuple):
     device_counts: bool = False
     chunked: bool = False
     kv_dtype: str = ""
+    expanded: bool = False
 
 
 def choose(call: PagedCall, tile_m: int) -> PagedConfig:
@@ -286,6 +295,7 @@ def choose(call: PagedCall, tile_m: int) -> PagedConfig:
         kv_load=kv_load,
         **schedule,
         kv_dtype=call.kv_dtype,
+        expanded=call.expanded,
         evict_first=tile_m == WARPGROUP_ROWS,
         causal=call.causal and not call.tree,
         window=call.window,

@@ -3,7 +3,8 @@
     plan's tensors ─► attention over the work list ─► partial results ─► merge ─► out, lse
 
 Two launches on torch's current stream (one where no result is partial), no synchronisation, so
-calls can be captured in a CUDA graph. Arguments are taken as already checked (flashcore.validate).
+calls can be captured in a CUDA graph. Where fp8 pages are expanded (`launch.expand`), attention
+reads what was made of them. Arguments are taken as already checked (flashcore.validate).
 A `PagedLaunch` may be kept with its plan and called again; `flashcore.api` does so.
 """
 
@@ -21,6 +22,7 @@ from flashcore.jit.beside import compile_beside
 from flashcore.jit.cache import shared_cache
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.load import CompiledFunction, prepared
+from flashcore.planner.expansion import Expansion
 from flashcore.planner.types import Planned
 from flashcore.problem import NO_EXTRAS, Extras, KVPool, Rules
 from flashcore.sm90.available import sm_count
@@ -33,6 +35,7 @@ from flashcore.sm90.config.paged import (
     choose_merge,
 )
 from flashcore.sm90.families import MERGE, PAGED
+from flashcore.sm90.launch import expand
 from flashcore.sm90.launch.allocate import Allocate, Buffer, allocator, contiguous
 from flashcore.sm90.launch.streams import (
     current_device,
@@ -76,7 +79,8 @@ class PagedLaunch:
     raises ValueError or TypeError.
     """
 
-    attend: CompiledFunction | None  # None: no work
+    attend: CompiledFunction | None  # on pages as they lie; None: no work
+    expanded: expand.Expanded | None  # what there is of work on pages that are expanded before
     merge: CompiledFunction | None  # None: every result is direct
     device: torch.device
     other_devices: bool  # in this process; without them the device is always the current one
@@ -113,14 +117,17 @@ class PagedLaunch:
             out = None if out is None else tma_ready("out", out)
         if out is None:
             out = self.allocate(*self.out)
-        if self.attend is None and self.merge is None:
+        if self.attend is None and self.merge is None and self.expanded is None:
             return out, (self.allocate(*self.lse) if self.return_lse else None)
         stream = lasting_stream(self.device.index)
         found = None if stream is None else self.kept.get((stream, get_ident()))
         lse, partial_out, partial_lse, scratch = found or self._buffers(stream)
         if self.return_lse:
             lse = self.allocate(*self.lse)
+        wide = None
         if self.fp8_heads:
+            if self.expanded is not None:
+                wide = self.expanded.pages(k_pages, v_pages)
             if k_pages.dtype is not v_pages.dtype:  # as bytes they would be taken
                 raise TypeError(f"k_pages are {k_pages.dtype} and v_pages {v_pages.dtype}")
             k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
@@ -135,6 +142,28 @@ class PagedLaunch:
                 tree_mask = tree_mask.clone(memory_format=torch.contiguous_format)
             mask, width = tree_mask.view(torch.uint8), tree_mask.shape[1]
         # As `contract.operands` has them; built by their names they would cost a microsecond.
+        counts = self.counts
+        if wide is not None:
+            assert self.expanded is not None
+            counts = self.expanded.converted_counts
+            self.expanded.attend(
+                q,
+                *wide,
+                out,
+                lse,
+                partial_out,
+                partial_lse,
+                self.expanded.cols,
+                *self.plan[1:],
+                mask,
+                positions,
+                sinks,
+                k_scale,
+                v_scale,
+                scratch,
+                self.expanded.counts,
+                *self.scalars,
+            )
         if self.attend is not None:
             self.attend(
                 q,
@@ -151,7 +180,7 @@ class PagedLaunch:
                 k_scale,
                 v_scale,
                 scratch,
-                self.counts,
+                counts,
                 *self.scalars,
             )
         if self.merge is not None:
@@ -197,7 +226,7 @@ def paged_launch(
     """The launches of `paged_attention` for such tensors; only the plan's are kept."""
     if q.dtype not in DTYPE_NAMES:
         raise NotImplementedError(f"q has dtype {q.dtype}; the Hopper kernel takes bf16 and fp16")
-    tensors, numbers, counts, workspace = planned
+    tensors, numbers, counts, workspace, expansion = planned
     total_q, heads, _ = q.shape
     tree_window = None
     if extras.tree_mask is not None:
@@ -205,7 +234,13 @@ def paged_launch(
         if rules.window_left >= 0:
             total = total_q if counts is None else counts[int(Count.TOTAL_Q)]
             tree_window = TreeWindow(tensors.q_index, total, rules.window_left)
-    config = _config(q, kv, planned, rules, extras)
+    call = _call(q, kv, planned, rules, extras)
+    config = _choose(call, numbers.tile_m)
+    expanded = None
+    if expansion is not None and _expands(call, planned, expansion, rules, total_q):
+        wide = _choose(call._replace(kv_dtype="", expanded=True), numbers.tile_m)
+        expanded = expand.expanded_launch(_function(wide), kv, expansion, allocator(q.device))
+    converts = expanded is None or counts is not None  # on the device either is found to do nothing
     # After the choice: a head_dim without kernels mostly has strides that TMA cannot take, too.
     ready = _ready(q, kv.k, kv.v)
     partials, v_dim = None, kv.v.shape[3]
@@ -225,10 +260,11 @@ def paged_launch(
         merge_partials = tensors.merge_offsets
     ctas = min(num_items, config.ctas_per_sm * sm_count(q.device))
     out_ready = out is None or tma_ready("out", out) is out
-    if num_items and merge is not None and config not in _functions:
+    if num_items and converts and merge is not None and config not in _functions:
         compile_beside(shared_cache(), Kernel(PAGED, config), [Kernel(MERGE, merge)])
     return PagedLaunch(
-        attend=_function(config) if num_items else None,
+        attend=_function(config) if num_items and converts else None,
+        expanded=expanded,
         merge=None if merge is None else _function(merge),
         device=q.device,
         other_devices=torch.cuda.device_count() > 1,
@@ -282,10 +318,17 @@ def paged_attention(
     return out, lse
 
 
-def _config(
-    q: torch.Tensor, kv: KVPool, planned: Planned, rules: Rules, extras: Extras
-) -> PagedConfig:
-    call = PagedCall(
+def _expands(
+    call: PagedCall, planned: Planned, expansion: Expansion, rules: Rules, total_q: int
+) -> bool:
+    """Whether a call is on expanded pages, or may be found to be on the device."""
+    if not (call.kv_dtype and total_q and planned.tensors.work.shape[0]):
+        return False
+    return expansion.serves(rules, total_q) and expand.can_expand(expansion.forced)
+
+
+def _call(q: torch.Tensor, kv: KVPool, planned: Planned, rules: Rules, extras: Extras) -> PagedCall:
+    return PagedCall(
         DTYPE_NAMES[q.dtype],
         q.shape[2],
         kv.k.shape[1],
@@ -300,7 +343,6 @@ def _config(
         chunked=planned.numbers.batch_invariant,
         kv_dtype=FP8_NAMES.get(kv.k.dtype, ""),
     )
-    return _choose(call, planned.numbers.tile_m)
 
 
 def _merge_config(

@@ -78,7 +78,7 @@ class ChunkedConsumer:
             slot_phase ^= 1
             rows = row_intervals(c, m, item, window, thread_row)
             of_item, v_scale = scale, Float32(1.0)
-            if const_expr(c.kv_dtype):
+            if const_expr(c.scaled):
                 of_item = convert.item_scale(c, scale, m, item.kv_head)
                 v_scale = m.v_scale[item.kv_head]
             frag.accO.fill(0.0)
@@ -138,7 +138,7 @@ def close(config: cutlass.Constexpr[PagedConfig], frag: Fragments, scale: Scale,
     out = matmul.acc_rows_cols(frag.accO)
     for r in cutlass.range_constexpr(ROWS):
         factor, lse = fold.close(frag.row_max[r], quad_sum(frag.row_sum[r]), scale.log2)
-        if const_expr(config.kv_dtype):
+        if const_expr(config.scaled):
             factor = fold.mul(factor, v_scale)
         for col in cutlass.range_constexpr(cute.size(out, mode=[1])):
             out[r, col] = fold.mul(out[r, col], factor)

@@ -31,7 +31,7 @@ def store_rows(
     """Normalise this thread's two rows; write them to the output or to the partial results."""
     out = matmul.acc_rows_cols(frag.accO)
     v_scale = Float32(1.0)
-    if const_expr(c.kv_dtype != "" and not c.chunked):  # chunks have been multiplied
+    if const_expr(c.scaled and not c.chunked):  # chunks have been multiplied
         v_scale = m.v_scale[item.kv_head]
     columns = const_expr((c.v_head_dim + 31) // 32 * 8)  # of a thread: what `store_row` takes
     for r in cutlass.range_constexpr(2):
@@ -50,7 +50,7 @@ def store_rows(
                 factor, lse = fold.finish(frag.row_max[r], total, sink, c.sinks)
             else:
                 factor, lse = finalize(frag.row_max[r], total, scale.log2, sink, c.sinks)
-            if const_expr(c.kv_dtype != "" and not c.chunked):
+            if const_expr(c.scaled and not c.chunked):
                 factor = factor * v_scale
             rO = cute.make_rmem_tensor(columns, dtype)
             for col in cutlass.range_constexpr(columns):
@@ -64,7 +64,7 @@ def store_rows(
                 factor, lse = fold.finish(frag.row_max[r], total, Float32(0.0), False)
             else:
                 factor, lse = finalize(frag.row_max[r], total, scale.log2, Float32(0.0), False)
-            if const_expr(c.kv_dtype != "" and not c.chunked):
+            if const_expr(c.scaled and not c.chunked):
                 factor = factor * v_scale
             first = item.row_begin // c.group_size
             partial = item.partial + packed // c.group_size - first

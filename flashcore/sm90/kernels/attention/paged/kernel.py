@@ -68,7 +68,7 @@ class PagedAttention(chunks.ChunkedConsumer):
             raise ValueError(reason)
         self.config = config
         self.out_dtype = {"bf16": BFloat16, "fp16": Float16}[config.dtype]
-        self.dtype = Float16 if config.kv_dtype else self.out_dtype  # of the products
+        self.dtype = Float16 if config.scaled else self.out_dtype  # of the products
         self.warpgroups = config.num_consumer_warpgroups
 
     @cute.jit
@@ -329,7 +329,7 @@ class PagedAttention(chunks.ChunkedConsumer):
             slot_phase ^= 1
             rows = row_intervals(c, m, item, window, thread_row)
             of_item = scale
-            if const_expr(c.kv_dtype):
+            if const_expr(c.scaled):
                 of_item = convert.item_scale(c, scale, m, item.kv_head)
             frag.accO.fill(0.0)
             frag.row_max.fill(-Float32.inf)

@@ -1,0 +1,109 @@
+"""Expansion in a launch: fp8 pages as fp16 in scratch, where the plan's work list reads them.
+
+    pool ── Expansion.pages ──► scratch ─► attention over Expansion.cols
+
+Where the host has decided (`flashcore.plan`) this is all there is. Where the device decides
+(`DevicePlanner`) the converting kernel is launched as well, and one of the two finds no work item.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+
+from flashcore import triton_compiler
+from flashcore.jit.load import CompiledFunction, prepared
+from flashcore.planner.expansion import Expansion
+from flashcore.problem import KVPool
+from flashcore.sm90.launch.allocate import Allocate, contiguous
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expanded:
+    """What of a launch is on expanded pages. It takes pools of the shapes, dtype and device it was
+    made for; for others it raises ValueError."""
+
+    attend: CompiledFunction
+    cols: Any  # as `load.prepared` has it
+    counts: Any  # of the work list, where the device decides
+    converted_counts: Any  # those of the converting kernel beside it
+    expansion: Expansion
+    num_pages: int  # of the scratch
+    pools: tuple[tuple[Any, ...], ...]  # what `_kind_of` says of K and of V
+    allocate: Allocate
+
+    def pages(
+        self, k_pages: torch.Tensor, v_pages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the expansion's pages, in fp16: launches, nothing is awaited."""
+        from flashcore.expand_kernel import expand
+
+        kinds = _kind_of(k_pages), _kind_of(v_pages)
+        if kinds != self.pools:
+            raise ValueError(f"k_pages and v_pages are {kinds}, the launch is for {self.pools}")
+        found = []
+        scratch, expansion = self.expansion.scratch, self.expansion
+        for pool in (k_pages, v_pages):
+            _, tokens, heads, columns = pool.shape
+            # Heads outside of tokens: what is read at a time, rows of one head, is one piece.
+            shape = (self.num_pages, heads, tokens, columns)
+            if scratch is None:
+                own = self.allocate(*contiguous(shape, torch.float16))
+            else:
+                elements = prod(shape)
+                own, scratch = scratch[:elements].view(shape), scratch[elements:]
+            target = own.transpose(1, 2)
+            expand(pool, *expansion.list, target)
+            found.append(target)
+        return found[0], found[1]
+
+
+def expanded_launch(
+    attend: CompiledFunction, kv: KVPool, expansion: Expansion, allocate: Allocate
+) -> Expanded:
+    """The part of a launch on expanded pages, whose kernel is `attend`."""
+    return Expanded(
+        attend=attend,
+        cols=prepared(expansion.cols),
+        counts=prepared(expansion.counts),
+        converted_counts=prepared(expansion.converted_counts),
+        expansion=expansion,
+        num_pages=expansion.list[0].numel(),
+        pools=(_kind_of(kv.k), _kind_of(kv.v)),
+        allocate=allocate,
+    )
+
+
+def can_expand(forced: bool) -> bool:
+    """Whether the expanding kernel can be compiled. What is missing is told once; where it was
+    asked for, NotImplementedError."""
+    missing = _missing()
+    if missing is not None and forced:
+        raise NotImplementedError(
+            f"expand=True: fp8 pages are expanded by a Triton kernel, and {missing}"
+        )
+    return missing is None
+
+
+@cache
+def _missing() -> str | None:
+    missing = triton_compiler.missing()
+    if missing is not None:
+        logger.warning(
+            "flashcore.paged_attention converts fp8 pages for each row block, in long prefills too:"
+            " to expand them once it needs Triton and a C compiler (cc, gcc, clang or CC), and %s",
+            missing,
+        )
+    return missing
+
+
+def _kind_of(pool: torch.Tensor) -> tuple[Any, ...]:
+    """What must stay the same from call to call."""
+    return (tuple(pool.shape), pool.dtype, pool.device, pool.stride(-1))

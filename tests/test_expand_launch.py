@@ -1,0 +1,167 @@
+"""Launches on expanded fp8 pages, with stand-ins for kernels: which run, and what they are given."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import flashcore
+from flashcore.planner.expansion import Way
+from flashcore.sm90.launch import expand as launch_expand
+from tests.test_runtime_launch_paged import Recorder, recorder  # noqa: F401
+
+HEADS, KV_HEADS, DIM, PAGE, TOKENS = 8, 2, 128, 64, 256
+E4M3 = torch.float8_e4m3fn
+
+
+@pytest.fixture
+def expanding(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Triton is here, and its kernel is torch; the pools that it was given."""
+    pools: list[torch.Tensor] = []
+
+    def expand(pool: Any, pages: Any, count: Any, target: Any) -> None:
+        pools.append(pool)
+        ids = pages[: int(count)].long()
+        target[: int(count)] = pool.view(torch.uint8)[ids].view(pool.dtype).to(target.dtype)
+
+    module = ModuleType("flashcore.expand_kernel")
+    module.expand = expand  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashcore.expand_kernel", module)
+    monkeypatch.setattr(launch_expand, "_missing", lambda: None)
+    return pools
+
+
+def prefill(expand: bool | None, queries: int = 64) -> dict[str, Any]:
+    """Two sequences with a common page and three of their own, pages of fp8."""
+    table = torch.tensor([[7, 1, 2, 3], [7, 4, 6, 0]], dtype=torch.int32)
+    lengths = torch.full((2,), TOKENS)
+    plan = flashcore.plan(
+        flashcore.layout_from_page_table(table, lengths, page_tokens=PAGE),
+        q_lens=[queries] * 2,
+        num_q_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        page_tokens=PAGE,
+        itemsize=1,
+        tile_m=64,
+        expand=expand,
+    )
+    q = torch.zeros(2 * queries, HEADS, DIM, dtype=torch.bfloat16)
+    k, v = (torch.randn(8, PAGE, KV_HEADS, DIM).to(E4M3) for _ in range(2))
+    scales = {"k_scale": torch.tensor(0.5), "v_scale": torch.ones(KV_HEADS)}
+    return {"q": q, "k_pages": k, "v_pages": v, "plan": plan, **scales}
+
+
+def wide(pool: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+    """What expanded pages must hold."""
+    return pool.view(torch.uint8)[given["plan"].expansion.pages.long()].view(E4M3).half()
+
+
+def test_attention_runs_on_expanded_pages_alone(
+    recorder: Recorder,  # noqa: F811
+    expanding: list[torch.Tensor],
+) -> None:
+    given = prefill(True)
+    flashcore.paged_attention(**given)
+    assert [name for name, _ in recorder.calls] == ["paged", "merge"][: len(recorder.calls)]
+    (config,) = {k.config for k in recorder.kernels if k.family.name == "paged"}
+    assert (config.expanded, config.kv_dtype, config.dtype) == (True, "", "bf16")
+    _, k, v, *_ = attention = recorder.calls[0][1]
+    assert torch.equal(k, wide(given["k_pages"], given))
+    assert torch.equal(v, wide(given["v_pages"], given))
+    assert any(x is given["plan"].expansion.cols for x in attention)
+    assert not any(x is given["plan"].cols for x in attention)
+    assert any(x is given["v_scale"] for x in attention)
+    assert [x is y for x, y in zip(expanding, (given["k_pages"], given["v_pages"]), strict=True)]
+
+
+def test_a_call_expands_anew_what_its_pages_hold(
+    recorder: Recorder,  # noqa: F811
+    expanding: list[torch.Tensor],
+) -> None:
+    """The next layer's, by the launch that is remembered."""
+    given = prefill(True)
+    flashcore.paged_attention(**given)
+    other = {name: torch.randn(8, PAGE, KV_HEADS, DIM).to(E4M3) for name in ("k_pages", "v_pages")}
+    flashcore.paged_attention(**{**given, **other})
+    assert len(given["plan"].launches) == 1
+    calls = [arguments for name, arguments in recorder.calls if name == "paged"]
+    assert torch.equal(calls[1][1], wide(other["k_pages"], given))
+    assert len(expanding) == 4
+
+
+def test_without_it_the_kernel_converts(
+    recorder: Recorder,  # noqa: F811
+    expanding: list[torch.Tensor],
+) -> None:
+    for expand, queries in ((False, 64), (None, 1)):
+        given = prefill(expand, queries)
+        assert given["plan"].expansion.way is not Way.EXPANDED
+        flashcore.paged_attention(**given)
+    assert {k.config.kv_dtype for k in recorder.kernels if k.family.name == "paged"} == {"e4m3"}
+    assert not expanding
+
+
+def test_pages_of_16_bits_are_left_alone(
+    recorder: Recorder,  # noqa: F811
+    expanding: list[torch.Tensor],
+) -> None:
+    given = prefill(True)
+    pools = {name: given[name].to(torch.bfloat16) for name in ("k_pages", "v_pages")}
+    pools |= {"k_scale": None, "v_scale": None}
+    flashcore.paged_attention(**{**given, **pools})
+    assert not expanding
+    assert recorder.calls[0][1][1] is pools["k_pages"]
+
+
+def test_checks_stay_after_a_good_call(
+    recorder: Recorder,  # noqa: F811
+    expanding: list[torch.Tensor],
+) -> None:
+    """Of all that the compiled function does not see."""
+    given = prefill(True)
+    flashcore.paged_attention(**given)
+    fp8 = given["v_pages"]
+    bad: list[tuple[Any, str]] = [
+        ([1.0], "v_pages must be a torch.Tensor"),
+        (fp8.view(torch.float8_e5m2), "v_pages must have the dtype of k_pages"),
+        (fp8.to(torch.bfloat16), "v_pages must have the dtype of k_pages"),
+        (fp8[:7], "v_pages must have at least 8 pages"),
+        (fp8[:, :32], "v_pages must have the plan's"),
+        (fp8.view(torch.uint8).repeat(1, 1, 1, 2).view(E4M3)[..., ::2], "contiguous last axis"),
+        (fp8.to("meta"), "v_pages must be on the device"),
+    ]
+    for v_pages, message in bad:
+        with pytest.raises((TypeError, ValueError), match=message):
+            flashcore.paged_attention(**{**given, "v_pages": v_pages})
+    assert len(expanding) == 2
+    more = torch.cat([fp8, fp8])  # a larger pool is no mistake
+    flashcore.paged_attention(**{**given, "v_pages": more})
+    paged = [arguments for name, arguments in recorder.calls if name == "paged"]
+    assert torch.equal(paged[-1][2], wide(more, given))
+
+
+def test_without_triton_pages_are_converted_and_it_is_told_once(
+    recorder: Recorder,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(launch_expand.triton_compiler, "missing", lambda: "Triton is not here")
+    launch_expand._missing.cache_clear()
+    try:
+        with pytest.raises(NotImplementedError, match=r"expand=True: .*and Triton is not here"):
+            flashcore.paged_attention(**prefill(True))
+        for _ in range(2):
+            given = prefill(True)
+            chosen = given["plan"].expansion._replace(forced=False)
+            object.__setattr__(given["plan"], "expansion", chosen)
+            monkeypatch.setattr("flashcore.planner.expansion.is_worth", lambda *_: True)
+            flashcore.paged_attention(**given)
+    finally:
+        launch_expand._missing.cache_clear()
+    assert {k.config.kv_dtype for k in recorder.kernels if k.family.name == "paged"} == {"e4m3"}
+    assert [x.levelname for x in caplog.records] == ["WARNING"]
