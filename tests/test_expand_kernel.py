@@ -32,3 +32,27 @@ print(len(cases()))
 @needs_triton
 def test_every_case_in_the_interpreter() -> None:
     assert run(SCRIPT, TRITON_INTERPRET="1") > 50
+
+
+PLANS = """
+import torch
+from flashcore.expand_plan_kernel import plan_expansion
+from flashcore.planner import expansion
+from tests.expansion_cases import ABSURD, assert_expansion, at_capacity, plans, room
+
+found = plans()
+for plan in found:
+    pages = expansion.EXPANSION_BYTES // expansion.expanded_bytes(1, plan.problem)
+    tensors, counts = at_capacity(plan, "cpu")
+    filled = room(plan, pages, "cpu")
+    scratch = torch.full((plan.num_pages,), ABSURD, dtype=torch.int32)
+    for _ in range(2):  # nothing is left of the last time
+        plan_expansion(tensors, counts, filled, scratch, plan.tile_m)
+        assert_expansion(filled, plan, counts)
+print(len({int(plan.expansion.way) for plan in found}))
+"""
+
+
+@needs_triton
+def test_a_plan_made_on_the_device_has_the_expansion_of_one_made_on_the_host() -> None:
+    assert run(PLANS, TRITON_INTERPRET="1") == 3

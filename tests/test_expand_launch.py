@@ -1,4 +1,4 @@
-"""Launches on expanded fp8 pages, with stand-ins for kernels: which run, and what they are given."""
+"""Launches on expanded fp8 pages, with stand-ins for kernels: which run, and what they get."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def prefill(expand: bool | None, queries: int = 64) -> dict[str, Any]:
 
 def wide(pool: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
     """What expanded pages must hold."""
-    return pool.view(torch.uint8)[given["plan"].expansion.pages.long()].view(E4M3).half()
+    return pool.view(torch.uint8)[given["plan"].expansion.places.pages.long()].view(E4M3).half()
 
 
 def test_attention_runs_on_expanded_pages_alone(
@@ -73,7 +73,7 @@ def test_attention_runs_on_expanded_pages_alone(
     _, k, v, *_ = attention = recorder.calls[0][1]
     assert torch.equal(k, wide(given["k_pages"], given))
     assert torch.equal(v, wide(given["v_pages"], given))
-    assert any(x is given["plan"].expansion.cols for x in attention)
+    assert any(x is given["plan"].expansion.places.cols for x in attention)
     assert not any(x is given["plan"].cols for x in attention)
     assert any(x is given["v_scale"] for x in attention)
     assert [x is y for x, y in zip(expanding, (given["k_pages"], given["v_pages"]), strict=True)]

@@ -121,12 +121,17 @@ def test_places_are_those_of_the_pages(batch: Batch):
         assert found.way is Way.CONVERTED
         return
     assert found.way is Way.EXPANDED
-    assert found.pages.tolist() == sorted(set(plan.cols[read].tolist()))
-    assert int(found.page_count) == found.pages.numel()
-    assert found.cols.dtype == found.pages.dtype == found.page_count.dtype == torch.int32
-    assert torch.equal(found.pages[found.cols.long()][read], plan.cols[read])
-    assert int(found.cols.min()) >= 0
-    assert int(found.cols.max()) < found.pages.numel()
+    assert found.places.pages.tolist() == sorted(set(plan.cols[read].tolist()))
+    assert int(found.places.page_count) == found.places.pages.numel()
+    assert (
+        found.places.cols.dtype
+        == found.places.pages.dtype
+        == found.places.page_count.dtype
+        == torch.int32
+    )
+    assert torch.equal(found.places.pages[found.places.cols.long()][read], plan.cols[read])
+    assert int(found.places.cols.min()) >= 0
+    assert int(found.places.cols.max()) < found.places.pages.numel()
 
 
 def test_what_blocks_read_is_counted_as_a_causal_mask_leaves_it():
@@ -145,8 +150,8 @@ def test_what_blocks_read_is_counted_as_a_causal_mask_leaves_it():
 def test_the_plan_goes_to_another_device_with_it():
     moved = long_prefill(2048, 32768).to("meta")
     assert isinstance(moved.expansion, Expansion)
-    assert moved.expansion.cols.device.type == "meta"
-    assert long_prefill(1, 32768).to("meta").expansion.pages is None
+    assert moved.expansion.places.cols.device.type == "meta"
+    assert long_prefill(1, 32768).to("meta").expansion.places is None
 
 
 def test_results_on_the_torch_path_are_the_same():

@@ -20,6 +20,7 @@ FLOORS = (
     ("dispatch",),  # finds providers by name
     ("pager",),
     ("planner",),
+    ("expand_plan_kernel",),
     ("eager",),
     ("sm90",),
     ("ops", "checks"),

@@ -93,55 +93,66 @@ def expanded_bytes(pages: int, problem: Problem) -> int:
     return 2 * pages * problem.page_tokens * problem.num_kv_heads * columns
 
 
-class Expansion(NamedTuple):
-    """The way of a plan's fp8 pages and, where it is to expand them, int32 tensors.
+class Places(NamedTuple):
+    """Where pages are expanded to, int32. pages: [n] page ids, each once; the place of each is its
+    index. page_count: [1] how many there are. cols: as the plan's, with places for page ids;
+    entries that no work item reads have any."""
 
-    pages: [num_pages] page ids, each once. page_count: [1] num_pages. cols: as the plan's, with
-    places in `pages`; entries that no work item reads have any.
-    forced: whatever it costs.
-    scratch: fp16 [n] for K and V of these pages; None: taken for each call.
-    counts, converted_counts: of a plan made on the device (`DevicePlan.counts`), which decides what
-        is to be done: in one of them there is no work item.
-    """
+    pages: torch.Tensor
+    page_count: torch.Tensor
+    cols: torch.Tensor
+
+    def to(self, device: torch.device) -> Places:
+        """The same on another device."""
+        return Places(*(x.to(device) for x in self))
+
+
+class Expansion(NamedTuple):
+    """What becomes of the fp8 pages of a plan made on the host. forced: whatever it costs. places:
+    None where nothing is expanded."""
 
     way: Way
     problem: Problem
     reads: Reads
     forced: bool = False
-    pages: torch.Tensor | None = None
-    page_count: torch.Tensor | None = None
-    cols: torch.Tensor | None = None
-    scratch: torch.Tensor | None = None
-    counts: torch.Tensor | None = None
-    converted_counts: torch.Tensor | None = None
+    places: Places | None = None
 
     def serves(self, rules: Rules, total_q: int) -> bool:
-        """Whether a call with these rules and so many query tokens expands, or may."""
-        if self.way is not Way.EXPANDED or self.forced:
-            return self.forced
-        if self.counts is None:
-            return is_worth(self.reads.under(rules), self.problem)
-        return may_be_worth(total_q, self.problem) and not rules.windowed
-
-    @property
-    def list(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """pages and page_count."""
-        assert self.pages is not None
-        assert self.page_count is not None
-        return self.pages, self.page_count
+        """Whether a call with these rules expands; total_q: the plan's."""
+        if self.places is None:
+            return False
+        return self.forced or is_worth(self.reads.under(rules), self.problem)
 
     def to(self, device: torch.device) -> Expansion:
         """The same on another device."""
+        return self._replace(places=self.places and self.places.to(device))
 
-        def moved(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x.to(device)
 
-        tensors = {
-            "pages": moved(self.pages),
-            "page_count": moved(self.page_count),
-            "cols": moved(self.cols),
-        }
-        return self._replace(**tensors)  # type: ignore[arg-type]
+class DeviceExpansion(NamedTuple):
+    """The same of a plan made on the device, which decides; its places are at capacity.
+
+    scratch: fp16 [n], K and V of expanded pages. counts, converted_counts: the plan's counts, for
+    attention on expanded pages and on pages as they lie; in one of them there is no work item.
+    outcome: int32 [2], the `Way` of the last plan and how many distinct pages it has.
+    """
+
+    problem: Problem
+    places: Places
+    scratch: torch.Tensor
+    counts: torch.Tensor
+    converted_counts: torch.Tensor
+    outcome: torch.Tensor
+
+    @property
+    def forced(self) -> bool:
+        return False
+
+    def serves(self, rules: Rules, total_q: int) -> bool:
+        """Whether a call may be found to expand. A plan knows no window, so not under one."""
+        return may_be_worth(total_q, self.problem) and not rules.windowed
+
+
+AnyExpansion = Expansion | DeviceExpansion
 
 
 class Tables(NamedTuple):
@@ -190,8 +201,8 @@ def expansion_of(
         return Expansion(Way.NO_ROOM, problem, reads)
     places = torch.searchsorted(pages, tables.cols).clamp(max=pages.numel() - 1)
     count = torch.tensor([pages.numel()], dtype=torch.int32, device=pages.device)
-    found = pages.int(), count, places.int()
-    return Expansion(Way.EXPANDED, problem, reads, forced, *found)
+    found = Places(pages.int(), count, places.int())
+    return Expansion(Way.EXPANDED, problem, reads, forced, found)
 
 
 def _reads(tables: Tables, problem: Problem, tile_m: int) -> Reads:

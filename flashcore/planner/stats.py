@@ -110,7 +110,7 @@ def plan_stats(plan: Plan) -> PlanStats:
         chosen = plan.decisions[plan.decisions[:, 3] == reason]
         if chosen.shape[0]:
             reasons[REASON_TEXT[reason]] = (chosen.shape[0], int(chosen[:, 0].sum()))
-    expanded = None if plan.expansion is None else plan.expansion.pages
+    places = None if plan.expansion is None else plan.expansion.places
     return PlanStats(
         batch=plan.batch,
         total_q=plan.total_q,
@@ -127,5 +127,5 @@ def plan_stats(plan: Plan) -> PlanStats:
         reasons=reasons,
         problem=plan.problem,
         expansion="" if plan.expansion is None else WAY_TEXT[plan.expansion.way],
-        pages_expanded=0 if expanded is None else expanded.numel(),
+        pages_expanded=0 if places is None else places.pages.numel(),
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from flashcore import validate
-from flashcore.planner.expansion import Expansion
+from flashcore.planner.expansion import AnyExpansion, Expansion
 from flashcore.planner.stats import PlanStats, plan_stats
 from flashcore.problem import Problem
 from flashcore.remembered import Remembered
@@ -71,7 +71,7 @@ class Planned(NamedTuple):
     numbers: PlanNumbers
     counts: torch.Tensor | None = None
     workspace: Workspace | None = None
-    expansion: Expansion | None = None
+    expansion: AnyExpansion | None = None
 
 
 def plan_tensors(plan: Plan | DevicePlan) -> PlanTensors:

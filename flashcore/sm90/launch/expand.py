@@ -18,7 +18,7 @@ import torch
 
 from flashcore import triton_compiler
 from flashcore.jit.load import CompiledFunction, prepared
-from flashcore.planner.expansion import Expansion
+from flashcore.planner.expansion import AnyExpansion, DeviceExpansion, Places
 from flashcore.problem import KVPool
 from flashcore.sm90.launch.allocate import Allocate, contiguous
 
@@ -34,8 +34,8 @@ class Expanded:
     cols: Any  # as `load.prepared` has it
     counts: Any  # of the work list, where the device decides
     converted_counts: Any  # those of the converting kernel beside it
-    expansion: Expansion
-    num_pages: int  # of the scratch
+    places: Places
+    scratch: torch.Tensor | None  # fp16; None: taken for each call
     pools: tuple[tuple[Any, ...], ...]  # what `_kind_of` says of K and of V
     allocate: Allocate
 
@@ -48,34 +48,39 @@ class Expanded:
         kinds = _kind_of(k_pages), _kind_of(v_pages)
         if kinds != self.pools:
             raise ValueError(f"k_pages and v_pages are {kinds}, the launch is for {self.pools}")
-        found = []
-        scratch, expansion = self.expansion.scratch, self.expansion
+        found, scratch = [], self.scratch
+        pages, page_count, _ = self.places
         for pool in (k_pages, v_pages):
             _, tokens, heads, columns = pool.shape
             # Heads outside of tokens: what is read at a time, rows of one head, is one piece.
-            shape = (self.num_pages, heads, tokens, columns)
+            shape = (pages.numel(), heads, tokens, columns)
             if scratch is None:
                 own = self.allocate(*contiguous(shape, torch.float16))
             else:
                 elements = prod(shape)
                 own, scratch = scratch[:elements].view(shape), scratch[elements:]
             target = own.transpose(1, 2)
-            expand(pool, *expansion.list, target)
+            expand(pool, pages, page_count, target)
             found.append(target)
         return found[0], found[1]
 
 
 def expanded_launch(
-    attend: CompiledFunction, kv: KVPool, expansion: Expansion, allocate: Allocate
+    attend: CompiledFunction,
+    kv: KVPool,
+    expansion: AnyExpansion,
+    allocate: Allocate,
 ) -> Expanded:
     """The part of a launch on expanded pages, whose kernel is `attend`."""
+    assert expansion.places is not None
+    device = expansion if isinstance(expansion, DeviceExpansion) else None
     return Expanded(
         attend=attend,
-        cols=prepared(expansion.cols),
-        counts=prepared(expansion.counts),
-        converted_counts=prepared(expansion.converted_counts),
-        expansion=expansion,
-        num_pages=expansion.list[0].numel(),
+        cols=prepared(expansion.places.cols),
+        counts=prepared(device and device.counts),
+        converted_counts=prepared(device and device.converted_counts),
+        places=expansion.places,
+        scratch=device and device.scratch,
         pools=(_kind_of(kv.k), _kind_of(kv.v)),
         allocate=allocate,
     )

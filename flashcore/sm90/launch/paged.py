@@ -22,7 +22,7 @@ from flashcore.jit.beside import compile_beside
 from flashcore.jit.cache import shared_cache
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.load import CompiledFunction, prepared
-from flashcore.planner.expansion import Expansion
+from flashcore.planner.expansion import AnyExpansion
 from flashcore.planner.types import Planned
 from flashcore.problem import NO_EXTRAS, Extras, KVPool, Rules
 from flashcore.sm90.available import sm_count
@@ -319,7 +319,7 @@ def paged_attention(
 
 
 def _expands(
-    call: PagedCall, planned: Planned, expansion: Expansion, rules: Rules, total_q: int
+    call: PagedCall, planned: Planned, expansion: AnyExpansion, rules: Rules, total_q: int
 ) -> bool:
     """Whether a call is on expanded pages, or may be found to be on the device."""
     if not (call.kv_dtype and total_q and planned.tensors.work.shape[0]):
