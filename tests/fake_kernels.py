@@ -4,11 +4,14 @@ were asked for."""
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import flashcore
 from flashcore.dispatch import Path
 from flashcore.jit.kernel import Kernel
 
@@ -25,6 +28,7 @@ _STAND_INS: dict[str, dict[str, Any]] = {
         "scheduler_scratch": lambda index: torch.zeros(2, dtype=torch.int32),
         "lasting_stream": lambda index: 0,
     },
+    "flashcore.sm90.launch.expand": {"_missing": lambda: None},
     "flashcore.serving.planners": {
         "multiprocessors": lambda device: _SMS,
         "on_kernels": lambda device: True,
@@ -71,5 +75,10 @@ def install(patch: pytest.MonkeyPatch) -> FakeKernels:
         patch.setattr(module, "shared_cache", lambda: fakes)
         patch.setattr(module, "_functions", {})
     patch.setattr("flashcore.jit.cache.shared_cache", lambda: fakes)
+    for name, function in (("expand_kernel", "expand"), ("expand_plan_kernel", "plan_expansion")):
+        module = ModuleType(f"flashcore.{name}")  # which want Triton
+        setattr(module, function, lambda *arguments: None)
+        patch.setitem(sys.modules, module.__name__, module)
+        patch.setattr(flashcore, name, module, raising=False)
     patch.setattr(torch.cuda, "memory_allocated", lambda device=None: 0)
     return fakes

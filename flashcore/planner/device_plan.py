@@ -13,6 +13,7 @@ from flashcore.contract.operands import PlannerResult
 from flashcore.contract.scratch import SCAN_THREADS
 from flashcore.contract.work import FIELDS
 from flashcore.planner import chunks
+from flashcore.planner.expansion import DeviceExpansion
 from flashcore.planner.types import (
     Planned,
     PlanNumbers,
@@ -143,6 +144,7 @@ class DevicePlan:
     bad: [max_batch] `Fault` bits of each sequence.
     partial_out, partial_lse, counter: workspace of an attention call; nothing in it outlives the
         call, but the counter is left at zero.
+    expansion: where long prefills expand fp8 pages; None: they do not.
     launches: as in `flashcore.Plan`.
     """
 
@@ -178,6 +180,7 @@ class DevicePlan:
     partial_lse: torch.Tensor
     counter: torch.Tensor
     itemsize: int = field(default=2, kw_only=True)
+    expansion: DeviceExpansion | None = field(default=None, kw_only=True)
     launches: Remembered = field(default_factory=no_launches, init=False, repr=False)
 
     @property
@@ -197,6 +200,7 @@ class DevicePlan:
             PlanNumbers(most, True, self.tile_m, self.batch_invariant),
             self.counts,
             Workspace(self.partial_out, self.partial_lse, self.counter),
+            self.expansion,
         )
 
     def faults(self) -> Fault:

@@ -22,6 +22,7 @@ from flashcore.planner.device_plan import (
     planned_bytes,
     workspace_elements,
 )
+from flashcore.problem import Problem
 from flashcore.serving.shapes import Limits, Model, NotServed, Options, Shape
 from flashcore.sm90.config.paged import PAGE_TOKENS
 from flashcore.sm90.config.planner import ROW_CAPACITIES
@@ -121,6 +122,14 @@ class Kind:
     window: int
     slots: int
     in_place: bool = False
+
+    def problem(self, model: Model) -> Problem:
+        """Of its attention calls."""
+        shape = self.shape
+        return Problem(
+            *(shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.v_head_dim),
+            *(model.page_tokens, model.cache_dtype.itemsize),
+        )
 
 
 def table_elements(limits: Limits, page_tokens: int, window: int, in_place: bool = False) -> int:

@@ -106,6 +106,10 @@ def kernels_of(
         rules = Rules(1.0, variant.causal, left, softcap=softcap)
         attached = Attached(dtype, variant.sinks, kv_dtype=kv_dtype)
         kernels += kernels_for(problem, rules, plans, attached)
+        if kv_dtype and not kind.windowed:  # on pages that long prefills have expanded
+            tallest = Plans((max(tiles),), True, batch_invariant, rows=())
+            wide = replace(attached, kv_dtype="", expanded=True)
+            kernels += kernels_for(problem, rules, tallest, wide)
         if tree:
             kernels += kernels_for(problem, rules, verify, replace(attached, tree_mask=True))
     return list(dict.fromkeys(kernels))

@@ -8,7 +8,7 @@ A planner keeps its buffers, so a plan is good until the next one is made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from flashcore.serving.capacity import Room
 from flashcore.serving.page_tables import PageTables
 from flashcore.serving.shapes import Model, Shape
 from flashcore.sm90.config.dense import WARPGROUP_ROWS
+from flashcore.sm90.expansion_scratch import ExpansionScratch
 from flashcore.sm90.planner_scratch import PlannerScratch
 
 WORKSPACE_BYTES = 128 << 20
@@ -32,15 +33,26 @@ PARTIALS_OF_SHARING = 2
 """Partial results of each new token of a prefill that shares: of the common prefix, of the rest."""
 
 
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What planners share. workspace: of partial results, fp32; None where torch operators plan.
+    scratch: of planners that take turns. expansion: of fp8 pages in long prefills."""
+
+    workspace: torch.Tensor | None
+    scratch: PlannerScratch | None
+    expansion: ExpansionScratch | None = None
+
+
 class Planner(Protocol):
     """Plans one kind of layer."""
 
     tile_m: int
     room: Room
 
-    def variant(self, tile_m: int, fold: Fold, queries: int) -> Planner:
+    def variant(self, tile_m: int, fold: Fold, queries: int, expand: bool = False) -> Planner:
         """A planner over the same memory, for up to so many new tokens: a plan of either is good
-        until one of them makes the next."""
+        until one of them makes the next. expand: calls may expand fp8 pages, where there is room
+        for it."""
         ...
 
     def plan(self, tables: PageTables) -> Any:
@@ -82,7 +94,7 @@ class TorchPlanner:
         self.room, self.batch_invariant, self.itemsize = room, batch_invariant, itemsize
         self._stats = torch.zeros(Stat.SIZE, dtype=torch.int64)
 
-    def variant(self, tile_m: int, fold: Fold, queries: int) -> TorchPlanner:
+    def variant(self, tile_m: int, fold: Fold, queries: int, expand: bool = False) -> TorchPlanner:
         kept = self.batch_invariant, self.itemsize
         room = replace(self.room, queries=queries)
         return TorchPlanner(self.shape, self.page_tokens, tile_m, fold, room, *kept)
@@ -147,11 +159,13 @@ class KernelPlanner:
         shape: Shape,
         room: Room,
         num_pages: int,
-        workspace: torch.Tensor,
-        scratch: PlannerScratch | None,
-        batch_invariant: bool = False,
+        memory: Memory,
+        expand: bool,
     ) -> KernelPlanner:
-        """With tensors for `room`, and scratch of its own if none is given."""
+        """With tensors for `room`, and scratch of its own if the memory has none. expand: variants
+        may expand fp8 pages."""
+        assert memory.workspace is not None
+        workspace = memory.workspace
         planner = flashcore.DevicePlanner(
             capacity.capacities(room, shape, workspace.numel()),
             num_pages=num_pages,
@@ -162,15 +176,16 @@ class KernelPlanner:
             page_tokens=model.page_tokens,
             itemsize=model.cache_dtype.itemsize,
             tile_m=decode_tile(),
-            batch_invariant=batch_invariant,
+            batch_invariant=room.chunks,
             device=workspace.device,
             workspace=workspace,
-            scratch=scratch,
+            scratch=memory.scratch,
+            expansion=memory.expansion if expand else None,
         )
         return KernelPlanner(planner, room)
 
-    def variant(self, tile_m: int, fold: Fold, queries: int) -> KernelPlanner:
-        planner = self._planner.variant(tile_m=tile_m, fold=fold, max_q=queries)
+    def variant(self, tile_m: int, fold: Fold, queries: int, expand: bool = False) -> KernelPlanner:
+        planner = self._planner.variant(tile_m=tile_m, fold=fold, max_q=queries, expand=expand)
         return KernelPlanner(planner, replace(self.room, queries=queries))
 
     def plan(self, tables: PageTables) -> flashcore.DevicePlan:

@@ -13,9 +13,8 @@ from flashcore.planner.folding import Fold
 from flashcore.serving import capacity, page_tables, planners
 from flashcore.serving.capacity import Room
 from flashcore.serving.page_tables import PageTables, Slots
-from flashcore.serving.planners import KernelPlanner, Planner, TorchPlanner
+from flashcore.serving.planners import KernelPlanner, Memory, Planner, TorchPlanner
 from flashcore.serving.shapes import Limits, Model, NotServed, Shape
-from flashcore.sm90.planner_scratch import PlannerScratch
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +27,6 @@ class Need:
     batch: int
     queries: int
     tokens: int | None
-
-
-@dataclass(frozen=True, eq=False)
-class Memory:
-    """What planners share. workspace: of partial results, fp32; None where torch operators plan.
-    scratch: of planners that take turns."""
-
-    workspace: torch.Tensor | None
-    scratch: PlannerScratch | None
 
 
 class View:
@@ -68,7 +58,7 @@ class View:
         self._static: PageTables | None = None
         self._static_rows: dict[int, PageTables] = {}  # of them, by batch
         self._eager = self._tables(limits)
-        made = self._make(self.room, memory.scratch)
+        made = self._make(self.room, memory)
         self.decode = self._decode_planner(made)
         self._eager_decode = self.decode  # another one if forwards outgrow the room
         self._prefill = self._prefill_planners(made)
@@ -195,7 +185,7 @@ class View:
             *(need.batch, need.queries, room.batch, room.queries),
         )
         self._eager = self._tables(self.limits)
-        made = self._make(self.room, None)
+        made = self._make(self.room, replace(self._memory, scratch=None))
         self._eager_decode = self._decode_planner(made)
         self._prefill = self._prefill_planners(made)
         self.seen = [*self.seen, *self._all_seen()[1:]]  # what the old ones saw is not lost
@@ -206,9 +196,8 @@ class View:
         )
         return page_tables.Buffer(elements, limits.batch, self.model.device)
 
-    def _make(self, room: Room, scratch: PlannerScratch | None) -> Planner:
-        workspace = self._memory.workspace
-        if workspace is None:
+    def _make(self, room: Room, memory: Memory) -> Planner:
+        if memory.workspace is None:
             tile = planners.decode_tile()
             return TorchPlanner(
                 self.shape,
@@ -224,9 +213,8 @@ class View:
             self.shape,
             room,
             self.num_pages,
-            workspace,
-            scratch,
-            self.limits.batch_invariant,
+            memory,
+            expand=self.model.fp8 and self.window < 0,  # a window would not be known to the device
         )
 
     def _decode_planner(self, made: Planner) -> Planner:
@@ -235,4 +223,8 @@ class View:
 
     def _prefill_planners(self, made: Planner) -> dict[tuple[int, Fold], Planner]:
         kinds = planners.prefill_kinds(self.shape, self.limits.batch_invariant)
-        return {kind: made.variant(*kind, made.room.queries) for kind in kinds}
+        tallest = max(tile for tile, _ in kinds)
+        return {
+            (tile, fold): made.variant(tile, fold, made.room.queries, expand=tile == tallest)
+            for tile, fold in kinds
+        }

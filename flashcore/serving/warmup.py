@@ -18,12 +18,15 @@ import torch
 
 import flashcore
 from flashcore.jit.kernel import Kernel
+from flashcore.planner.expansion import may_be_worth
 from flashcore.serving import kernels, page_tables
 from flashcore.serving.kernels import Kind, Variant
 from flashcore.serving.page_tables import PageTables, Slots
+from flashcore.serving.planners import prefill_tiles
 from flashcore.serving.shapes import Model, Shape
 from flashcore.sm90.config import paged
 from flashcore.sm90.config.planner import SMALL_QUERIES, PlannerConfig
+from flashcore.sm90.expansion_scratch import ExpansionScratch
 from flashcore.sm90.families import PAGED, PLANNER
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ class Cache:
     as in `page_tables.Slots`. translation: of slots, to this pool's, if any. window: -1 for none.
     workspace: fp32, of all planners. batch_invariant: plans are. scales: k_scale and v_scale of
     the layer, where its cache is fp8. appended: fp8 caches are written by `flashcore.append_kv`.
+    expansion: where long prefills expand fp8 pages.
     """
 
     k: torch.Tensor
@@ -51,6 +55,7 @@ class Cache:
     batch_invariant: bool = False
     scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     appended: bool = False
+    expansion: ExpansionScratch | None = None
 
     def views(self, model: Model, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v [pages, tokens, heads, dim]."""
@@ -83,7 +88,9 @@ def run_all(model: Model, kind: Kind, cache: Cache, wanted: list[Kernel], tree: 
         _planner(model, kind, cache, 64, config).update(
             tables.pages, tables.seq_lens, tables.q_lens
         )
-    tiles = {k.config.tile_m for k in wanted if k.family is PAGED}
+    tiles = {k.config.tile_m for k in wanted if k.family is PAGED and not k.config.expanded}
+    if cache.expansion is not None and cache.window < 0:
+        _expand(model, kind, cache, tables, planners[0])
     for tile_m in sorted(tiles):
         plan = _planner(model, kind, cache, tile_m, planners[0]).update(
             tables.pages, tables.seq_lens, tables.q_lens
@@ -106,8 +113,27 @@ def _token_counts(heads: int) -> list[int]:
     return [-(-rows // heads) for rows in paged.MERGE_SIZES]
 
 
+def _expand(
+    model: Model, kind: Kind, cache: Cache, tables: PageTables, config: PlannerConfig
+) -> None:
+    """A plan and calls that may expand, and find that they need not."""
+    tile_m = max(prefill_tiles(kind.shape, cache.batch_invariant))
+    planner = _planner(model, kind, cache, tile_m, config, cache.expansion)
+    plan = planner.update(tables.pages, tables.seq_lens, tables.q_lens)
+    count = 1
+    while not may_be_worth(count, plan.problem):
+        count *= 2
+    for variant in kind.variants:
+        _attend(model, kind, cache, plan, variant, count, with_tree=False)
+
+
 def _planner(
-    model: Model, kind: Kind, cache: Cache, tile_m: int, config: PlannerConfig
+    model: Model,
+    kind: Kind,
+    cache: Cache,
+    tile_m: int,
+    config: PlannerConfig,
+    expansion: ExpansionScratch | None = None,
 ) -> flashcore.DevicePlanner:
     """One that takes the kernels of `config` for a sequence."""
     shape = kind.shape
@@ -126,6 +152,7 @@ def _planner(
         device=model.device,
         workspace=cache.workspace,
         batch_invariant=cache.batch_invariant,
+        expansion=expansion,
     )
 
 

@@ -38,6 +38,7 @@ from flashcore.sm90.config import planner as config
 from flashcore.sm90.config.dense import WARPGROUP_ROWS
 from flashcore.sm90.config.paged import PAGE_TOKENS, unserved_dims
 from flashcore.sm90.device_pager import DeviceLayout, unit_stride
+from flashcore.sm90.expansion_scratch import ExpansionScratch
 from flashcore.sm90.needed import Plans, kernels_for
 from flashcore.sm90.planner_scratch import PlannerScratch
 
@@ -69,6 +70,9 @@ class DevicePlanner:
             share one. Where capacities.max_partials is 0, what it holds is the capacity.
         scratch: what the kernels keep between their steps; of its own if None. Planners whose
             updates follow one another may share one.
+        expansion: an `expansion_scratch.ExpansionScratch`: room in which calls of long prefills
+            widen each distinct fp8 page once, where the device finds that it costs less than
+            converting each for each row block; the same bits. None: never.
 
     Faults are also told to the host as they are found: see `faults_seen`. Its numbers are there in
     `seen` too (`counts.Seen`), to look at in every step for next to nothing.
@@ -99,12 +103,17 @@ class DevicePlanner:
         device: torch.device | str = "cuda",
         workspace: torch.Tensor | None = None,
         scratch: PlannerScratch | None = None,
+        expansion: ExpansionScratch | None = None,
     ):
         validate.head_counts(num_q_heads, num_kv_heads)
         v_head_dim = validate.head_dims(head_dim, v_head_dim)
         capacities = check_capacities(capacities)
         if scratch is not None and not isinstance(scratch, PlannerScratch):
             raise TypeError(f"scratch must be a PlannerScratch, got {type(scratch).__name__}")
+        if expansion is not None and not isinstance(expansion, ExpansionScratch):
+            raise TypeError(
+                f"expansion must be an ExpansionScratch, got {type(expansion).__name__}"
+            )
         if workspace is not None:
             validate.tensor("workspace", workspace, dtypes=(torch.float32,), ndim=1)
         validate.flag("batch_invariant", batch_invariant)
@@ -143,13 +152,19 @@ class DevicePlanner:
             num_pages=num_pages,
             itemsize=itemsize,
             **filled._asdict(),
-            **workspace_tensors(c.max_partials, num_q_heads, v_head_dim, workspace, device),
+            **workspace_tensors(c.max_partials, num_q_heads, v_head_dim, workspace, device),  # type: ignore[arg-type]
         )
         if scratch is None:
             limits = (c.max_batch, c.max_entries, c.max_segments, num_pages)
             scratch = PlannerScratch(*limits, chunks=chunked, device=device)
         self.scratch = scratch
         self._lent = scratch.lent(c, num_pages, chunked)
+        self._expansion = expansion
+        if expansion is not None:
+            if itemsize != 1:
+                raise ValueError(f"expansion is for fp8 pages, of itemsize 1, got {itemsize}")
+            lent = expansion.lent(self.plan.problem, num_pages, c.max_entries)
+            self.plan = replace(self.plan, expansion=lent)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -187,19 +202,26 @@ class DevicePlanner:
         )
 
     def variant(
-        self, *, tile_m: int | None = None, fold: Fold | None = None, max_q: int | None = None
+        self,
+        *,
+        tile_m: int | None = None,
+        fold: Fold | None = None,
+        max_q: int | None = None,
+        expand: bool = True,
     ) -> DevicePlanner:
         """A planner like this one but for what is given, that fills the same tensors: it takes no
         memory, and its plan is good until either of them makes the next one.
 
         tile_m, fold: as in the constructor. max_q: at most this one's; fewer take less time to lay
-        out. Capacities stay as they are, those too whose defaults depend on tile_m.
+        out. expand: False for one whose calls expand no pages, as those of decode never would.
+        Capacities stay as they are, those too whose defaults depend on tile_m.
         """
         most, own = self.capacities.max_q, self.plan.tile_m
         max_q = validate.positive_int("max_q", most if max_q is None else max_q, maximum=most)
         tile_m = validate.positive_int("tile_m", own if tile_m is None else tile_m)
         if fold is not None:
             check_fold(fold)
+        validate.flag("expand", expand)
         other = copy(self)
         other._fold = self._fold if fold is None else fold
         other.capacities = replace(self.capacities, max_q=max_q)
@@ -211,6 +233,7 @@ class DevicePlanner:
             q_index=self.plan.q_index[:max_q],
             merge_offsets=self.plan.merge_offsets[: max_q + 1],
             merge_partials=self.plan.merge_partials[: partials + max_q],
+            expansion=self.plan.expansion if expand else None,
         )
         other._prepare()
         return other
@@ -342,6 +365,10 @@ class DevicePlanner:
             num_sms=sm_count(q_lens.device),
         )
         make_plan(self._config(page_table), operands, self._following)
+        if self._expansion is not None:
+            from flashcore.sm90.launch.expand import plan_expansion
+
+            plan_expansion(self.plan, self._expansion.entries)
         return self.plan
 
     def _following(self) -> list[Kernel]:

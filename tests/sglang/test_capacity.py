@@ -23,8 +23,9 @@ from flashcore.integrations.sglang.support import OPTIONS
 from flashcore.serving import capacity
 from flashcore.serving.capacity import Kind
 from flashcore.serving.counters import FaultLog
+from flashcore.serving.planners import Memory
 from flashcore.serving.shapes import Limits, Model, NotServed, Shape
-from flashcore.serving.views import Memory, Need, View
+from flashcore.serving.views import Need, View
 from flashcore.sm90.planner_scratch import PlannerScratch
 from tests import fake_kernels
 from tests import serving_cases as cases
@@ -392,7 +393,7 @@ def test_more_than_was_planned_for_is_served_and_told(
         view.limits = replace(view.limits, batch=2, queries=8)
         view.room = capacity.room_of(small, 16, view.window)
         view.__dict__["_eager"] = view._tables(view.limits)
-        made = view._make(view.room, None)
+        made = view._make(view.room, view._memory)
         view.decode = view._eager_decode = view._decode_planner(made)
         view._prefill = view._prefill_planners(made)
     graphs = engine.backend.full.decode

@@ -129,8 +129,11 @@ def test_no_forward_asks_for_a_kernel_that_is_not_there(
         Setup(16, heads=(8, 2), head_dim=64, dtype=torch.bfloat16, kv_cache=kv_cache)
     )
     engine.groups[0].builder.build(0, make_forward(engine, [], 4, 4).common[0])
-    assert {k.config.kv_dtype for k in fakes.loaded if k.family is PAGED} == {
-        "e5m2" if kv_cache == "fp8_e5m2" else "e4m3"
+    configs = [k.config for k in fakes.loaded if k.family is PAGED]
+    narrow = "e5m2" if kv_cache == "fp8_e5m2" else "e4m3"
+    assert {(config.kv_dtype, config.expanded) for config in configs} == {
+        (narrow, False),
+        ("", True),
     }
     assert set(fakes.compiled) == set(fakes.loaded) == set(fakes.calls)
     known = set(fakes.loaded)

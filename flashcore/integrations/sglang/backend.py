@@ -18,12 +18,13 @@ from flashcore.integrations.sglang.limits import limits_of
 from flashcore.integrations.sglang.padding import real_sequences
 from flashcore.integrations.sglang.speculation import TreeMasks, drafts_are_trees
 from flashcore.integrations.sglang.support import OPTIONS, model_of, parallel_ranks, refusal
-from flashcore.serving import capacity, kernels, planners, warmup
+from flashcore.serving import capacity, expanding, kernels, planners, warmup
 from flashcore.serving.capacity import Kind
 from flashcore.serving.counters import Counters, FaultLog
 from flashcore.serving.page_tables import Slots
+from flashcore.serving.planners import Memory
 from flashcore.serving.shapes import Limits
-from flashcore.serving.views import Memory, Need, View
+from flashcore.serving.views import Need, View
 from flashcore.sm90.planner_scratch import PlannerScratch
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class FlashcoreBackend(AttentionBackend):
 
     def _take_memory(self, limits: Limits, kinds: list[Kind]) -> Memory:
         """What the views share; NotServed where all that plans take is too much."""
-        model, self._workspace, scratch = self.model, None, None
+        model, self._workspace, scratch, expansion = self.model, None, None, None
         queries = limits.batch * max(1, model.draft_tokens)
         on_kernels = planners.on_kernels(model.device)
         elements = planners.workspace_for(model, min(queries, 1024)) if on_kernels else 0
@@ -123,7 +124,12 @@ class FlashcoreBackend(AttentionBackend):
             self._workspace = torch.empty(elements, dtype=torch.float32, device=model.device)
             sizes = capacity.scratch_sizes(limits, model.page_tokens, kinds)
             scratch = PlannerScratch(*sizes, chunks=limits.batch_invariant, device=model.device)
-        return Memory(self._workspace, scratch)
+            if not self._is_draft:  # one layer, whose target has taken its room
+                layers = [expanding.Layers(model, limits, kind) for kind in kinds]
+                expansion, more = expanding.room_to_expand(layers, self._plan_bytes)
+                self._plan_bytes += more
+        self._expansion = expansion
+        return Memory(self._workspace, scratch, expansion)
 
     def _prepare(self, model_runner: Any, max_batch: int) -> None:
         """Compile, load and launch every kernel that a forward can ask for."""
@@ -142,6 +148,7 @@ class FlashcoreBackend(AttentionBackend):
                     batch_invariant=self._invariant,
                     scales=self._scales_of(layer),
                     appended=True,
+                    expansion=self._expansion,
                 )
                 warmup.run_all(self.model, kind, cache, needed, tree)
 
@@ -160,7 +167,8 @@ class FlashcoreBackend(AttentionBackend):
         return (
             f"flashcore attention: {path}, {', '.join(kinds)}, {dtypes}, "
             f"page size {model.page_tokens}, "
-            f"plans of up to {room} pages{rule}, buffers {self._bytes() / 2**20:.0f} MiB"
+            f"plans of up to {room} pages{rule}{expanding.describe(model, self._expansion)}, "
+            f"buffers {self._bytes() / 2**20:.0f} MiB"
         )
 
     def _bytes(self) -> int:

@@ -12,8 +12,10 @@ from flashcore.integrations.vllm.memory import memory_of
 from flashcore.integrations.vllm.support import OPTIONS, kinds_of, layers_of, limits_of, model_of
 from flashcore.jit.kernel import Kernel
 from flashcore.serving import capacity, kernels, planners, warmup
+from flashcore.serving.expanding import Layers
 from flashcore.serving.page_tables import PageTables, Slots
-from flashcore.serving.views import Memory, Need, View
+from flashcore.serving.planners import Memory
+from flashcore.serving.views import Need, View
 
 if TYPE_CHECKING:
     from flashcore.integrations.vllm.metadata import FlashcoreMetadata
@@ -73,6 +75,10 @@ class Group:
         return capacity.kind_bytes(
             self.limits, model.page_tokens, model.draft_tokens, kind, workspace
         )
+
+    def layers_to_expand(self) -> Layers:
+        """What room to expand fp8 pages is asked for."""
+        return Layers(self.model, self.limits, self._kind(self.num_pages))
 
     def make_view(self, memory: Memory) -> View:
         """The view of its plans, in memory that groups share."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, WeakValueDictionary
@@ -18,10 +19,12 @@ import torch
 
 from flashcore.integrations.vllm import versions
 from flashcore.integrations.vllm.support import ELSEWHERE
-from flashcore.serving import capacity, planners, warmup
+from flashcore.serving import capacity, expanding, planners, warmup
 from flashcore.serving.counters import Counters, FaultLog
+from flashcore.serving.planners import Memory
 from flashcore.serving.shapes import NotServed
-from flashcore.serving.views import Memory, View
+from flashcore.serving.views import View
+from flashcore.sm90.expansion_scratch import ExpansionScratch
 from flashcore.sm90.planner_scratch import PlannerScratch
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class EngineMemory:
         self.groups: WeakSet[Group] = WeakSet()
         self.views: list[View] = []
         self.workspace: torch.Tensor | None = None
+        self.expansion: ExpansionScratch | None = None  # of the groups that were prepared last
         self._bytes = 0
         self._teller: Group | None = None
         quiet = config.parallel_config.rank != 0
@@ -77,6 +81,7 @@ class EngineMemory:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the first forward of flashcore attention is in a CUDA graph")
         scratch = None
+        self.expansion = None
         if planners.on_kernels(device):
             elements = max(group.workspace_elements() for group in groups)
             if self.workspace is not None:
@@ -89,7 +94,10 @@ class EngineMemory:
             if self.workspace is None or self.workspace.numel() < elements:
                 self.workspace = torch.empty(elements, dtype=torch.float32, device=device)
             scratch = PlannerScratch(*most, chunks=invariant, device=device)
-        memory = Memory(self.workspace, scratch)
+            layers = [group.layers_to_expand() for group in groups]
+            self.expansion, more = expanding.room_to_expand(layers, self._bytes)
+            self._bytes += more
+        memory = Memory(self.workspace, scratch, self.expansion)
         for group in groups:
             self.views.append(group.make_view(memory))
         if self.workspace is not None:
@@ -119,7 +127,8 @@ class EngineMemory:
         needed = list(dict.fromkeys(chain.from_iterable(of_group)))
         with warmup.compiled(needed, self.workspace.device):
             for group, wanted in zip(groups, of_group, strict=True):
-                for kind, cache in group.warmup_caches(self.workspace):
+                for kind, bare in group.warmup_caches(self.workspace):
+                    cache = replace(bare, expansion=self.expansion if group.model.fp8 else None)
                     warmup.run_all(group.model, kind, cache, wanted, False)
 
     def describe(self, groups: list[Group]) -> str:
@@ -129,10 +138,11 @@ class EngineMemory:
         limits, count = groups[0].limits, len(groups)
         rule = ", batch-invariant" if limits.batch_invariant else ""
         room = max(view.room.entries for view in self.views)
+        rest = expanding.describe(groups[0].model, self.expansion)
         return (
             f"flashcore attention: {path}, {count} group{'s' * (count > 1)} of layers: "
             f"{kinds}{rule}, up to {limits.batch} sequences, {limits.queries} new tokens and "
-            f"{room} pages at once, buffers {self._bytes / 2**20:.0f} MiB"
+            f"{room} pages at once{rest}, buffers {self._bytes / 2**20:.0f} MiB"
         )
 
     def step(self, group: Group, mode: str) -> None:

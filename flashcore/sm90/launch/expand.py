@@ -18,7 +18,9 @@ import torch
 
 from flashcore import triton_compiler
 from flashcore.jit.load import CompiledFunction, prepared
+from flashcore.planner.device_plan import DevicePlan
 from flashcore.planner.expansion import AnyExpansion, DeviceExpansion, Places
+from flashcore.planner.types import plan_tensors
 from flashcore.problem import KVPool
 from flashcore.sm90.launch.allocate import Allocate, contiguous
 
@@ -84,6 +86,18 @@ def expanded_launch(
         pools=(_kind_of(kv.k), _kind_of(kv.v)),
         allocate=allocate,
     )
+
+
+def plan_expansion(plan: DevicePlan, scratch: torch.Tensor) -> None:
+    """Find the expansion of a plan that the device has just made, where it has one. scratch: int32,
+    an element for every page id there may be."""
+    if plan.expansion is not None and can_expand(forced=False):
+        from flashcore import expand_plan_kernel
+
+        tensors = plan_tensors(plan)
+        expand_plan_kernel.plan_expansion(
+            tensors, plan.counts, plan.expansion, scratch, plan.tile_m
+        )
 
 
 def can_expand(forced: bool) -> bool:
