@@ -53,10 +53,12 @@ def paged(
     dtype: Any = torch.bfloat16,
     fp8: str = "",
 ) -> list[Kernel]:
-    """Of paged calls with these plans; dims: head_dim, or with v_head_dim; fp8: of pages."""
+    """Of paged calls with these plans; dims: head_dim, or with v_head_dim; fp8: of pages, or
+    "expanded"."""
     rules, sinks, tree_mask = RULES[rule]
     dim, v_dim = (dims, dims) if isinstance(dims, int) else dims
-    attached = Attached(DTYPES[dtype], sinks, tree_mask, fp8)
+    pages = {"expanded": True} if fp8 == "expanded" else {"kv_dtype": fp8}
+    attached = Attached(DTYPES[dtype], sinks, tree_mask, **pages)
     problem = Problem(*heads, dim, v_dim, page_tokens, itemsize=1 if fp8 else 2)
     return kernels_for(problem, rules, plans, attached)
 
@@ -145,6 +147,11 @@ def fp8_and_fp16(
     plans = host(tile_m, batch_invariant=batch_invariant)
     call = (rule, page_tokens, plans, dims, heads, torch.float16)
     return [kernel for pages in (fp8, "") for kernel in paged(*call, pages)]
+
+
+def expanded_and_converted(*call: Any, fp8: str = "e4m3", **options: Any) -> list[Kernel]:
+    """Of one plan, over fp8 pages as they lie and expanded; arguments as of `paged`."""
+    return [k for pages in (fp8, "expanded") for k in paged(*call, fp8=pages, **options)]
 
 
 def nan_in_shared_memory() -> list[Kernel]:
@@ -311,6 +318,28 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
         ],
         "test_same_bits_every_time": lambda page_tokens: paged(
             "causal", page_tokens, host(), fp8="e4m3"
+        ),
+    },
+    "test_expand_gpu": {
+        "": lambda **_: [],  # Triton's
+        "test_rules": lambda rule, tile_m: expanded_and_converted(rule, 32, host(tile_m)),
+        "test_scales": lambda fp8, kind, dtype: expanded_and_converted(
+            "causal", 64, host(128), fp8=fp8, dtype=dtype
+        ),
+        "test_dims": lambda dims, page_tokens: expanded_and_converted(
+            "causal", page_tokens, host(128), dims
+        ),
+        "test_batch_invariant_plans": lambda page_tokens: expanded_and_converted(
+            "causal", page_tokens, TALL
+        ),
+        "test_strides_of_a_cache_of_one_tensor": lambda: expanded_and_converted(
+            "causal", 16, host(), dtype=torch.float16
+        ),
+        "test_layers_after_each_other_and_in_a_graph": lambda: expanded_and_converted(
+            "causal", 64, host()
+        ),
+        "test_planned_on_the_device": lambda batch_invariant: expanded_and_converted(
+            "causal", 64, device(128, batch_invariant=batch_invariant), heads=(16, 2)
         ),
     },
     "test_batch_invariant_gpu": {
