@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flashcore.bench import paged_providers
 from flashcore.bench.paged_problems import PagedProblem, make_inputs
 from flashcore.bench.paged_providers import (
     OURS,
     OURS_BF16,
+    WAYS,
     WRONG,
     WRONG_IN_FP8,
     PagedProvider,
@@ -39,6 +41,22 @@ def test_fp8_pages_are_half_the_bytes_and_the_same_values(
     assert line["time_over_bf16"] == 1.0
     assert line["best_peer"] is None
     assert "flashcore bf16" in format_table(complete(result))
+
+
+def test_both_ways_of_prefill_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_providers, "_flashcore", ours)
+    both = [paged_providers._one_way(name) for name in WAYS]
+    fp8 = replace(PREFILL, kv_dtype=torch.float8_e4m3fn)
+    result = measured(ours(), *both, problem=fp8)
+    assert [row["kernel"] for row in result["rows"]] == [OURS, *WAYS]
+    assert {row["largest_distance_from_flashcore"] for row in result["rows"][1:]} == {0.0}
+    assert summarise(result["rows"])[0]["best_peer"] is None, "they are no peers"
+    table = format_table(complete(result))
+    assert "converting" in table
+    assert "expanding" in table
+    decode = measured(*both, problem=replace(SHARED, kv_dtype=torch.float8_e4m3fn))
+    assert decode["rows"] == []
+    assert all("it is timed in prefill" in text for text in decode["skipped"])
 
 
 def test_a_kernel_that_rounds_to_fp8_is_another_class() -> None:

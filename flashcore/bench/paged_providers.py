@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ Call = Callable[[], torch.Tensor]  # out [total_q, q_heads, head_dim]
 OURS = "flashcore"
 OURS_BF16 = "flashcore_bf16"
 """On the same values in pages of 16 bits, beside fp8 pages."""
+WAYS = {"flashcore_converting": False, "flashcore_expanding": True}
+"""Both ways of prefill over fp8 pages, of which the plan of `OURS` chooses."""
 WRONG = 1e-2
 """Four times what rounding P and the output to bf16 costs, less than a single page left out of
 131072 tokens."""
@@ -51,6 +54,7 @@ def paged_providers(
     makers: dict[str, Callable[[], PagedProvider]] = {
         OURS: _flashcore,
         OURS_BF16: lambda: replace(_flashcore(), name=OURS_BF16, prepare=_prepare_widened),
+        **{name: partial(_one_way, name) for name in WAYS},
         "fa3": _fa3_fp8,
         "flashinfer": lambda: _flashinfer("flashinfer", "fa2"),
         "flashinfer_xqa": lambda: replace(_flashinfer_xqa(), wrong=WRONG_IN_FP8),
@@ -86,6 +90,7 @@ def plan_of(
     *,
     share: bool = True,
     batch_invariant: bool = False,
+    expand: bool | None = None,
 ) -> Plan:
     """Our plan of a batch, as `flashcore.plan` makes it by default."""
     import flashcore
@@ -103,6 +108,7 @@ def plan_of(
         itemsize=problem.kv_dtype.itemsize,
         share=share,
         batch_invariant=batch_invariant,
+        expand=expand,
     )
 
 
@@ -131,6 +137,15 @@ def _flashcore() -> PagedProvider:
 def _prepare_widened(problem: PagedProblem, inputs: PagedInputs) -> Call:
     wide = inputs.widened()
     return our_call(wide, plan_of(replace(problem, kv_dtype=DTYPE), wide))
+
+
+def _one_way(name: str) -> PagedProvider:
+    def prepare(problem: PagedProblem, inputs: PagedInputs) -> Call:
+        if problem.q_len == 1:
+            raise UnsupportedError("it is timed in prefill")
+        return our_call(inputs, plan_of(problem, inputs, expand=WAYS[name]))
+
+    return replace(_flashcore(), name=name, prepare=prepare)
 
 
 def _fa3_fp8() -> PagedProvider:

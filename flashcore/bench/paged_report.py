@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flashcore.bench.paged_providers import OURS, OURS_BF16
+from flashcore.bench.paged_providers import OURS, OURS_BF16, WAYS
 from flashcore.bench.rows import Row, by_workload
 
 LABELS = {
     OURS: "flashcore",
     OURS_BF16: "flashcore bf16",
+    "flashcore_converting": "converting",
+    "flashcore_expanding": "expanding",
     "fa3": "FA3",
     "fa4": "FA4",
     "flashinfer": "FlashInfer",
@@ -25,6 +27,8 @@ _COLOURS = dict(
         (
             "#1b6ca8",
             "#7fb0d6",
+            "#4a7fa5",
+            "#2f5d80",
             "#c8553d",
             "#e0a030",
             "#5a9367",
@@ -46,7 +50,8 @@ def summarise(rows: list[Row]) -> list[Row]:
         ours = kernels.get(OURS)
         if ours is None:
             continue
-        peers = {name: row for name, row in kernels.items() if name not in (OURS, OURS_BF16)}
+        own = (OURS, OURS_BF16, *WAYS)
+        peers = {name: row for name, row in kernels.items() if name not in own}
         bf16 = kernels.get(OURS_BF16)
         best = min(peers, key=lambda name: float(peers[name]["ms"])) if peers else None
         lines.append(
