@@ -46,6 +46,23 @@ def test_every_pair_of_dims_has_the_tiles_of_16_bits(
             assert c.kv_load == wide.kv_load
 
 
+@pytest.mark.parametrize("page_tokens", [1, 64])
+@pytest.mark.parametrize("tile_m", [64, 128])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_expanded_pages_have_the_kernels_of_fp16(
+    page_tokens: int, tile_m: int, chunked: bool
+) -> None:
+    """Of the same tiles, but with scales, and with products of fp16 whatever q is."""
+    for head_dim in range(16, 257, 16):
+        if chunked and tile_m > tallest_tile(head_dim):
+            continue
+        expanded = choose(head_dim, page_tokens, tile_m, expanded=True, chunked=chunked)
+        plain = choose(head_dim, page_tokens, tile_m, chunked=chunked)
+        assert paged.illegal_reason(expanded) is None
+        assert expanded == replace(plain, expanded=True)
+        assert (expanded.scaled, plain.scaled) == (True, False)
+
+
 # (tile_n, stages of fp8, of K and of V in fp16, Q in registers, CTAs of an SM, registers)
 @pytest.mark.parametrize(
     ("head_dim", "tile_m", "expected"),
@@ -90,6 +107,7 @@ def test_dims_without_a_kernel_are_named(
     [
         ({"kv_dtype": "e3m4"}, "kv_dtype 'e3m4' is not one of"),
         ({"kv_dtype": ""}, "stages of fp16 and their warps are for fp8 pages"),
+        ({"expanded": True}, "expanded pages are not of fp8"),
         ({"wide_k_stages": 0}, "at least one stage of fp16"),
         ({"converting_warps": 3}, "3 converting warps: each takes the same parts of all tiles"),
         ({"converting_warps": 4}, "4 converting warps beside 1 that load"),

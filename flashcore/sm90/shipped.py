@@ -132,6 +132,11 @@ def _fp8_configs() -> list[PagedConfig]:
     configs.append(pick(128, 64, tree=True, **on_device))
     configs.append(pick(128, 64, kv_dtype="e5m2", **on_device))
     configs.append(pick(128, 64, chunked=True, **on_device))
+    # Expanded, of long prefills.
+    wide: dict[str, Any] = {"kv_dtype": "", "expanded": True}
+    configs += [pick(dim, 64, 128, **wide, **on_device) for dim in PAGED_DIMS]
+    configs += [pick(128, page, 128, **wide, **on_device) for page in (1, 128)]
+    configs += [pick(128, 64, 128, **wide), pick(128, 64, 128, chunked=True, **wide, **on_device)]
     return configs
 
 
