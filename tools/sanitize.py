@@ -50,6 +50,11 @@ CASES = {
         "test_dims[dims5-1-64-window-40]",  # 80 columns: padding that is converted
         "test_scales[e4m3-heads-dtype0]",
     ),
+    "expand": (
+        "test_rules[everything-64]",
+        "test_dims[dims1-1]",  # gathered, 80 columns
+        "test_planned_on_the_device[False]",  # and decided there
+    ),
     "device_plan": (
         "test_same_plan[small-True-40]",  # one kernel: shared memory, and a cluster
         "test_same_plan[chain-True-40]",

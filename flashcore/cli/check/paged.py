@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flashcore import triton_compiler
 from flashcore.cli.check.judge import TORCH_DTYPES, Finding, SelfTest, Setting, judge
 from flashcore.sm90.config.paged import PagedCall, PagedConfig, choose
 from flashcore.sm90.families import PAGED
@@ -43,6 +44,7 @@ class PagedCase:
     sinks: bool = False
     host: bool = False
     kv_dtype: str = ""  # "e4m3" or "e5m2": of the pages, with scales; "": dtype
+    expand: bool = False  # these, before attention, by a plan of the host
 
     @property
     def value_dim(self) -> int:
@@ -91,6 +93,7 @@ def cases(shipped: set[PagedConfig] | None = None) -> list[PagedCase]:
         PagedCase("chunked prefill, pages of 1", CHUNKED, page_tokens=1, tile_m=128),
         PagedCase("decode on fp8 pages", DECODE, kv_dtype="e4m3"),
         PagedCase("chunked prefill on fp8 pages", CHUNKED, tile_m=128, kv_dtype="e4m3"),
+        *_expanding(),
         PagedCase("one KV head for each query head", DECODE, heads=(4, 4)),
         PagedCase("sinks and window", MIXED, 64, heads=(16, 2), window=(127, 0), sinks=True),
         PagedCase("soft cap and window", MIXED, 256, heads=(4, 2), window=(600, 0), softcap=30.0),
@@ -104,6 +107,21 @@ def cases(shipped: set[PagedConfig] | None = None) -> list[PagedCase]:
     return [
         replace(case, host=case.host or _config(case, True) not in shipped)
         for case in dict.fromkeys([*engines, *widths])
+    ]
+
+
+def _expanding() -> list[PagedCase]:
+    """Where its kernel can be compiled."""
+    if triton_compiler.missing() is not None:
+        return []
+    return [
+        PagedCase(
+            *("chunked prefill on expanded fp8 pages", CHUNKED),
+            tile_m=128,
+            kv_dtype="e4m3",
+            host=True,
+            expand=True,
+        )
     ]
 
 
@@ -129,7 +147,8 @@ def _config(case: PagedCase, device_counts: bool) -> PagedConfig:
         sinks=case.sinks,
         tree=case.tree,
         device_counts=device_counts,
-        kv_dtype=case.kv_dtype,
+        kv_dtype="" if case.expand else case.kv_dtype,
+        expanded=case.expand,
     )
     return choose(call, case.tile_m)
 
@@ -191,6 +210,7 @@ def host_plan(case: PagedCase, batch: Batch, **choices: Any) -> Any:
         v_head_dim=case.value_dim,
         dtype=batch.k.dtype,
         tile_m=case.tile_m,
+        expand=case.expand or None,
         **choices,
     )
 
