@@ -12,7 +12,8 @@ from tests.fp8 import FORMATS
 
 @dataclass(frozen=True)
 class ExpandCase:
-    """`picked` page ids of a pool; heads_first: it lies as [pages, heads, tokens, columns]."""
+    """`picked` page ids of pools, that of V with so many fewer columns; heads_first: they lie as
+    [pages, heads, tokens, columns]."""
 
     dtype: torch.dtype
     page_tokens: int
@@ -20,6 +21,7 @@ class ExpandCase:
     columns: int
     picked: tuple[int, ...]
     heads_first: bool = False
+    fewer: int = 0
 
 
 def cases() -> list[ExpandCase]:
@@ -27,19 +29,37 @@ def cases() -> list[ExpandCase]:
     sizes = ((16, 2, 64), (1, 3, 48), (128, 2, 128), (8, 1, 256), (4, 5, 16))
     picks = ((5, 0, 3), (6,), ())
     return [
-        ExpandCase(dtype, *size, picked, heads_first)
+        ExpandCase(dtype, *size, picked, heads_first, fewer=16 * heads_first * (size[2] > 16))
         for dtype, size, picked, heads_first in product(
             FORMATS.values(), sizes, picks, (False, True)
         )
     ]
 
 
-def pool_of(case: ExpandCase, device: str) -> torch.Tensor:
-    """[7 pages, tokens, heads, columns], NaN and infinity among its values."""
-    shape = (7, case.page_tokens, case.heads, case.columns)
-    codes = torch.randint(256, shape, generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    pool = codes.to(device).view(case.dtype)
-    return pool.transpose(1, 2).contiguous().transpose(1, 2) if case.heads_first else pool
+def pools_of(case: ExpandCase, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [7 pages, tokens, heads, columns], NaN and infinity among their values."""
+    generator, found = torch.Generator().manual_seed(1), []
+    for columns in (case.columns, case.columns - case.fewer):
+        shape = (7, case.page_tokens, case.heads, columns)
+        codes = torch.randint(256, shape, generator=generator).to(torch.uint8)
+        pool = codes.to(device).view(case.dtype)
+        if case.heads_first:
+            pool = pool.transpose(1, 2).contiguous().transpose(1, 2)
+        found.append(pool)
+    return found[0], found[1]
+
+
+def targets_of(
+    pools: tuple[torch.Tensor, torch.Tensor], pages: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for so many pages of each, full of sevens."""
+    k, v = (
+        torch.full((pages, p.shape[2], p.shape[1], p.shape[3]), 7.0, device=p.device)
+        .to(torch.float16)
+        .transpose(1, 2)
+        for p in pools
+    )
+    return k, v
 
 
 def differences(actual: torch.Tensor, pool: torch.Tensor, picked: tuple[int, ...]) -> int:

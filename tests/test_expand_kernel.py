@@ -8,7 +8,7 @@ from tests.test_append_kernel import needs_triton, run
 SCRIPT = """
 import numpy as np, torch, triton.runtime.interpreter as interpreter
 from flashcore import expand_kernel
-from tests.expand_cases import cases, differences, pool_of
+from tests.expand_cases import cases, differences, pools_of, targets_of
 
 DTYPES = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2, "fp16": torch.float16}
 
@@ -18,13 +18,14 @@ def cast(data, source, target, rounding):
 
 interpreter._convert_float = cast
 for case in cases():
-    pool = pool_of(case, "cpu")
-    shape = (4, case.heads, case.page_tokens, case.columns)
-    target = torch.full(shape, 7.0, dtype=torch.float16).transpose(1, 2)
+    pools = pools_of(case, "cpu")
+    targets = targets_of(pools, 4)
     pages = torch.tensor([*case.picked, 99], dtype=torch.int32)  # the last one is not looked at
     count = torch.tensor([len(case.picked)], dtype=torch.int32)
-    expand_kernel.expand(pool, pages, count, target)
-    assert differences(target, pool, case.picked) == 0, case
+    expand_kernel.expand(pools, pages, count, targets)
+    expand_kernel._compiled.clear()
+    for target, pool in zip(targets, pools):
+        assert differences(target, pool, case.picked) == 0, case
 print(len(cases()))
 """
 

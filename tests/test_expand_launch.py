@@ -23,10 +23,11 @@ def expanding(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Triton is here, and its kernel is torch; the pools that it was given."""
     pools: list[torch.Tensor] = []
 
-    def expand(pool: Any, pages: Any, count: Any, target: Any) -> None:
-        pools.append(pool)
+    def expand(kv: Any, pages: Any, count: Any, targets: Any) -> None:
+        pools.extend(kv)
         ids = pages[: int(count)].long()
-        target[: int(count)] = pool.view(torch.uint8)[ids].view(pool.dtype).to(target.dtype)
+        for pool, target in zip(kv, targets, strict=True):
+            target[: int(count)] = pool.view(torch.uint8)[ids].view(pool.dtype).to(target.dtype)
 
     module = ModuleType("flashcore.expand_kernel")
     module.expand = expand  # type: ignore[attr-defined]

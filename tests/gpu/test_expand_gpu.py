@@ -17,7 +17,7 @@ from flashcore.sm90.available import available
 from flashcore.sm90.device_planner import DevicePlanner
 from flashcore.sm90.expansion_scratch import ExpansionScratch
 from tests.cases import Batch
-from tests.expand_cases import ExpandCase, cases, differences, pool_of
+from tests.expand_cases import ExpandCase, cases, differences, pools_of, targets_of
 from tests.expansion_cases import ABSURD, assert_expansion, at_capacity, plans, room
 from tests.fp8 import FORMATS, fp8_tensors, scales
 from tests.gpu.test_batch_invariant_gpu import family
@@ -54,13 +54,14 @@ def assert_same_bits(
 def test_every_code_is_itself(case: ExpandCase) -> None:
     from flashcore.expand_kernel import expand
 
-    pool = pool_of(case, "cuda")
-    shape = (4, case.heads, case.page_tokens, case.columns)
-    target = torch.full(shape, 7.0, dtype=FP16, device="cuda").transpose(1, 2)
+    pools = pools_of(case, "cuda")
     pages = torch.tensor([*case.picked, 99], dtype=torch.int32, device="cuda")
     count = torch.tensor([len(case.picked)], dtype=torch.int32, device="cuda")
-    expand(pool, pages, count, target)
-    assert differences(target.cpu(), pool.cpu(), case.picked) == 0
+    for _ in range(2):  # the second time as remembered
+        targets = targets_of(pools, 4)
+        expand(pools, pages, count, targets)
+        for target, pool in zip(targets, pools, strict=True):
+            assert differences(target.cpu(), pool.cpu(), case.picked) == 0
 
 
 def test_pools_beyond_two_to_the_31_elements() -> None:
@@ -70,9 +71,11 @@ def test_pools_beyond_two_to_the_31_elements() -> None:
     pool[-1] = torch.randint(256, pool.shape[1:], device="cuda").to(torch.uint8)
     narrow = pool.view(torch.float8_e5m2)
     pages = torch.tensor([19_999, 3], dtype=torch.int32, device="cuda")
-    target = torch.empty(2, 8, 128, 128, dtype=FP16, device="cuda").transpose(1, 2)
-    expand(narrow, pages, torch.tensor([2], dtype=torch.int32, device="cuda"), target)
-    assert differences(target.cpu(), narrow[[19_999, 3]].cpu(), (0, 1)) == 0
+    targets = targets_of((narrow, narrow), 2)
+    expand((narrow, narrow), pages, torch.tensor([2], dtype=torch.int32, device="cuda"), targets)
+    picked = pool[[19_999, 3]].cpu().view(narrow.dtype)
+    for target in targets:
+        assert differences(target.cpu(), picked, (0, 1)) == 0
 
 
 # ---------------------------------------------------------------- plans of the host

@@ -61,10 +61,10 @@ class Expanded:
             else:
                 elements = prod(shape)
                 own, scratch = scratch[:elements].view(shape), scratch[elements:]
-            target = own.transpose(1, 2)
-            expand(pool, pages, page_count, target)
-            found.append(target)
-        return found[0], found[1]
+            found.append(own.transpose(1, 2))
+        targets = found[0], found[1]
+        expand((k_pages, v_pages), pages, page_count, targets)
+        return targets
 
 
 def expanded_launch(
