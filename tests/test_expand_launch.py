@@ -11,6 +11,7 @@ import torch
 
 import flashcore
 from flashcore.planner.expansion import Way
+from flashcore.sm90.expansion_scratch import ExpansionScratch
 from flashcore.sm90.launch import expand as launch_expand
 from tests.test_runtime_launch_paged import Recorder, recorder  # noqa: F401
 
@@ -166,3 +167,72 @@ def test_without_triton_pages_are_converted_and_it_is_told_once(
         launch_expand._missing.cache_clear()
     assert {k.config.kv_dtype for k in recorder.kernels if k.family.name == "paged"} == {"e4m3"}
     assert [x.levelname for x in caplog.records] == ["WARNING"]
+
+
+# ---------------------------------------------------------------- plans made on the device
+
+
+def device_planner(scratch: Any = None, **options: Any) -> flashcore.DevicePlanner:
+    return flashcore.DevicePlanner(
+        flashcore.Capacities(4, max_entries=64, max_q=2048),
+        num_pages=8,
+        num_q_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        page_tokens=PAGE,
+        **{"itemsize": 1, "device": "cpu", "expansion": scratch, **options},
+    )
+
+
+def test_where_the_device_decides_both_are_launched(
+    recorder: Recorder,  # noqa: F811
+    expanding: list[torch.Tensor],
+) -> None:
+    """One after the other, with counts of their own, and one merge by the plan's."""
+    scratch = ExpansionScratch(1 << 20, num_pages=8, device="cpu")
+    plan = device_planner(scratch).plan
+    given = {**prefill(True), "plan": plan, "q": torch.zeros(512, HEADS, DIM, dtype=torch.bfloat16)}
+    flashcore.paged_attention(**given)
+    assert [name for name, _ in recorder.calls] == ["paged", "paged", "merge"]
+    first, second, merge = (arguments for _, arguments in recorder.calls)
+    assert first[1].data_ptr() == scratch.pages.data_ptr()
+    assert first[2].data_ptr() > scratch.pages.data_ptr()
+    assert second[1].data_ptr() == given["k_pages"].data_ptr()
+    found = plan.expansion
+    assert found is not None
+    for arguments, wanted, other in (
+        (first, found.counts, found.converted_counts),
+        (second, found.converted_counts, found.counts),
+    ):
+        assert any(x is wanted for x in arguments)
+        assert not any(x is other for x in arguments)
+    assert any(x is found.places.cols for x in first)
+    assert any(x is plan.cols for x in second)
+    assert any(x is plan.counts for x in merge)
+    assert first[3] is second[3] is merge[0]
+
+
+@pytest.mark.parametrize("options", [{"window": (100, 0)}, {"rows": 64}, {"variant": True}])
+def test_what_cannot_pay_is_converted_alone(
+    recorder: Recorder,  # noqa: F811
+    expanding: list[torch.Tensor],
+    options: dict[str, Any],
+) -> None:
+    planner = device_planner(ExpansionScratch(1 << 20, num_pages=8, device="cpu"))
+    if options.pop("variant", False):
+        planner = planner.variant(expand=False)
+        assert planner.plan.expansion is None
+    rows = options.pop("rows", 512)
+    q = torch.zeros(rows, HEADS, DIM, dtype=torch.bfloat16)
+    flashcore.paged_attention(**{**prefill(True), "plan": planner.plan, "q": q}, **options)
+    assert [name for name, _ in recorder.calls] == ["paged", "merge"]
+    assert any(x is planner.plan.counts for x in recorder.calls[0][1])
+    assert not expanding
+
+
+def test_what_a_planner_refuses() -> None:
+    scratch = ExpansionScratch(1 << 20, num_pages=8, device="cpu")
+    with pytest.raises(TypeError, match="expansion must be an ExpansionScratch, got int"):
+        device_planner(1)
+    with pytest.raises(ValueError, match="expansion is for fp8 pages, of itemsize 1, got 2"):
+        device_planner(scratch, itemsize=2)

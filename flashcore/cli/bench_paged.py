@@ -65,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-dtype",
         choices=list(_DTYPES),
         default="bf16",
-        help="of the pages; with fp8 flashcore in bf16 on the same values stands beside it, and of "
-        "the peers those that take fp8: FlashAttention-3 with q in fp8 too, FlashInfer",
+        help="of the pages; with fp8 flashcore in bf16 on the same values stands beside it, in "
+        "prefill both of its ways (flashcore_converting, flashcore_expanding), and of the peers "
+        "those that take fp8: FlashAttention-3 with q in fp8 too, FlashInfer",
     )
     parser.add_argument("--plan", action="store_true", help="also time the plan on the GPU")
     parser.add_argument(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashcore.contract.counts import Fault, Seen, Stat
+from flashcore.planner.expansion import Way
 
 if TYPE_CHECKING:
     from flashcore.serving.views import View
@@ -30,25 +31,34 @@ class Counters:
         self.mode, self.interval, self.quiet = mode, max(1, interval), quiet
         self.steps = 0
         self._copy: torch.Tensor | None = None
+        self._outcome: torch.Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
-    def step(self, stats: torch.Tensor) -> None:
-        """One more forward; `stats`: int64 [Stat.SIZE] of the plan before it."""
+    def step(self, stats: torch.Tensor, outcome: torch.Tensor | None = None) -> None:
+        """One more forward; `stats`: int64 [Stat.SIZE] of the plan before it; outcome: int32 [2],
+        of its fp8 pages where they may be expanded."""
         self.steps += 1
         if self.quiet or self.steps % self.interval:
             return
         if self._copy is None:
             self._copy = torch.zeros(Stat.SIZE, dtype=torch.int64, pin_memory=stats.is_cuda)
+            self._outcome = torch.zeros(2, dtype=torch.int32, pin_memory=stats.is_cuda)
         elif self._arrived is None or self._arrived.query():  # type: ignore[no-untyped-call]
-            self._tell(self._copy.tolist())
+            assert self._outcome is not None
+            self._tell(self._copy.tolist(), self._outcome.tolist())
+        assert self._outcome is not None
         self._copy.copy_(stats, non_blocking=True)
+        if outcome is None:
+            self._outcome.zero_()
+        else:
+            self._outcome.copy_(outcome, non_blocking=True)
         if stats.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
-    def _tell(self, stats: list[int]) -> None:
+    def _tell(self, stats: list[int], outcome: list[int]) -> None:
         if stats[Stat.TOKENS_PER_SEQUENCE]:
-            logger.info("%s", line(self.mode, stats))
+            logger.info("%s", line(self.mode, stats) + expansion_text(*outcome))
 
 
 class FaultLog:
@@ -119,6 +129,15 @@ def line(mode: str, stats: list[int]) -> str:
     if unique == each:
         return f"{text}, nothing shared: no two sequences have a page in common"
     return f"{text}, nothing shared: common pages are too few to pay for partial results"
+
+
+def expansion_text(way: int, pages: int) -> str:
+    """What became of fp8 pages that could be expanded, for the log; way: a `Way`."""
+    if way == Way.EXPANDED:
+        return f", fp8 pages expanded: {pages}"
+    if way == Way.NO_ROOM:
+        return f", fp8 pages converted: no room to expand {pages}"
+    return ""
 
 
 def faults_line(where: str, faults: Fault, plans: int, sequence: int, guide: str = _GUIDE) -> str:

@@ -69,6 +69,11 @@ class Planner(Protocol):
         """int64 [Stat.SIZE] of the last plan, on its device."""
         ...
 
+    def outcome(self) -> torch.Tensor | None:
+        """int32 [2]: the `Way` of the last plan's fp8 pages and how many distinct ones it has, on
+        its device; None where plans expand none."""
+        ...
+
     @property
     def seen(self) -> Sequence[int]:
         """`contract.counts.Seen` of all plans that are done; the same object always."""
@@ -145,6 +150,9 @@ class TorchPlanner:
     def stats(self) -> torch.Tensor:
         return self._stats
 
+    def outcome(self) -> torch.Tensor | None:
+        return None
+
 
 class KernelPlanner:
     """`flashcore.DevicePlanner`: nothing is awaited, buffers stay where they are."""
@@ -205,6 +213,10 @@ class KernelPlanner:
 
     def stats(self) -> torch.Tensor:
         return self._planner.stats()
+
+    def outcome(self) -> torch.Tensor | None:
+        expansion = self._planner.plan.expansion
+        return None if expansion is None else expansion.outcome
 
 
 def workspace_for(model: Model, max_q: int) -> int:

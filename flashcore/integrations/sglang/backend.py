@@ -282,7 +282,7 @@ class FlashcoreBackend(AttentionBackend):
         if not in_capture:
             self._faults.look()
             view = self._views[0]
-            self._counters[self._mode].step(view.planner.stats())
+            self._counters[self._mode].step(view.planner.stats(), view.planner.outcome())
         self._mode = "verify" if mode.is_target_verify() else "decode" if decode else "prefill"
 
     # Speculative decoding: the mask that the worker fills after drafting

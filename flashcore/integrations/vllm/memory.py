@@ -153,5 +153,6 @@ class EngineMemory:
         now = time.monotonic()
         if now >= self._due:
             self._due = now + self._interval
-            self._counters[self._mode].step(group.view.planner.stats())
+            planner = group.view.planner
+            self._counters[self._mode].step(planner.stats(), planner.outcome())
         self._mode = mode
