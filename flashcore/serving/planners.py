@@ -120,6 +120,7 @@ class TorchPlanner:
             fold=self.fold,
             batch_invariant=self.batch_invariant,
             itemsize=self.itemsize,
+            expand=False,  # torch operators never do
         )
         found = plan.stats()
         self._stats[Stat.TOKENS_UNIQUE] = found.tokens_unique
