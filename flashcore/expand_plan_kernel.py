@@ -43,22 +43,25 @@ def plan_expansion(
 ) -> None:
     """Fill the tensors of `found` for a plan; counts: its own, which stay as they are.
 
-    scratch: int32, an element for every page id there may be.
+    scratch: int32, an element for every page of the pool. Ids beyond, of sequences that could not
+    be planned, have the first place: nothing reads it for them.
     """
     problem = found.problem
     pages, page_count, cols_of_places = found.places
     scratch.fill_(2**31 - 1)
     page_count.zero_()
-    cols = tensors.cols
+    cols, num_pages, nnz = tensors.cols, scratch.numel(), int(Count.NNZ)
     programs = (min(_PROGRAMS, triton.cdiv(cols.numel(), _BLOCK)),)
-    _claim[programs](cols, counts, scratch, int(Count.NNZ), _BLOCK)
+    _claim[programs](cols, counts, scratch, num_pages, nnz, _BLOCK)
     _number[programs](
-        cols, counts, scratch, pages, page_count, pages.numel(), int(Count.NNZ), _BLOCK
+        *(cols, counts, scratch, num_pages),
+        *(pages, page_count, pages.numel(), nnz, _BLOCK),
     )
     _place[programs](
         cols,
         counts,
         scratch,
+        num_pages,
         tensors.groups,
         tensors.q_positions,
         cols_of_places,
@@ -71,7 +74,7 @@ def plan_expansion(
         problem.group_size,
         problem.page_tokens,
         problem.num_kv_heads * (problem.head_dim + problem.v_head_dim),
-        int(Count.NNZ),
+        nnz,
         int(Count.GROUPS),
         int(Count.ITEMS),
         int(Count.SIZE),
@@ -79,22 +82,37 @@ def plan_expansion(
     )
 
 
-@triton.jit
-def _claim(cols, counts, places, NNZ: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+# What differs from planner to planner is not compiled in: a first request must not wait for it.
+_SIZES = ["num_pages", "capacity", "tile_m", "group_size", "page_tokens", "elements"]
+
+
+@triton.jit(do_not_specialize=_SIZES[:1])
+def _claim(  # type: ignore[no-untyped-def]
+    cols, counts, places, num_pages, NNZ: tl.constexpr, BLOCK: tl.constexpr
+):
     """places[page]: its first entry."""
     entries = tl.load(counts + NNZ)
     first = tl.program_id(0) * BLOCK
     while first < entries:
         entry = first + tl.arange(0, BLOCK)
         there = entry < entries
-        page = tl.load(cols + entry, mask=there, other=0)
+        page = tl.load(cols + entry, mask=there, other=-1)
+        there &= (page >= 0) & (page < num_pages)
         tl.atomic_min(places + page, entry, mask=there)
         first += tl.num_programs(0) * BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES[:2])
 def _number(  # type: ignore[no-untyped-def]
-    cols, counts, places, pages, page_count, capacity, NNZ: tl.constexpr, BLOCK: tl.constexpr
+    cols,
+    counts,
+    places,
+    num_pages,
+    pages,
+    page_count,
+    capacity,
+    NNZ: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """pages: those that an entry is the first of; places[page]: -1 - its place in them."""
     entries = tl.load(counts + NNZ)
@@ -102,7 +120,8 @@ def _number(  # type: ignore[no-untyped-def]
     while first < entries:
         entry = first + tl.arange(0, BLOCK)
         there = entry < entries
-        page = tl.load(cols + entry, mask=there, other=0)
+        page = tl.load(cols + entry, mask=there, other=-1)
+        there &= (page >= 0) & (page < num_pages)
         # Of other entries' pages there is another entry, or a place, which is negative.
         own = there & (tl.load(places + page, mask=there, other=-1) == entry)
         taken = own.to(tl.int32)
@@ -113,11 +132,12 @@ def _number(  # type: ignore[no-untyped-def]
         first += tl.num_programs(0) * BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _place(  # type: ignore[no-untyped-def]
     cols,
     counts,
     places,
+    num_pages,
     groups,
     q_positions,
     cols_of_places,
@@ -140,10 +160,10 @@ def _place(  # type: ignore[no-untyped-def]
     first = tl.program_id(0) * BLOCK
     while first < entries:
         entry = first + tl.arange(0, BLOCK)
-        there = entry < entries
-        page = tl.load(cols + entry, mask=there, other=0)
+        page = tl.load(cols + entry, mask=entry < entries, other=-1)
+        there = (page >= 0) & (page < num_pages)
         place = -1 - tl.load(places + page, mask=there, other=-1)
-        tl.store(cols_of_places + entry, tl.minimum(place, capacity - 1), mask=there)
+        tl.store(cols_of_places + entry, tl.minimum(place, capacity - 1), mask=entry < entries)
         first += tl.num_programs(0) * BLOCK
     if tl.program_id(0) == 0:
         distinct = tl.load(page_count)

@@ -37,6 +37,7 @@ def test_every_case_in_the_interpreter() -> None:
 
 PLANS = """
 import torch
+from flashcore.contract.counts import Count
 from flashcore.expand_plan_kernel import plan_expansion
 from flashcore.planner import expansion
 from tests.expansion_cases import ABSURD, assert_expansion, at_capacity, plans, room
@@ -50,6 +51,12 @@ for plan in found:
     for _ in range(2):  # nothing is left of the last time
         plan_expansion(tensors, counts, filled, scratch, plan.tile_m)
         assert_expansion(filled, plan, counts)
+    # Ids of sequences that could not be planned, which no work item reads.
+    wrong = torch.cat([tensors.cols[: plan.cols.numel()], torch.tensor([ABSURD, -1, 2**31 - 1])])
+    counts[Count.NNZ] += 3
+    plan_expansion(tensors._replace(cols=wrong.int()), counts, filled, scratch, plan.tile_m)
+    assert filled.outcome.tolist() == [plan.expansion.way, plan.cols.unique().numel()]
+    assert filled.places.cols[plan.cols.numel() :][:3].tolist() == [0, 0, 0]
 print(len({int(plan.expansion.way) for plan in found}))
 """
 

@@ -39,6 +39,7 @@ MANY = {
     # the contract of Triton
     "append_kernel._scatter",
     "expand_kernel._expand",
+    "expand_plan_kernel._number",
     "expand_plan_kernel._place",
     "serving.page_table_kernel._fill",
     # the specification, as plain as it can be

@@ -94,9 +94,9 @@ def plan_expansion(plan: DevicePlan, scratch: torch.Tensor) -> None:
     if plan.expansion is not None and can_expand(forced=False):
         from flashcore import expand_plan_kernel
 
-        tensors = plan_tensors(plan)
+        of_pool = scratch[: plan.num_pages]
         expand_plan_kernel.plan_expansion(
-            tensors, plan.counts, plan.expansion, scratch, plan.tile_m
+            plan_tensors(plan), plan.counts, plan.expansion, of_pool, plan.tile_m
         )
 
 
