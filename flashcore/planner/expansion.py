@@ -9,7 +9,8 @@ is decided here are integers, no tensor of them K or V.
 The rule is a model of costs, in sixteenths of a byte that the SMs read from DRAM in that time:
 converting an element of a tile in shared memory costs CONVERT_COST for each row block of 128 rows
 that reads it (half of that with 64 rows, which read it twice as often), expanding it costs
-EXPAND_COST once, and a launch LAUNCH_COST.
+EXPAND_COST once, and a launch LAUNCH_COST. On an H200, 13 row blocks of 128 rows pay, which
+are 1664 query rows of a KV head (docs/experiments/paged.md#expanded-pages).
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import torch
 from flashcore.contract.work import Group
 from flashcore.problem import Problem, Rules
 
-CONVERT_COST = 5
-EXPAND_COST = 16 * 4
-"""A byte read, two written, then two read by the first row block where it would have read one."""
+CONVERT_COST = 4
+"""0.09 to 0.12 ns for a token of 8 KV heads of 128: 0.21 bytes of 4190 GB/s."""
+
+EXPAND_COST = 52
+"""A byte read, two written, and what the first row block reads more of: 3.2 bytes."""
 
 LAUNCH_COST = 16 * (10 << 20)
 """3 us."""
