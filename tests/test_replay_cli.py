@@ -112,6 +112,26 @@ def test_one_engine_of_a_fleet_is_todays_replay(capsys: pytest.CaptureFixture[st
             assert row["waiting_mean"] == pytest.approx(today["per_step"]["waiting"]["mean"])
 
 
+def test_a_fleet_reads_blocks_of_16_and_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    form = ("--block-tokens", "16", "--time-unit", "s", "--page-tokens", "16", "--json")
+    assert run(BAILIAN, *form, *FAST) == 0
+    today = json.loads(capsys.readouterr().out)
+    routings = ("--routing", "round-robin,prefix-aware", "--report-ms", "1000")
+    assert run(BAILIAN, *form, "--engines", "1,2", *routings, "--per-engine", *FLEET) == 0
+    report = json.loads(capsys.readouterr().out)
+    one, same, turns, prefixes = report["rows"]
+    assert (report["out_of_order"], report["settings"]["block_tokens"]) == (1, 16)
+    for row in (one, same):
+        assert all(today[name] == row[name] for name in today if name in row and name != "wall_s")
+    # Arrivals are 130, 100, 40 and 160 tokens. In turn, the last has 64 in common with the second;
+    # by prefixes, the first two meet (64 found) and the last finds 128 of the first.
+    found = [[e["cached_tokens"] for e in row["per_engine"]] for row in (turns, prefixes)]
+    assert found == [[0, 64], [64 + 128, 0]]
+    asked = [[e["prompt_tokens"] for e in row["per_engine"]] for row in (turns, prefixes)]
+    assert asked == [[130 + 40, 100 + 160], [130 + 100 + 160, 40]]
+    assert all(1.5 < row["simulated_s"] < 3 for row in report["rows"])
+
+
 def test_a_fleet_s_report(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--engines", "1,3", "--copies-per-engine", "2", "--system-prompts", "2")
     report = run_json(capsys, *options, "--per-engine", "--commit", "abc", *FLEET)
@@ -163,6 +183,9 @@ def test_a_fleet_s_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
             "system_tokens is 9; it must be a multiple of 512",
         ),
         (("--engines", "2", "--attention"), "--attention is of one engine's replay"),
+        (("--engines", "2", "--device", "cuda"), "--device cuda is of one engine's replay"),
+        (("--engines", "2", "--sample-every", "0"), "--sample-every is of one engine's replay"),
+        (("--engines", "2", "--heads", "4x1x64"), "--heads is of one engine's replay"),
         (("--engines", "2", "--steps-csv", "a.csv"), "--steps-csv is of one engine's replay"),
     ],
 )
@@ -271,9 +294,10 @@ def test_bad_line_gives_one_line_and_status_2(
     bad = tmp_path / "bad.jsonl"
     lines = SAMPLE.read_text().splitlines()
     bad.write_text("\n".join([*lines[:3], lines[3].replace("1536", "-1536")]))
-    assert run(bad) == 2
-    error = one_error_line(capsys)
-    assert error.startswith(f"flashcore replay: {bad}, line 4: input_length is -1536;")
+    for fleet in ((), ("--engines", "2", *FLEET)):
+        assert run(bad, *fleet) == 2
+        error = one_error_line(capsys)
+        assert error.startswith(f"flashcore replay: {bad}, line 4: input_length is -1536;")
 
 
 def test_missing_file_gives_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from flashcore.replay.trace import Trace
 
 _DEFAULT_CACHE_GIB = 64.0
+# Not given and given are told apart: a fleet times nothing, so it refuses them.
+_DEFAULT_SAMPLE_EVERY = 256
+_DEFAULT_HEADS = (4, 1, 64)
 
 
 class _UsageError(ValueError):
@@ -136,7 +139,6 @@ def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--sample-every",
         type=_count_or_zero,
-        default=256,
         metavar="K",
         help="time layout and plan of each K-th step, 0 for none (default: 256)",
     )
@@ -146,7 +148,6 @@ def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--heads",
         type=_shape,
-        default=(4, 1, 64),
         metavar="QxHxD",
         help="query heads x KV heads x head dimension of plan and attention (default: 4x1x64)",
     )
@@ -237,7 +238,7 @@ def _settings(args: argparse.Namespace) -> tuple[ModelShape, EngineSettings, Sam
 
     layers, kv_heads, head_dim = args.model_shape
     shape = ModelShape(layers, kv_heads, head_dim, args.element_bytes)
-    num_q_heads, num_kv_heads, head_dim = args.heads
+    num_q_heads, num_kv_heads, head_dim = args.heads or _DEFAULT_HEADS
     if num_q_heads % num_kv_heads:
         raise _UsageError(f"--heads: {num_q_heads} query heads, no multiple of {num_kv_heads}")
     try:
@@ -254,7 +255,7 @@ def _settings(args: argparse.Namespace) -> tuple[ModelShape, EngineSettings, Sam
     except ValueError as error:
         raise _UsageError(str(error)) from error
     samples = SampleSettings(
-        every=args.sample_every,
+        every=_DEFAULT_SAMPLE_EVERY if args.sample_every is None else args.sample_every,
         attention=args.attention,
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,

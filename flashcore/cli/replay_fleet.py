@@ -147,6 +147,8 @@ def check_outputs(args: argparse.Namespace) -> None:
     """ValueError where something is asked of a fleet that only one engine's replay can give."""
     given = {
         "--attention": args.attention,
+        "--sample-every": args.sample_every is not None,
+        "--heads": args.heads is not None,
         "--device cuda": args.device == "cuda",
         "--steps-csv": args.steps_csv is not None,
     }
