@@ -240,9 +240,17 @@ def test_kernels_of_a_launch(monkeypatch: pytest.MonkeyPatch, batch_invariant: b
 
 def test_merges_of_all_lengths_have_the_fixed_order():
     for partials in (2, 800):
-        assert choose_merge("bf16", 128, False, partials, 1, True).fixed_order
+        assert choose_merge("bf16", 128, False, partials, 1, 32).fixed_order
     for rows in (1, 10**4):
         assert choose_device_merge("bf16", 128, False, rows, True).fixed_order
+
+
+def test_a_cta_folds_a_row_where_rows_are_few_and_long():
+    """A warp takes no more than a CTA where there are CTAs enough to fill the GPU twice."""
+    for total_q, heads, results, warps in ((8, 32, 128, 8), (8, 32, 7, 1), (64, 32, 8, 1)):
+        chosen = choose_merge("bf16", 128, False, results * total_q, total_q, heads)
+        assert chosen.warps_per_row == warps
+    assert choose_merge("bf16", 128, False, 512, 64).warps_per_row == 8, "of other plans"
 
 
 @pytest.mark.parametrize("v_head_dim", [0, 64, 128])

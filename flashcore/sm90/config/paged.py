@@ -496,11 +496,16 @@ def choose_merge(
     sinks: bool,
     partials: int,
     total_q: int,
-    batch_invariant: bool = False,
+    fold_heads: int = 0,
 ) -> MergeConfig:
-    """The config for `partials` merge list entries of `total_q` query tokens."""
-    warps = 8 if partials >= LONG_LIST * total_q else 1
-    return MergeConfig(dtype, head_dim, sinks, warps, fixed_order=batch_invariant)
+    """The config for `partials` merge list entries of `total_q` query tokens.
+
+    fold_heads: of a batch-invariant plan, the query heads: its bits are the same for any number of
+    warps, and where rows are many a CTA for each costs more than a warp's longer walk.
+    """
+    few = not fold_heads or total_q * fold_heads <= FEW_ROWS
+    warps = 8 if few and partials >= LONG_LIST * total_q else 1
+    return MergeConfig(dtype, head_dim, sinks, warps, fixed_order=fold_heads > 0)
 
 
 def choose_device_merge(

@@ -356,7 +356,7 @@ def _merge_config(
     if planned.counts is not None:
         return choose_device_merge(dtype, v_dim, has_sinks, total_q * heads, invariant)
     entries = planned.tensors.merge_partials.numel()
-    return choose_merge(dtype, v_dim, has_sinks, entries, total_q, invariant)
+    return choose_merge(dtype, v_dim, has_sinks, entries, total_q, heads if invariant else 0)
 
 
 def _ready(
