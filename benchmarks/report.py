@@ -416,12 +416,23 @@ def fleet_table(data: dict[str, Any]) -> str:
                 f"{row['tokens_per_s']:.0f} ({rate:.0f})",
             )
         )
-    seconds = [sum(row[name] for row in data["rows"]) for name in ("wall_s", "user_s")]
+    runs = data.get("runs", [data])  # joined from several, each whole
     return (
         "\n".join("| " + " | ".join(row) + " |" for row in rows)
-        + f"\n\n{data['cpu']}, {data['processes']} processes: {seconds[0]:,.0f} s, "
-        f"{seconds[1]:,.0f} s of user time, {data['peak_mib']:,.0f} MiB at most; "
-        f"{data['date'][:10]}, commit {data['commit'][:7]}; `{data['command']}`"
+        + f"\n\n{data['cpu']}: {'; '.join(map(_fleet_costs, runs))}; {data['date'][:10]}, commit "
+        f"{data['commit'][:7]}; " + ", ".join(f"`{run['command']}`" for run in runs)
+    )
+
+
+def _fleet_costs(run: dict[str, Any]) -> str:
+    """What a run of fleets took: of which routing, where it had one."""
+    wall_s, user_s = (sum(row[name] for row in run["rows"]) for name in ("wall_s", "user_s"))
+    routings = {row["routing"] for row in run["rows"]}
+    count = run["processes"]
+    return (
+        (f"{routings.pop()}, " if len(routings) == 1 else "")
+        + f"{count} process{'' if count == 1 else 'es'}: {wall_s:,.0f} s, "
+        f"{user_s:,.0f} s of user time, {run['peak_mib']:,.0f} MiB at most"
     )
 
 
