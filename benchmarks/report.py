@@ -420,7 +420,9 @@ def fleet_table(data: dict[str, Any]) -> str:
     return (
         "\n".join("| " + " | ".join(row) + " |" for row in rows)
         + f"\n\n{data['cpu']}: {'; '.join(map(_fleet_costs, runs))}; {data['date'][:10]}, commit "
-        f"{data['commit'][:7]}; " + ", ".join(f"`{run['command']}`" for run in runs)
+        + ", ".join(dict.fromkeys(run["commit"][:7] for run in runs))
+        + "; "
+        + ", ".join(f"`{run['command']}`" for run in runs)
     )
 
 
