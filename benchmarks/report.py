@@ -419,7 +419,7 @@ def fleet_table(data: dict[str, Any]) -> str:
     runs = data.get("runs", [data])  # joined from several, each whole
     return (
         "\n".join("| " + " | ".join(row) + " |" for row in rows)
-        + f"\n\n{data['cpu']}: {'; '.join(map(_fleet_costs, runs))}; {data['date'][:10]}, commit "
+        + f"\n\n{data['cpu']}; {'; '.join(map(_fleet_costs, runs))}; {data['date'][:10]}, commit "
         + ", ".join(dict.fromkeys(run["commit"][:7] for run in runs))
         + "; "
         + ", ".join(f"`{run['command']}`" for run in runs)
