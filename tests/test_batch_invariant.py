@@ -19,14 +19,8 @@ from flashcore.contract.work import DIRECT, Group, Work
 from flashcore.dispatch import Path
 from flashcore.planner import chunks
 from flashcore.reference import paged_attention_reference
-from flashcore.sm90.config.paged import (
-    PAGE_TOKENS,
-    MergeConfig,
-    PagedCall,
-    choose,
-    choose_device_merge,
-    choose_merge,
-)
+from flashcore.sm90.config.merge import MergeConfig, choose_device_merge, choose_merge
+from flashcore.sm90.config.paged import PAGE_TOKENS, PagedCall, choose
 from flashcore.sm90.launch import paged as launch_paged
 from tests import oracle
 from tests.cases import Batch, batches, picked

@@ -21,7 +21,8 @@ from flashcore.contract.work import DIRECT
 from flashcore.planner import chunks
 from flashcore.reference import sequence_attention
 from flashcore.reference_fold import fold_chunks
-from flashcore.sm90.config.paged import MergeConfig, PagedCall, choose
+from flashcore.sm90.config.merge import MergeConfig
+from flashcore.sm90.config.paged import PagedCall, choose
 from tests.emulation.chunked_attention import Pools, Rule, attend, merge_partials
 from tests.emulation.simt import Memory
 

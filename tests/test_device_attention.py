@@ -14,8 +14,9 @@ from flashcore.jit.cache import KernelCache
 from flashcore.jit.kernel import Kernel
 from flashcore.planner.device_plan import fill_defaults
 from flashcore.serving import warmup
-from flashcore.sm90.config import paged
-from flashcore.sm90.config.paged import MergeConfig, PagedConfig
+from flashcore.sm90.config import merge
+from flashcore.sm90.config.merge import MergeConfig
+from flashcore.sm90.config.paged import PagedConfig
 from flashcore.sm90.families import MERGE, PAGED
 from flashcore.sm90.launch import paged as launch_paged
 from tests.pretend_gpu import no_gpu, pretend
@@ -228,21 +229,21 @@ def test_workspace_is_checked(
 
 
 def test_merge_shares_lists_where_rows_are_few() -> None:
-    few = paged.choose_device_merge("bf16", 128, False, paged.FEW_ROWS)
-    some = paged.choose_device_merge("bf16", 128, True, paged.FEW_ROWS + 1)
-    many = paged.choose_device_merge("bf16", 128, False, paged.MANY_ROWS + 1)
+    few = merge.choose_device_merge("bf16", 128, False, merge.FEW_ROWS)
+    some = merge.choose_device_merge("bf16", 128, True, merge.FEW_ROWS + 1)
+    many = merge.choose_device_merge("bf16", 128, False, merge.MANY_ROWS + 1)
     assert (few.warps_per_row, few.sinks, few.device_counts) == (8, False, True)
     assert (some.warps_per_row, some.heads_per_warp, some.sinks) == (1, 1, True)
-    assert (many.warps_per_row, many.heads_per_warp) == (1, paged.HEADS_PER_WARP)
+    assert (many.warps_per_row, many.heads_per_warp) == (1, merge.HEADS_PER_WARP)
 
 
 def test_each_merge_has_its_size() -> None:
     for heads in (1, 5, 32, 96):
         chosen = [
-            paged.choose_device_merge("bf16", 128, False, count * heads)
+            merge.choose_device_merge("bf16", 128, False, count * heads)
             for count in warmup._token_counts(heads)
         ]
-        assert len(set(chosen)) == len(paged.MERGE_SIZES)
+        assert len(set(chosen)) == len(merge.MERGE_SIZES)
 
 
 # ---------------------------------------------------------------- the real functions

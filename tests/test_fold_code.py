@@ -11,7 +11,8 @@ from flashcore.jit.inspect import disassemble, extract_cubins
 from flashcore.jit.kernel import Kernel
 from flashcore.jit.target import detect_target
 from flashcore.sm90.config import paged
-from flashcore.sm90.config.paged import MergeConfig, PagedCall
+from flashcore.sm90.config.merge import MergeConfig
+from flashcore.sm90.config.paged import PagedCall
 from flashcore.sm90.families import MERGE, PAGED
 from tests.runtime_fixtures import needs_disassembler, needs_dsl
 from tools.compare_machine_code import instructions

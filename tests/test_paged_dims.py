@@ -24,7 +24,8 @@ from flashcore.planner.folding import Costs
 from flashcore.problem import Problem
 from flashcore.reference import paged_attention_reference
 from flashcore.sm90.config import paged
-from flashcore.sm90.config.paged import MergeConfig, PagedCall
+from flashcore.sm90.config.merge import MergeConfig
+from flashcore.sm90.config.paged import PagedCall
 from flashcore.sm90.families import MERGE, PAGED
 from flashcore.sm90.launch import paged as launch_paged
 from tests.cases import Batch

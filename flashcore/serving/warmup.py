@@ -24,7 +24,7 @@ from flashcore.serving.kernels import Kind, Variant
 from flashcore.serving.page_tables import PageTables, Slots
 from flashcore.serving.planners import prefill_tiles
 from flashcore.serving.shapes import Model, Shape
-from flashcore.sm90.config import paged
+from flashcore.sm90.config import merge
 from flashcore.sm90.config.planner import SMALL_QUERIES, PlannerConfig
 from flashcore.sm90.expansion_scratch import ExpansionScratch
 from flashcore.sm90.families import PAGED, PLANNER
@@ -110,7 +110,7 @@ def run_all(model: Model, kind: Kind, cache: Cache, wanted: list[Kernel], tree: 
 
 def _token_counts(heads: int) -> list[int]:
     """Query tokens whose results each kernel of `choose_device_merge` merges once."""
-    return [-(-rows // heads) for rows in paged.MERGE_SIZES]
+    return [-(-rows // heads) for rows in merge.MERGE_SIZES]
 
 
 def _expand(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from flashcore.jit.kernel import Kernel
 from flashcore.problem import Problem, Rules
-from flashcore.sm90.config import paged, planner
+from flashcore.sm90.config import merge, paged, planner
 from flashcore.sm90.families import MERGE, PAGED, PLANNER
 
 
@@ -41,7 +41,7 @@ class Plans:
     batch_invariant: bool = False
     max_batch: tuple[int, ...] = ()
     merges: tuple[int, ...] = (1, 8)
-    rows: tuple[int, ...] = paged.MERGE_SIZES
+    rows: tuple[int, ...] = merge.MERGE_SIZES
 
 
 PLAIN = Attached()
@@ -87,14 +87,14 @@ def call_of(problem: Problem, rules: Rules, attached: Attached, on_device: bool)
     )
 
 
-def _merges(problem: Problem, plans: Plans, attached: Attached) -> list[paged.MergeConfig]:
+def _merges(problem: Problem, plans: Plans, attached: Attached) -> list[merge.MergeConfig]:
     dtype, dim, fixed = attached.dtype, problem.v_head_dim, plans.batch_invariant
     if plans.on_device:
         return [
-            paged.choose_device_merge(dtype, dim, attached.sinks, rows, fixed)
+            merge.choose_device_merge(dtype, dim, attached.sinks, rows, fixed)
             for rows in plans.rows
         ]
     return [
-        paged.MergeConfig(dtype, dim, attached.sinks, warps, fixed_order=fixed)
+        merge.MergeConfig(dtype, dim, attached.sinks, warps, fixed_order=fixed)
         for warps in plans.merges
     ]

@@ -11,9 +11,10 @@ from typing import Any
 
 from flashcore.contract.chunks import tallest_tile
 from flashcore.jit.kernel import Kernel
-from flashcore.sm90.config import paged
+from flashcore.sm90.config import merge, paged
 from flashcore.sm90.config.dense import DTYPES, HEAD_DIMS, DenseConfig, DenseProblem, choose
-from flashcore.sm90.config.paged import MergeConfig, PagedCall, PagedConfig
+from flashcore.sm90.config.merge import MergeConfig
+from flashcore.sm90.config.paged import PagedCall, PagedConfig
 from flashcore.sm90.config.pager import PagerConfig
 from flashcore.sm90.config.planner import PlannerConfig, choose_small
 from flashcore.sm90.families import DENSE, MERGE, PAGED, PAGER, PLANNER
@@ -149,11 +150,11 @@ def _merge_configs() -> list[MergeConfig]:
         for dim in PAGED_DIMS
         for warps in (1, 8)
     ]
-    rows = paged.MERGE_SIZES
+    rows = merge.MERGE_SIZES
     kinds = [(dtype, dim) for dtype in DTYPES for dim in PAGED_DIMS]
     kinds += [("bf16", v_dim) for _, v_dim in OTHER_PAGED_DIMS if v_dim not in PAGED_DIMS]
-    device = [paged.choose_device_merge(dtype, dim, False, n) for dtype, dim in kinds for n in rows]
+    device = [merge.choose_device_merge(dtype, dim, False, n) for dtype, dim in kinds for n in rows]
     device += [
-        paged.choose_device_merge("bf16", dim, False, n, True) for dim in PAGED_DIMS for n in rows
+        merge.choose_device_merge("bf16", dim, False, n, True) for dim in PAGED_DIMS for n in rows
     ]
     return [*plain, *long, *fixed, *device, MergeConfig("bf16", 64, sinks=True)]

@@ -14,7 +14,8 @@ import numpy as np
 
 from flashcore.contract.work import Work
 from flashcore.planner.types import Plan
-from flashcore.sm90.config.paged import MergeConfig, PagedConfig
+from flashcore.sm90.config.merge import MergeConfig
+from flashcore.sm90.config.paged import PagedConfig
 from tests.emulation import simt
 from tests.emulation.simt import Machine, Memory, Registers
 

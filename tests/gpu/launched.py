@@ -18,7 +18,7 @@ from flashcore.problem import Problem, Rules
 from flashcore.serving.kernels import Kind, Variant, kernels_of
 from flashcore.serving.shapes import Shape
 from flashcore.sm90.config import dense, planner
-from flashcore.sm90.config.paged import MergeConfig
+from flashcore.sm90.config.merge import MergeConfig
 from flashcore.sm90.config.pager import PagerConfig
 from flashcore.sm90.families import DENSE, MERGE, PAGER, PLANNER
 from flashcore.sm90.needed import Attached, Plans, kernels_for

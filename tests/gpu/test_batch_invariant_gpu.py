@@ -15,7 +15,7 @@ from flashcore.contract.work import Work
 from flashcore.planner import chunks
 from flashcore.reference import paged_attention_reference
 from flashcore.sm90.available import available
-from flashcore.sm90.config.paged import MergeConfig
+from flashcore.sm90.config.merge import MergeConfig
 from flashcore.sm90.device_planner import DevicePlanner
 from flashcore.sm90.launch import paged as launch_paged
 from tests.cases import Batch, hide_unused, picked, prefix_tree

@@ -14,7 +14,7 @@ import flashcore
 from flashcore.contract.counts import Fault, Stat
 from flashcore.reference import paged_attention_reference
 from flashcore.sm90.available import available
-from flashcore.sm90.config.paged import MergeConfig
+from flashcore.sm90.config.merge import MergeConfig
 from flashcore.sm90.launch import paged as launch_paged
 from tests.cases import Batch, small_scale
 from tests.compare import assert_close

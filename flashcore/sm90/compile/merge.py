@@ -7,7 +7,7 @@ from typing import Any
 from flashcore.contract.counts import Count
 from flashcore.contract.operands import Merge
 from flashcore.sm90.compile.fake import compiled, element_of, matrix, strided, vector
-from flashcore.sm90.config.paged import MergeConfig
+from flashcore.sm90.config.merge import MergeConfig
 
 
 def compile_merge(config: MergeConfig, options: str = "") -> Any:

@@ -18,7 +18,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, const_expr
 
 from flashcore.contract.counts import INVALID
-from flashcore.sm90.config.paged import MergeConfig
+from flashcore.sm90.config.merge import MergeConfig
 from flashcore.sm90.kernels.attention.parts.device_counts import plan_fits
 from flashcore.sm90.kernels.attention.parts.softmax import LN2, LOG2_E
 from flashcore.sm90.kernels.dsl import SmemAllocator

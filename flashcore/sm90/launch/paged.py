@@ -26,14 +26,8 @@ from flashcore.planner.expansion import AnyExpansion
 from flashcore.planner.types import Planned
 from flashcore.problem import NO_EXTRAS, Extras, KVPool, Rules
 from flashcore.sm90.available import sm_count
-from flashcore.sm90.config.paged import (
-    MergeConfig,
-    PagedCall,
-    PagedConfig,
-    choose,
-    choose_device_merge,
-    choose_merge,
-)
+from flashcore.sm90.config.merge import MergeConfig, choose_device_merge, choose_merge
+from flashcore.sm90.config.paged import PagedCall, PagedConfig, choose
 from flashcore.sm90.families import MERGE, PAGED
 from flashcore.sm90.launch import expand
 from flashcore.sm90.launch.allocate import Allocate, Buffer, allocator, contiguous
