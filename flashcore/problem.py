@@ -51,6 +51,11 @@ class Problem:
         return Problem(num_q_heads, num_kv_heads, head_dim, v_head_dim, page_tokens, itemsize)
 
     @property
+    def dims(self) -> tuple[int, int]:
+        """head_dim and v_head_dim."""
+        return self.head_dim, self.v_head_dim
+
+    @property
     def group_size(self) -> int:
         """Query heads that share a KV head."""
         return self.num_q_heads // self.num_kv_heads

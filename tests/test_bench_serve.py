@@ -23,16 +23,14 @@ from flashcore.bench.serve.measure import DoesNotFitError, measure
 from flashcore.bench.serve.report import summarise
 from flashcore.bench.serve.shapes import SHAPES, model_shape
 from flashcore.bench.serve.suite import (
-    Turns,
     Worker,
     WorkerError,
     counters_since,
     make_row,
-    run_serve,
 )
 from flashcore.bench.serve.timeline import NotTogetherError, Timeline, step_seconds
 from flashcore.bench.serve.workloads import PRESETS, Prompts, parse_workload
-from tests.serve_fakes import OPTIONS, fake_run, starting
+from tests.serve_fakes import OPTIONS, fake_run
 
 VOCAB = 1000
 TINY = SHAPES["tiny"]
@@ -303,38 +301,6 @@ def test_row_is_the_median_and_keeps_its_samples() -> None:
 
 
 # The suite
-
-
-def test_engines_of_one_backend_have_rows_of_their_own() -> None:
-    """Caches of several dtypes, in one run: each engine's samples are its own."""
-    steps = {"auto": 20.0, "fp8_e4m3": 10.0}
-
-    def answer(options: EngineOptions, command: dict[str, Any]) -> dict[str, Any]:
-        if command["do"] == "start":
-            return {}
-        return {"samples": [{"step_ms": steps[options.kv_cache_dtype], "ttft_ms": 1.0}]}
-
-    engines = [
-        replace(OPTIONS, backend=backend, kv_cache_dtype=dtype, label=label)
-        for dtype, label in (("auto", ""), ("fp8_e4m3", "fp8_e4m3"))
-        for backend in ("flashcore", "fa3")
-    ]
-    for together in (True, False):
-        result = run_serve(
-            [parse_workload("4x16+8:40")],
-            engines,
-            Turns(1, 1, together),
-            start=starting(answer),
-        )
-        found = {(r["name"], r["backend"], r["kv_cache_dtype"]): r for r in result["rows"]}
-        assert {key: row["step_ms"] for key, row in found.items()} == {
-            ("flashcore", "flashcore", "auto"): 20.0,
-            ("fa3", "fa3", "auto"): 20.0,
-            ("flashcore fp8_e4m3", "flashcore", "fp8_e4m3"): 10.0,
-            ("fa3 fp8_e4m3", "fa3", "fp8_e4m3"): 10.0,
-        }
-        (entry,) = summarise(result["rows"])
-        assert entry["speed_over_fa3"]["flashcore fp8_e4m3"] == 2.0
 
 
 def test_one_engine_start_serves_all_workloads_of_a_model() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flashcore.bench.serve.engine import EngineOptions
 from flashcore.bench.serve.report import format_table, plot, summarise
-from tests.serve_fakes import result_of
+from flashcore.bench.serve.suite import Turns, run_serve
+from flashcore.bench.serve.workloads import parse_workload
+from tests.serve_fakes import OPTIONS, result_of, starting
 
 
 def test_table_and_plot(tmp_path: Path) -> None:
@@ -154,3 +158,35 @@ def test_table_without_the_baseline() -> None:
     result = result_of(["4x16+8:40"], ["flashcore"])
     assert format_table(result).splitlines()[1].split()[5] == "-"
     assert "speed_over_fa3" not in result["summary"][0]
+
+
+def test_engines_of_one_backend_have_rows_of_their_own() -> None:
+    """Caches of several dtypes, in one run: each engine's samples are its own."""
+    steps = {"auto": 20.0, "fp8_e4m3": 10.0}
+
+    def answer(options: EngineOptions, command: dict[str, Any]) -> dict[str, Any]:
+        if command["do"] == "start":
+            return {}
+        return {"samples": [{"step_ms": steps[options.kv_cache_dtype], "ttft_ms": 1.0}]}
+
+    engines = [
+        replace(OPTIONS, backend=backend, kv_cache_dtype=dtype, label=label)
+        for dtype, label in (("auto", ""), ("fp8_e4m3", "fp8_e4m3"))
+        for backend in ("flashcore", "fa3")
+    ]
+    for together in (True, False):
+        result = run_serve(
+            [parse_workload("4x16+8:40")],
+            engines,
+            Turns(1, 1, together),
+            start=starting(answer),
+        )
+        found = {(r["name"], r["backend"], r["kv_cache_dtype"]): r for r in result["rows"]}
+        assert {key: row["step_ms"] for key, row in found.items()} == {
+            ("flashcore", "flashcore", "auto"): 20.0,
+            ("fa3", "fa3", "auto"): 20.0,
+            ("flashcore fp8_e4m3", "flashcore", "fp8_e4m3"): 10.0,
+            ("fa3 fp8_e4m3", "fa3", "fp8_e4m3"): 10.0,
+        }
+        (entry,) = summarise(result["rows"])
+        assert entry["speed_over_fa3"]["flashcore fp8_e4m3"] == 2.0

@@ -206,7 +206,7 @@ def test_planner(recorder: Recorder) -> None:
         min_split_tokens=split.MIN_SPLIT_TOKENS,
         long_split_tokens=split.LONG_SPLIT_TOKENS,
         split_unit=split.TILE_TOKENS,
-        block_cost=split.block_cost(made.plan.problem, 100),
+        block_cost=split.block_cost(100, *made.plan.problem.dims),
         chunk_pages=short,
         long_chunk_pages=long,
         few_queries=chunks.FEW_QUERIES,

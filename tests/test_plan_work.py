@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import flashcore
 from flashcore.contract.work import FIELDS
 from flashcore.planner import split as splitting
-from flashcore.problem import Problem
 from flashcore.sm90.config.paged import ctas_per_sm
 from tests.cases import Batch, batches, small_scale
 from tests.plans import assert_lists
@@ -122,9 +121,8 @@ def test_computing_counts_where_two_ctas_share_an_sm():
     """A block of 128 rows is computed in two of 64; with one CTA an SM only reading counts."""
     for head_dim in range(8, 264, 8):
         for v_head_dim in {head_dim, min(head_dim, 128), min(head_dim, 64)}:
-            problem = Problem(8, 2, head_dim, v_head_dim, 64)
             paired = ctas_per_sm(head_dim, 64, v_head_dim) == 2
-            costs = [splitting.block_cost(problem, tile_m) for tile_m in (64, 128)]
+            costs = [splitting.block_cost(tile_m, head_dim, v_head_dim) for tile_m in (64, 128)]
             assert costs == ([8, 16] if paired else [0, 0]), (head_dim, v_head_dim)
 
 

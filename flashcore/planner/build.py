@@ -339,7 +339,7 @@ def _row_blocks(rows: torch.Tensor, tile_m: int) -> torch.Tensor:
 def _block_cost(runs: Runs, problem: Problem, tile_m: int) -> int:
     """`split.block_cost`, or 0 where the batch has a prefill."""
     prefill = split.fills_tiles(runs.queries * problem.group_size, runs.members)
-    return 0 if bool(prefill.any()) else split.block_cost(problem, tile_m)
+    return 0 if bool(prefill.any()) else split.block_cost(tile_m, *problem.dims)
 
 
 def _tile_rows(runs: Runs, problem: Problem) -> int:

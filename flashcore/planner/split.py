@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from flashcore.problem import Problem
-
 Int = Any  # int, or an integer tensor
 
 COST_UNIT = 16
@@ -63,10 +61,9 @@ class Costs(NamedTuple):
     block: int
 
 
-def block_cost(problem: Problem, tile_m: int) -> int:
+def block_cost(tile_m: int, head_dim: int, v_head_dim: int) -> int:
     """Of a token with a whole tile of rows, in 1 / COST_UNIT tokens; 0 where it is not counted."""
-    dims = problem.head_dim, problem.v_head_dim
-    paired = any(dims[0] <= most and dims[1] <= v_most for most, v_most in PAIRED_DIMS)
+    paired = any(head_dim <= most and v_head_dim <= v_most for most, v_most in PAIRED_DIMS)
     return BLOCK_COST * tile_m // 64 if paired else 0
 
 

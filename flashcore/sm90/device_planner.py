@@ -194,7 +194,7 @@ class DevicePlanner:
             min_split_tokens=split.MIN_SPLIT_TOKENS,
             long_split_tokens=split.LONG_SPLIT_TOKENS,
             split_unit=unit,
-            block_cost=split.block_cost(p.problem, p.tile_m),
+            block_cost=split.block_cost(p.tile_m, *p.problem.dims),
             chunk_pages=short,
             long_chunk_pages=long,
             few_queries=chunks.FEW_QUERIES,
