@@ -430,8 +430,9 @@ def _converting(tile: _Tile, call: PagedCall) -> dict[str, Any]:
     )
     narrow_stage = (k_stage + v_stage) // 2
     masked = call.window or call.tree or call.softcap
-    few_registers = tile.tile_m > WARPGROUP_ROWS and masked
-    for wide in ((1, 1),) if few_registers else ((2, 2), (2, 1), (1, 1)):
+    warpgroups = tile.tile_m // WARPGROUP_ROWS
+    widest = tile_columns(tile.v_head_dim) == LARGEST_DIM
+    for wide in ((1, 1),) if masked and warpgroups > 1 else ((2, 2), (2, 1), (1, 1)):
         fitting = (room - wide[0] * k_stage - wide[1] * v_stage) // narrow_stage
         if fitting >= 2:
             break
@@ -446,7 +447,8 @@ def _converting(tile: _Tile, call: PagedCall) -> dict[str, Any]:
         "wide_k_stages": wide[0],
         "wide_v_stages": wide[1],
         "converting_warps": 2,
-        "converted_rows": min(tile.tile_n, 64),
+        # Beside two warpgroups of 256 columns a warp has no registers for more.
+        "converted_rows": 32 if warpgroups > 1 and widest else min(tile.tile_n, 64),
     }
 
 
