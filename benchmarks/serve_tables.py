@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashcore.bench.rows import by_workload
-from flashcore.bench.serve.report import BASELINES, NAMES, OURS, engine_name, engine_of
+from flashcore.bench.serve.report import BASELINES, NAMES, OURS, by_engine, engine_of, speed
 from flashcore.bench.serve.workloads import parse_workload
 
 BACKENDS = ("flashcore", "fa3", "flashinfer", "triton")
@@ -21,54 +21,37 @@ def serve_table(data: dict[str, Any]) -> str:
     others = [b for b in backends if b != "flashcore"]
     head = ["workload", "model", *backends, *(f"flashcore / {b}" for b in others)]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, by_backend in found.items():
+    for by_backend in found.values():
         first = next(iter(by_backend.values()))
-        spec = first["spec"].split("/")[-1]
-        label = spec if name == first["spec"] else f"{name}, {spec}"
         cells = [_served(by_backend[b]) if b in by_backend else "" for b in backends]
         ours = by_backend.get("flashcore")
         for other in others:
             both = ours is not None and other in by_backend
-            cells.append(f"{_speed(ours) / _speed(by_backend[other]):.2f}" if both else "")
-        rows.append(f"| {label} | {first['model']} | " + " | ".join(cells) + " |")
-    versions = data["versions"]
-    runs = data.get("runs", [data])  # joined from several
-    return (
-        "\n".join(rows) + f"\n\n{data['device']}, driver {data['driver']}, "
-        f"SGLang {versions['sglang']}, torch {versions['torch']}, "
-        f"FlashInfer {versions['flashinfer-python']}, sgl_kernel {versions['sglang-kernel']}, "
-        f"{data['date'][:10]}, commit {data['commit']}; "
-        + ", ".join(f"`{run['command']}`" for run in runs)
-    )
+            cells.append(f"{speed(ours) / speed(by_backend[other]):.2f}" if both else "")
+        rows.append(f"| {_label(first)} | {first['model']} | " + " | ".join(cells) + " |")
+    packages = ("torch", "flashinfer-python", "sglang-kernel")
+    return "\n".join(rows) + f"\n\n{_measured(data, packages)}; {_commands(data)}"
 
 
 def engines_table(data: dict[str, Any]) -> str:
     """A line for each workload and engine: its speed, over FlashAttention-3's in an engine like it,
     and where flashcore has several, over the plain one's."""
-    peer = BASELINES[engine_of(data["rows"])]
-    several = len({engine_name(row) for row in data["rows"] if row["backend"] == OURS}) > 1
+    peer, found = BASELINES[engine_of(data["rows"])], by_engine(data["rows"])
+    ours = {n for of in found.values() for n, row in of.items() if row["backend"] == OURS}
+    several = len(ours) > 1
     head = ["workload", "model", "engine", "tokens/s", "step, ms", "first token, ms"]
     head += [f"over {peer}", *["over flashcore"] * several]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    named = [{**row, "name": engine_name(row)} for row in data["rows"]]
-    for workload, by_name in by_workload(named, "name").items():
+    for by_name in found.values():
         for name, row in by_name.items():
-            spec = row["spec"].split("/")[-1]
-            label = spec if workload == row["spec"] else f"{workload}, {spec}"
-            cells = [label, row["model"], name]
+            cells = [_label(row), row["model"], name]
             for figure, form in (("tokens_per_s", ".0f"), ("step_ms", ".2f"), ("ttft_ms", ".1f")):
                 cells.append("" if row[figure] is None else f"{row[figure]:{form}}")
             for other in (name.replace(row["backend"], peer, 1), *[OURS] * several):
                 known = other in by_name and other != name
-                cells.append(f"{_speed(row) / _speed(by_name[other]):.2f}" if known else "")
+                cells.append(f"{speed(row) / speed(by_name[other]):.2f}" if known else "")
             rows.append("| " + " | ".join(cells) + " |")
-    versions, engine = data["versions"], engine_of(data["rows"])
-    runs = data.get("runs", [data])
-    return (
-        "\n".join(rows) + f"\n\n{data['device']}, driver {data['driver']}, {NAMES[engine]} "
-        f"{versions[engine]}, torch {versions['torch']}, {data['date'][:10]}, commit "
-        f"{data['commit']}; " + ", ".join(f"`{run['command']}`" for run in runs)
-    )
+    return "\n".join(rows) + f"\n\n{_measured(data, ('torch',))}; {_commands(data)}"
 
 
 def headline_table(data: dict[str, Any]) -> str:
@@ -87,17 +70,12 @@ def headline_table(data: dict[str, Any]) -> str:
         what = f"{prompts} x ({w.prefix} shared + {w.unique} own)"
         cells = [_brief(by_backend[b]) if b in by_backend else "" for b in backends]
         ratios = [
-            f"{_speed(ours) / _speed(by_backend[b]):.2f}" if b in by_backend else "" for b in others
+            f"{speed(ours) / speed(by_backend[b]):.2f}" if b in by_backend else "" for b in others
         ]
         label = f"{STANDS_FOR.get(name, name)} ({ours['model']})"
         rows.append(f"| {label} | {what} | " + " | ".join((*cells, *ratios)) + " |")
-    versions = data["versions"]
-    return (
-        "\n".join(rows) + f"\n\n{data['device']}, driver {data['driver']}, "
-        f"SGLang {versions['sglang']}, torch {versions['torch']}, "
-        f"FlashInfer {versions['flashinfer-python']}, sgl_kernel {versions['sglang-kernel']}, "
-        f"{data['date'][:10]}, commit {data['commit']}"
-    )
+    packages = ("torch", "flashinfer-python", "sglang-kernel")
+    return "\n".join(rows) + f"\n\n{_measured(data, packages)}"
 
 
 STANDS_FOR = {
@@ -134,14 +112,10 @@ def serve_small_table(data: dict[str, Any]) -> str:
             cells = (_small(row, figure) for row in (ours, theirs))
             spread = f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
             rows.append(f"| {spec} | {ours['model']} | {what} | {' | '.join(cells)} | {spread} |")
-    versions = data["versions"]
-    runs = data.get("runs", [data])
     return (
         "\n".join(rows) + "\n\nMedians with quartiles; the ratio is the median over pairs taken in "
-        f"turn, with an interval of 95 % for it. {data['device']}, driver {data['driver']}, SGLang "
-        f"{versions['sglang']}, torch {versions['torch']}, sgl_kernel {versions['sglang-kernel']}, "
-        f"{data['date'][:10]}, commit {data['commit']}; "
-        + ", ".join(f"`{run['command']}`" for run in runs)
+        "turn, with an interval of 95 % for it. "
+        f"{_measured(data, ('torch', 'sglang-kernel'))}; {_commands(data)}"
     )
 
 
@@ -164,8 +138,29 @@ def _served(row: dict[str, Any]) -> str:
     return f"{row['tokens_per_s']:.0f} tokens/s, {row['step_ms']:.1f} ms"
 
 
-def _speed(row: dict[str, Any]) -> float:
-    return float(row["tokens_per_s"] or 1e3 / row["ttft_ms"])
+def _label(row: dict[str, Any]) -> str:
+    """A workload's name, if it has one, and what it is."""
+    spec = row["spec"].split("/")[-1]
+    return spec if row["workload"] == row["spec"] else f"{row['workload']}, {spec}"
+
+
+PACKAGES = {"torch": "torch", "flashinfer-python": "FlashInfer", "sglang-kernel": "sgl_kernel"}
+
+
+def _measured(data: dict[str, Any], packages: tuple[str, ...]) -> str:
+    """On what, with which engine and packages, when and at which commit."""
+    engine, versions = engine_of(data["rows"]), data["versions"]
+    numbers = [f"{NAMES[engine]} {versions[engine]}"]
+    numbers += [f"{PACKAGES[name]} {versions[name]}" for name in packages]
+    return (
+        f"{data['device']}, driver {data['driver']}, {', '.join(numbers)}, {data['date'][:10]}, "
+        f"commit {data['commit']}"
+    )
+
+
+def _commands(data: dict[str, Any]) -> str:
+    """Of each run that the result was joined from."""
+    return ", ".join(f"`{run['command']}`" for run in data.get("runs", [data]))
 
 
 def deterministic_table(data: dict[str, Any]) -> str:

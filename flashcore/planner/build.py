@@ -156,11 +156,13 @@ def _plan(layout: Layout, lengths: torch.Tensor, problem: Problem, choices: _Cho
     segments = _fold(found, folding)
     gathered = _gather_queries(segments, lengths, q_offsets, kv_lens)
     kept = _runs(segments, tokens_before, lengths)
-    tile_m = tile_m or _tile_rows(kept, problem)
+    prefill = _has_prefill(kept, problem)
+    tile_m = tile_m or _tile_rows(kept, problem, prefill)
     if chunk_pages is None:
         num_workers = choices.workers(layout.cols.device, problem, tile_m)
         blocks = _row_blocks(kept.queries * problem.group_size, tile_m)
-        per_split = _split_pages(kept, blocks, problem, num_workers, tile_m)
+        block_cost = _block_cost(prefill, problem, tile_m)
+        per_split = _split_pages(kept, blocks, problem, num_workers, block_cost)
     else:  # runs begin with a chunk, and all their chunks but the last are full
         per_split = torch.minimum(chunk_pages[segments.row[segments.owner]], kept.entries)
     groups, num_partials = _group_table(segments, kept, gathered, per_split)
@@ -336,13 +338,17 @@ def _row_blocks(rows: torch.Tensor, tile_m: int) -> torch.Tensor:
     return (rows + tile_m - 1) // tile_m
 
 
-def _block_cost(runs: Runs, problem: Problem, tile_m: int) -> int:
+def _has_prefill(runs: Runs, problem: Problem) -> bool:
+    """Whether some run is a prefill's. Waits for the device: once for a plan."""
+    return bool(split.fills_tiles(runs.queries * problem.group_size, runs.members).any())
+
+
+def _block_cost(prefill: bool, problem: Problem, tile_m: int) -> int:
     """`split.block_cost`, or 0 where the batch has a prefill."""
-    prefill = split.fills_tiles(runs.queries * problem.group_size, runs.members)
-    return 0 if bool(prefill.any()) else split.block_cost(tile_m, *problem.dims)
+    return 0 if prefill else split.block_cost(tile_m, *problem.dims)
 
 
-def _tile_rows(runs: Runs, problem: Problem) -> int:
+def _tile_rows(runs: Runs, problem: Problem, prefill: bool) -> int:
     """64, or 128 where that lowers what all items read by a tenth or more, and raises what they
     cost by no more than that.
 
@@ -354,7 +360,7 @@ def _tile_rows(runs: Runs, problem: Problem) -> int:
     blocks = {tile_m: _row_blocks(rows, tile_m) for tile_m in (64, 128)}
     read = {tile_m: int((tokens * split.read_cost(b)).sum()) for tile_m, b in blocks.items()}
     computed = {
-        tile_m: int((tokens * b).sum()) * _block_cost(runs, problem, tile_m)
+        tile_m: int((tokens * b).sum()) * _block_cost(prefill, problem, tile_m)
         for tile_m, b in blocks.items()
     }
     narrow, wide = (max(read[tile_m], computed[tile_m]) for tile_m in (64, 128))
@@ -363,13 +369,13 @@ def _tile_rows(runs: Runs, problem: Problem) -> int:
 
 
 def _split_pages(
-    runs: Runs, blocks: torch.Tensor, problem: Problem, num_workers: int, tile_m: int
+    runs: Runs, blocks: torch.Tensor, problem: Problem, num_workers: int, block_cost: int
 ) -> torch.Tensor:
-    """Pages of a split of each group."""
+    """Pages of a split of each group; block_cost: of the batch."""
     if runs.tokens.numel() == 0:
         return runs.entries
     in_blocks = int((runs.tokens * blocks).sum())
-    costs = split.costs_of(int(runs.tokens.sum()), in_blocks, _block_cost(runs, problem, tile_m))
+    costs = split.costs_of(int(runs.tokens.sum()), in_blocks, block_cost)
     cost = split.run_cost(runs.tokens, blocks, costs)
     total = int((runs.tokens * split.token_cost(blocks, costs)).sum()) * problem.num_kv_heads
     share = split.split_share(total, int(cost.max()), int(cost.min()), num_workers)

@@ -24,7 +24,7 @@ def engine_of(rows: Sequence[Row]) -> str:
     return next((row["engine"] for row in rows if "engine" in row), "sglang")
 
 
-def _by_engine(rows: list[Row]) -> dict[str, dict[str, Row]]:
+def by_engine(rows: list[Row]) -> dict[str, dict[str, Row]]:
     """Workload -> name of the engine -> row, backends in their usual order, others after them.
 
     In old files an engine has its backend's name.
@@ -52,7 +52,7 @@ def summarise(rows: list[Row]) -> list[dict[str, Any]]:
     """For each workload: every engine's speed over FA3's, and ours over every other's."""
     summary = []
     baseline = BASELINES[engine_of(rows)]
-    for name, backends in _by_engine(rows).items():
+    for name, backends in by_engine(rows).items():
         entry: dict[str, Any] = {"workload": name, "spec": next(iter(backends.values()))["spec"]}
         if baseline in backends:
             base = speed(backends[baseline])
@@ -74,7 +74,7 @@ def format_table(result: dict[str, Any]) -> str:
     lines = [f"{head[0]:<44}{head[1]:<{width}}" + "".join(f"{word:>10}" for word in head[2:])]
     key = f"speed_over_{baseline}"
     over = {entry["workload"]: entry.get(key, {}) for entry in result["summary"]}
-    for name, backends in _by_engine(result["rows"]).items():
+    for name, backends in by_engine(result["rows"]).items():
         for backend, row in backends.items():
             label = name if name == row["spec"] else f"{name} ({row['spec']})"
             figures = (
@@ -100,7 +100,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found, baseline = _by_engine(result["rows"]), BASELINES[engine_of(result["rows"])]
+    found, baseline = by_engine(result["rows"]), BASELINES[engine_of(result["rows"])]
     backends = _ordered({engine_name(row): row for row in result["rows"]})
     figure, axes = pyplot.subplots(figsize=(1.5 * len(found) + 3, 4.8), layout="constrained")
     width = 0.84 / max(1, len(backends))
