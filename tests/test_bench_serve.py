@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -23,14 +23,16 @@ from flashcore.bench.serve.measure import DoesNotFitError, measure
 from flashcore.bench.serve.report import summarise
 from flashcore.bench.serve.shapes import SHAPES, model_shape
 from flashcore.bench.serve.suite import (
+    Turns,
     Worker,
     WorkerError,
     counters_since,
     make_row,
+    run_serve,
 )
 from flashcore.bench.serve.timeline import NotTogetherError, Timeline, step_seconds
 from flashcore.bench.serve.workloads import PRESETS, Prompts, parse_workload
-from tests.serve_fakes import OPTIONS, fake_run
+from tests.serve_fakes import OPTIONS, FakeWorker, fake_run
 
 VOCAB = 1000
 TINY = SHAPES["tiny"]
@@ -353,6 +355,20 @@ def test_together_takes_turns_and_nobody_is_always_first() -> None:
         "fa3 5x16+8:40",
         "flashcore 5x16+8:40",
     ]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_no_engine_finds_triton_kernels_that_another_compiled(together: bool) -> None:
+    caches = []
+
+    def start(options: EngineOptions, log: IO[bytes]) -> Any:
+        caches.append(options.triton_cache)
+        return FakeWorker(options, [])
+
+    options = [replace(OPTIONS, backend=backend) for backend in ("flashcore", "fa3")]
+    run_serve([parse_workload("4x16+8:40")], options, Turns(2, together=together), start=start)
+    assert len(set(caches)) == 2
+    assert None not in caches
 
 
 def test_a_backend_that_dies_leaves_a_note_and_the_others_run() -> None:

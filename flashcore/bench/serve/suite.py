@@ -257,15 +257,23 @@ def run_serve(
                         except WorkerError as error:
                             failed(one, error)
 
-    for shape, group in by_model(workloads, options[0].shape):
-        shapes.update({workload.name: shape for workload in group})
-        those = [fitted(one, shape, group, turns.together) for one in options]
-        if turns.together:
-            for _ in range(turns.rounds):
-                take_turns(those, group)
-        else:
-            one_after_the_other(those * turns.rounds, group)
+    with tempfile.TemporaryDirectory() as caches:
+        apart = with_caches(options, caches)
+        for shape, group in by_model(workloads, options[0].shape):
+            shapes.update({workload.name: shape for workload in group})
+            those = [fitted(one, shape, group, turns.together) for one in apart]
+            if turns.together:
+                for _ in range(turns.rounds):
+                    take_turns(those, group)
+            else:
+                one_after_the_other(those * turns.rounds, group)
     return result()
+
+
+def with_caches(options: Sequence[EngineOptions], folder: str) -> list[EngineOptions]:
+    """Each with a Triton cache of its own: in a common one, an engine's first request of a kind
+    would compile the engine's kernels for all that come after it."""
+    return [replace(one, triton_cache=f"{folder}/{n}") for n, one in enumerate(options)]
 
 
 def counters_since(log: Path, offset: int) -> tuple[str | None, int]:

@@ -34,6 +34,7 @@ from flashcore.bench.serve.suite import (
     log_file,
     make_row,
     reason,
+    with_caches,
 )
 from flashcore.bench.serve.workloads import Workload
 
@@ -82,11 +83,7 @@ def run_turns(
     """
     run = _Run(workloads, options, plan, start, log_dir, after, keep)
     with tempfile.TemporaryDirectory() as caches:
-        # Engines have Triton kernels in common. In one cache, the first request of a kind would
-        # compile them for every other backend's.
-        options = [
-            replace(one, triton_cache=f"{caches}/{number}") for number, one in enumerate(options)
-        ]
+        options = with_caches(options, caches)
         for shape, group in by_model(workloads, options[0].shape):
             run.shapes.update({workload.name: shape for workload in group})
             those = [replace(fitted(one, shape, group, True), clock=True) for one in options]
