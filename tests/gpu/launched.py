@@ -22,6 +22,7 @@ from flashcore.sm90.config.merge import MergeConfig
 from flashcore.sm90.config.pager import PagerConfig
 from flashcore.sm90.families import DENSE, MERGE, PAGER, PLANNER
 from flashcore.sm90.needed import Attached, Plans, kernels_for
+from tests.gpu.schedules import scheduled
 
 Launches = Callable[..., list[Kernel]]
 FP8_QUERIES = {"e4m3": torch.bfloat16, "e5m2": torch.float16}
@@ -255,6 +256,9 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
             "causal", page_tokens, host(), 256, (8, 8)
         ),
         "test_same_bits_every_time": lambda page_tokens: paged("causal", page_tokens, host()),
+    },
+    "test_gather_gpu": {
+        "test_schedules": lambda head_dim, tile_m, changes: scheduled(head_dim, tile_m, changes),
     },
     "test_device_attention_gpu": {
         "test_rules": lambda rule, warps, heads: both(rule, 16, warps, heads),
