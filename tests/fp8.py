@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
+from flashcore.sm90.config.paged import PagedConfig
 from tests.cases import Batch
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -36,3 +41,28 @@ def scales(batch: Batch, kind: str) -> dict[str, Any]:
         },
         "mixed": {"v_scale": torch.rand(2 * heads, generator=g)[::2] + 0.1},
     }[kind]
+
+
+@contextmanager
+def chosen(**changes: Any) -> Iterator[None]:
+    """Attention kernels of fp8 pages with these fields of their configurations; few_rows at most
+    where they serve few rows at all."""
+    from flashcore.sm90.launch import paged
+
+    def choose(*call: Any) -> Any:
+        return changed(paged.choose(*call), **changes)
+
+    with mock.patch.object(paged, "_choose", choose):
+        yield
+
+
+def changed(config: PagedConfig, **changes: Any) -> PagedConfig:
+    if not config.kv_dtype:
+        return config
+    few_rows = min(changes.pop("few_rows", config.few_rows), config.few_rows)
+    return replace(config, few_rows=few_rows, **changes)
+
+
+def in_fp16() -> AbstractContextManager[None]:
+    """All items through stages of fp16, those of few rows too: sums are those of fp16 pages."""
+    return chosen(few_rows=0)

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from tests.emulation.few_rows import places as narrow_places
 from tests.runtime_fixtures import needs_dsl
 
 pytestmark = needs_dsl
@@ -45,17 +46,27 @@ def wavefronts(addresses: list[int]) -> int:
 
 
 @pytest.mark.parametrize("tile_n", [64, 128])
-@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize(
+    ("columns", "swizzled"),
+    [*((columns, False) for columns in COLUMNS), *((columns, True) for columns in (64, 128, 256))],
+)
 def test_every_value_goes_to_its_place_and_no_bank_is_asked_twice(
-    columns: int, tile_n: int
+    columns: int, swizzled: bool, tile_n: int
 ) -> None:
     from flashcore.sm90.kernels.attention.paged.convert import CHUNK, Lanes
+    from flashcore.sm90.kernels.attention.paged.few_rows.shape import Swizzled
 
-    lanes, rows = Lanes(columns, tile_n), tile_n // 2
+    lanes, rows = (
+        Lanes(columns, tile_n, Swizzled(columns, tile_n) if swizzled else None),
+        tile_n // 2,
+    )
     tile = torch.arange(tile_n * columns)
+    if swizzled:
+        of_loads = torch.from_numpy(narrow_places(columns, tile_n)).flatten().long()
+        tile[of_loads] = tile.clone()
     stage = torch.full((tile_n * columns,), -1)
     for part in range(2):
-        source = part * rows * columns
+        source = lanes.source_rows(part * rows)
         target = part * rows * 2 * lanes.block
         for row, block in lanes.steps(rows):
             loads, stores = [], ([], [])
@@ -69,4 +80,5 @@ def test_every_value_goes_to_its_place_and_no_bank_is_asked_twice(
                     first = at + CHUNK // 2 * second
                     stage[to // 2 : to // 2 + 8] = tile[first : first + 8]
             assert [wavefronts(x) for x in (loads, *stores)] == [4, 4, 4]
-    assert torch.equal(stage[places(columns, tile_n) // 2].flatten(), tile)
+    placed = stage[places(columns, tile_n) // 2].flatten()
+    assert torch.equal(placed, torch.arange(tile_n * columns))

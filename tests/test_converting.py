@@ -13,10 +13,12 @@ from flashcore.sm90.config.paged import PagedCall, PagedConfig
 from tests.emulation.converting import Kernel
 
 
-def faults(config: PagedConfig, seed: int) -> list[str]:
+def faults(config: PagedConfig, seed: int, careless: bool = False) -> list[str]:
     random = Random(seed)
+    items = [random.choice([1, 1, 2, 3, 5, 14]) for _ in range(12)]
+    few = [random.random() < 0.5 for _ in items] if config.few_rows else None
     return Kernel(
-        [random.choice([1, 1, 2, 3, 5, 14]) for _ in range(12)],
+        items,
         random,
         warps=config.converting_warps,
         parts=config.converted_parts,
@@ -25,6 +27,8 @@ def faults(config: PagedConfig, seed: int) -> list[str]:
         load_time=random.choice([0.1, 1, 20]),
         convert_time=random.choice([0.1, 1, 10]),
         softmax_time=random.choice([0.1, 1, 10, 50]),
+        few=few,
+        careless=careless,
     ).run()
 
 
@@ -36,6 +40,10 @@ def config(**changes: Any) -> PagedConfig:
     "changes",
     [
         {},
+        {"few_rows": 16},
+        {"few_rows": 16, "stages": 2},
+        {"few_rows": 16, "stages": 4, "wide_k_stages": 1, "wide_v_stages": 1},
+        {"few_rows": 16, "converted_rows": 32},
         {"stages": 2},
         {"converting_warps": 1},
         {"converted_rows": 64},
@@ -62,3 +70,9 @@ def test_a_warp_that_passes_over_tiles_takes_one_phase_for_another() -> None:
     three = config(converting_warps=3)
     assert "each takes the same parts" in str(paged.illegal_reason(three))
     assert any("while its stage is read" in " ".join(faults(three, seed)) for seed in range(60))
+
+
+def test_warps_wait_for_what_they_do_not_convert() -> None:
+    """One that went on to the next item would find its stage full, with the tile before it."""
+    mixed = config(few_rows=16)
+    assert any("before it is there" in " ".join(faults(mixed, n, True)) for n in range(60))

@@ -329,7 +329,9 @@ class _Masked(ast.NodeTransformer):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         node.decorator_list = [
-            d for d in node.decorator_list if isinstance(d, ast.Name) and d.id == "staticmethod"
+            d
+            for d in node.decorator_list
+            if isinstance(d, ast.Name) and d.id in ("staticmethod", "property")
         ]
         depth, self.depth = self.depth, 0
         self.generic_visit(node)

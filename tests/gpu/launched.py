@@ -6,7 +6,6 @@ for it, which then says so in a warning (conftest.py); what is too much costs a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -14,63 +13,25 @@ import torch
 
 from flashcore.contract.chunks import tallest_tile
 from flashcore.jit.kernel import Kernel
-from flashcore.problem import Problem, Rules
 from flashcore.serving.kernels import Kind, Variant, kernels_of
 from flashcore.serving.shapes import Shape
 from flashcore.sm90.config import dense, planner
 from flashcore.sm90.config.merge import MergeConfig
 from flashcore.sm90.config.pager import PagerConfig
 from flashcore.sm90.families import DENSE, MERGE, PAGER, PLANNER
-from flashcore.sm90.needed import Attached, Plans, kernels_for
+from tests.gpu.launched_calls import (
+    BITMAP_KINDS,
+    DTYPES,
+    FP8_QUERIES,
+    ROWS,
+    RULES,
+    Launches,
+    device,
+    host,
+    paged,
+)
+from tests.gpu.launched_fp8 import FP8_LAUNCHES
 from tests.gpu.schedules import scheduled
-
-Launches = Callable[..., list[Kernel]]
-FP8_QUERIES = {"e4m3": torch.bfloat16, "e5m2": torch.float16}
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-BITMAP_KINDS = {"none": "none", "bool": "bytes", "uint8": "bytes", "words": "words"}
-ROWS = 64  # sequences of most planners here
-
-# As `rules` of test_paged_gpu.py names them: rules, sinks, tree mask.
-RULES = {
-    "causal": (Rules(1.0, True), False, False),
-    "full": (Rules(1.0), False, False),
-    "window": (Rules(1.0, True, 100, 0), False, False),
-    "softcap_sinks": (Rules(1.0, True, softcap=5.0), True, False),
-    "tree": (Rules(1.0, True), False, True),
-    "sinks_tree": (Rules(1.0, True), True, True),
-    "everything": (Rules(1.0, True, 200, 2, 9.0), True, True),
-    "window_sinks": (Rules(1.0, True, 9, 0), True, False),
-    "window_tree": (Rules(1.0, True, 9, 0), False, True),
-    "window_sinks_tree": (Rules(1.0, True, 9, 0), True, True),
-}
-
-
-def paged(
-    rule: str,
-    page_tokens: int,
-    plans: Plans,
-    dims: int | tuple[int, int] = 128,
-    heads: tuple[int, int] = (8, 2),
-    dtype: Any = torch.bfloat16,
-    fp8: str = "",
-) -> list[Kernel]:
-    """Of paged calls with these plans; dims: head_dim, or with v_head_dim; fp8: of pages, or
-    "expanded"."""
-    rules, sinks, tree_mask = RULES[rule]
-    dim, v_dim = (dims, dims) if isinstance(dims, int) else dims
-    pages = {"expanded": True} if fp8 == "expanded" else {"kv_dtype": fp8}
-    attached = Attached(DTYPES[dtype], sinks, tree_mask, **pages)
-    problem = Problem(*heads, dim, v_dim, page_tokens, itemsize=1 if fp8 else 2)
-    return kernels_for(problem, rules, plans, attached)
-
-
-def host(tile_m: int = 64, **options: Any) -> Plans:
-    return Plans((tile_m,), **options)
-
-
-def device(tile_m: int = 64, max_batch: int = ROWS, **options: Any) -> Plans:
-    return Plans((tile_m,), True, max_batch=(max_batch,), **options)
-
 
 FIXED = host(batch_invariant=True)
 TALL = host(128, batch_invariant=True)
@@ -133,26 +94,6 @@ def both(
         *paged(rule, page_tokens, host(tile_m, merges=()), *call),
         *merges(rule, warps, heads_per_warp, dims, dtype),
     ]
-
-
-def fp8_and_fp16(
-    rule: str,
-    page_tokens: int,
-    tile_m: int = 64,
-    dims: int | tuple[int, int] = 128,
-    heads: tuple[int, int] = (8, 2),
-    fp8: str = "e4m3",
-    batch_invariant: bool = False,
-) -> list[Kernel]:
-    """Of one plan over pages of fp8, and over the same in fp16."""
-    plans = host(tile_m, batch_invariant=batch_invariant)
-    call = (rule, page_tokens, plans, dims, heads, torch.float16)
-    return [kernel for pages in (fp8, "") for kernel in paged(*call, pages)]
-
-
-def expanded_and_converted(*call: Any, fp8: str = "e4m3", **options: Any) -> list[Kernel]:
-    """Of one plan, over fp8 pages as they lie and expanded; arguments as of `paged`."""
-    return [k for pages in (fp8, "expanded") for k in paged(*call, fp8=pages, **options)]
 
 
 def nan_in_shared_memory() -> list[Kernel]:
@@ -291,61 +232,7 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
             "causal", 64, host(), (192, 128), dtype=torch.float16
         ),
     },
-    "test_fp8_gpu": {
-        "test_decode": lambda fp8, page_tokens: fp8_and_fp16("causal", page_tokens, fp8=fp8),
-        "test_rules": lambda rule, tile_m: fp8_and_fp16(rule, 32, tile_m),
-        "test_page_sizes": lambda page_tokens, longest_q: fp8_and_fp16("causal", page_tokens),
-        "test_dims": lambda dims, page_tokens, tile_m, rule, longest_q: fp8_and_fp16(
-            rule, page_tokens, tile_m, dims
-        ),
-        "test_items_in_a_row": lambda page_tokens, tile_m: fp8_and_fp16(
-            "causal", page_tokens, tile_m, heads=(8, 8)
-        ),
-        "test_scales": lambda fp8, kind, dtype: paged("causal", 64, host(), dtype=dtype, fp8=fp8),
-        "test_scales_under_rules": lambda rule: paged(rule, 64, host(), fp8="e4m3"),
-        "test_batch_invariant_plans": lambda page_tokens, longest_q: fp8_and_fp16(
-            "causal", page_tokens, batch_invariant=True
-        ),
-        "test_planned_on_the_device": lambda batch_invariant: paged(
-            "causal", 64, device(batch_invariant=batch_invariant), fp8="e4m3"
-        ),
-        "test_strides": lambda page_tokens: paged(
-            "causal", page_tokens, host(), dtype=torch.float16, fp8="e4m3"
-        ),
-        "test_a_graph_reads_the_scales_at_each_replay": lambda: paged(
-            "causal", 64, host(), fp8="e4m3"
-        ),
-        "test_queries_beyond_fp16_become_its_largest": lambda: [
-            kernel
-            for dtype in DTYPES
-            for kernel in paged("causal", 64, host(), dtype=dtype, fp8="e4m3")
-        ],
-        "test_same_bits_every_time": lambda page_tokens: paged(
-            "causal", page_tokens, host(), fp8="e4m3"
-        ),
-    },
-    "test_expand_gpu": {
-        "": lambda **_: [],  # Triton's
-        "test_rules": lambda rule, tile_m: expanded_and_converted(rule, 32, host(tile_m)),
-        "test_scales": lambda fp8, kind, dtype: expanded_and_converted(
-            "causal", 64, host(128), fp8=fp8, dtype=dtype
-        ),
-        "test_dims": lambda dims, page_tokens: expanded_and_converted(
-            "causal", page_tokens, host(128), dims
-        ),
-        "test_batch_invariant_plans": lambda page_tokens: expanded_and_converted(
-            "causal", page_tokens, TALL
-        ),
-        "test_strides_of_a_cache_of_one_tensor": lambda: expanded_and_converted(
-            "causal", 16, host(), dtype=torch.float16
-        ),
-        "test_layers_after_each_other_and_in_a_graph": lambda: expanded_and_converted(
-            "causal", 64, host()
-        ),
-        "test_planned_on_the_device": lambda batch_invariant: expanded_and_converted(
-            "causal", 64, device(128, batch_invariant=batch_invariant), heads=(16, 2)
-        ),
-    },
+    **FP8_LAUNCHES,
     "test_batch_invariant_gpu": {
         "test_decode": lambda dtype, head_dim, page_tokens: paged(
             "causal", page_tokens, FIXED, head_dim, dtype=dtype

@@ -19,7 +19,7 @@ from flashcore.sm90.expansion_scratch import ExpansionScratch
 from tests.cases import Batch
 from tests.expand_cases import ExpandCase, cases, differences, pools_of, targets_of
 from tests.expansion_cases import ABSURD, assert_expansion, at_capacity, plans, room
-from tests.fp8 import FORMATS, fp8_tensors, scales
+from tests.fp8 import FORMATS, fp8_tensors, in_fp16, scales
 from tests.gpu.test_batch_invariant_gpu import family
 from tests.gpu.test_device_attention_gpu import on_gpu
 from tests.gpu.test_fp8_gpu import attend
@@ -39,9 +39,10 @@ def assert_same_bits(
     """With the scales of `tests.fp8.scales`."""
     q, k, v = (x.cuda() for x in fp8_tensors(batch, FORMATS[fp8], dtype))
     pool = KVPool(k, v, **on_gpu(scales(batch, kind)))
-    expanded, converted = (
-        attend(batch, q, pool, rule, itemsize=1, expand=way, **options) for way in (True, False)
-    )
+    with in_fp16():
+        expanded, converted = (
+            attend(batch, q, pool, rule, itemsize=1, expand=way, **options) for way in (True, False)
+        )
     for name, a, b in zip(("out", "lse"), expanded, converted, strict=True):
         differs = (a != b) & ~(a.isnan() & b.isnan())
         assert not differs.any(), f"{name}: {int(differs.sum())} of {a.numel()} differ"
@@ -141,7 +142,8 @@ def test_layers_after_each_other_and_in_a_graph() -> None:
             for layer in layers
         ]
 
-    expected = run(False)
+    with in_fp16():
+        expected = run(False)
     for _ in range(2):  # the second time as remembered
         assert all(torch.equal(a, b) for a, b in zip(run(True), expected, strict=True))
     graph = torch.cuda.CUDAGraph()

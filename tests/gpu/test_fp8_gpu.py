@@ -1,5 +1,6 @@
-"""Attention on fp8 pages on a Hopper GPU: bit for bit the fp16 kernel on what the pages hold, and
-against the float64 reference. Rows that no sequence reads hold NaN codes."""
+"""Attention on fp8 pages on a Hopper GPU: bit for bit the fp16 kernel on what the pages hold, where
+items of few rows are not by themselves (test_few_rows_gpu.py), and against the float64 reference.
+Rows that no sequence reads hold NaN codes."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from flashcore.sm90.launch.paged import paged_attention
 from tests.cases import Batch, small_scale
 from tests.compare import assert_close, assert_lse_close
 from tests.device_plan_cases import inputs, planner_for
-from tests.fp8 import FORMATS, fp8_tensors, scales
+from tests.fp8 import FORMATS, fp8_tensors, in_fp16, scales
 from tests.gpu.test_batch_invariant_gpu import family
 from tests.gpu.test_device_attention_gpu import capacities, on_gpu
 from tests.gpu.test_paged_dims_gpu import batch_with
@@ -45,7 +46,8 @@ def assert_same_bits(batch: Batch, fp8: str, rule: str, **plan_options: Any) -> 
     """As the fp16 kernel on the pages in fp16, with scales that are powers of two."""
     q, k, v = (x.cuda() for x in fp8_tensors(batch, FORMATS[fp8]))
     factors = [torch.tensor(x, device="cuda") for x in (K_SCALE, V_SCALE)]
-    got = attend(batch, q, KVPool(k, v, *factors), rule, **plan_options)
+    with in_fp16():
+        got = attend(batch, q, KVPool(k, v, *factors), rule, **plan_options)
     wide = KVPool(k.to(FP16) * K_SCALE, v.to(FP16) * V_SCALE)
     expected = attend(batch, q, wide, rule, **plan_options)
     for name, a, b in zip(("out", "lse"), got, expected, strict=True):

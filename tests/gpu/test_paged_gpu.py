@@ -52,6 +52,7 @@ def rules(batch: Batch, name: str) -> dict[str, Any]:
         "full": {"causal": False, "scale": 0.3},
         "window": {"window": (100, 0)},
         "softcap_sinks": {"softcap": 5.0, "sinks": sinks},
+        "window_softcap_sinks": {"window": (100, 0), "softcap": 5.0, "sinks": sinks},
         "tree": {"tree_mask": batch.tree_mask()},
         "everything": {
             "tree_mask": batch.tree_mask(),

@@ -6,7 +6,7 @@ compile key. Imports neither torch nor the DSL.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -36,6 +36,9 @@ KV_BYTES_PER_SM = 128 << 10
 """Stages of K and V of all CTAs of an SM. One CTA alone reads 56 GB/s with its half of them; with
 192 KB, queues in front of the DRAM made it up to 2 % slower."""
 MOST_STAGES = 4
+CONSUMER_WARPS = 4  # of a warpgroup
+FEW_ROWS = (0, 8, 16, 32)
+FEW_ROWS_DIMS = (64, 128, 256)
 PAGE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -71,6 +74,8 @@ class PagedConfig:
     wide_v_stages: int = 0
     converting_warps: int = 0  # of the producer warpgroup, its last
     converted_rows: int = 0  # that one of them converts at a time: a tile, or part of one
+    few_rows: int = 0  # packed rows of an item up to which warps multiply its fp8 K and V by
+    # themselves, without stages of fp16
     expanded: bool = False  # pages are fp16, widened from fp8 before: all is as of these but that
     # nothing is converted
     rows_in_flight: int = 0  # gathered rows that a loading warp has asked for and not yet got, at
@@ -130,6 +135,22 @@ class PagedConfig:
     def converted_parts(self) -> int:
         """Parts of a tile that are converted one by one."""
         return self.tile_n // self.converted_rows
+
+    @property
+    def readers(self) -> int:
+        """Arrivals that free a stage of fp8: the consumer warps' too where they may read it."""
+        return self.converted_parts + (CONSUMER_WARPS if self.few_rows else 0)
+
+    @property
+    def arrivals_of_a_part(self) -> int:
+        """Of these, those of a warp that has converted a part of a stage for the consumers."""
+        return self.readers // self.converted_parts
+
+    @property
+    def few_totals(self) -> int:
+        """fp32 numbers that consumer warps exchange about few rows: two of each row and warp that
+        has it, which are all four for up to 16 rows and two beyond."""
+        return 2 * CONSUMER_WARPS * min(self.few_rows, 16)
 
     @property
     def total_rows(self) -> int:
@@ -228,6 +249,7 @@ def _conversion_rules(c: PagedConfig) -> tuple[tuple[bool, str], ...]:
         return (
             (spare == (0, 0, 0, 0), "stages of fp16 and their warps are for fp8 pages"),
             (not c.q_registers, "Q goes to registers where pages are fp8"),
+            (c.few_rows == 0, "few rows are multiplied by themselves where pages are fp8"),
         )
     return (
         (not c.expanded, "expanded pages are not of fp8"),
@@ -255,6 +277,21 @@ def _conversion_rules(c: PagedConfig) -> tuple[tuple[bool, str], ...]:
             and 2 * c.tile_n // c.converted_rows % c.converting_warps == 0,
             f"{c.converting_warps} converting warps: each takes the same parts of all tiles",
         ),
+        (c.few_rows in FEW_ROWS, f"few_rows {c.few_rows} is not one of {FEW_ROWS}"),
+        (c.few_rows == 0 or serves_few_rows(c), "few_rows: no tree, chunks, padding, 128 rows"),
+    )
+
+
+def serves_few_rows(c: PagedConfig) -> bool:
+    """Whether the consumer warps of a converting kernel can do without its stages of fp16."""
+    return (
+        c.num_consumer_warpgroups == 1
+        and c.head_dim == c.v_head_dim
+        and c.head_dim in FEW_ROWS_DIMS
+        and c.tile_n % 64 == 0
+        and CONSUMER_WARPS % c.converted_parts == 0
+        and not c.tree
+        and not c.chunked
     )
 
 
@@ -316,6 +353,10 @@ def choose(call: PagedCall, tile_m: int) -> PagedConfig:
         device_counts=call.device_counts,
         chunked=call.chunked,
     )
+    if call.kv_dtype and serves_few_rows(config):
+        # Registers are left for no more with a window, or with 256 columns, and with both for none.
+        few_rows = (32, 8, 0)[call.window + (head_dim > 128)]
+        config = replace(config, few_rows=few_rows)
     reason = illegal_reason(config)
     if reason is not None:
         raise ValueError(f"no paged kernel: {reason}")
@@ -447,7 +488,7 @@ def _converting(tile: _Tile, call: PagedCall) -> dict[str, Any]:
         fitting = (room - wide[0] * k_stage - wide[1] * v_stage) // narrow_stage
         if fitting >= 2:
             break
-    of_one = _registers_of_one(tile, 240 if tile.tile_m == WARPGROUP_ROWS else 216)
+    of_one = 248 if tile.tile_m == WARPGROUP_ROWS else 216
     return {
         "tile_n": tile.tile_n,
         "stages": min(fitting, tile.wanted_stages(1), MOST_STAGES),

@@ -18,6 +18,7 @@ from cutlass import Float8E4M3FN, Float8E5M2, Float16, Float32, Int32, Uint32, c
 
 from flashcore.sm90.config.paged import PagedConfig, rows_at_a_time
 from flashcore.sm90.kernels.attention.paged import work_loop
+from flashcore.sm90.kernels.attention.paged.few_rows.shape import Swizzled, takes
 from flashcore.sm90.kernels.attention.paged.intervals import Rows
 from flashcore.sm90.kernels.attention.paged.operands import Operands
 from flashcore.sm90.kernels.attention.paged.pages import VECTOR
@@ -39,11 +40,13 @@ class Lanes(NamedTuple):
     or 64 where columns are not whole 64. Eight lanes load 128 bytes from all banks and store to
     all banks: even rows meet even 16-byte chunks of the swizzle where odd rows meet odd ones. Where
     rows of fp8 are whole 128 bytes, odd rows take the other half of them, or the chunks of two rows
-    would be in the same banks.
+    would be in the same banks. That holds where fp8 is swizzled too: rows next to each other have
+    chunks exchanged within the same half, or within opposite ones.
     """
 
     columns: int
     tile_n: int
+    swizzled: Swizzled | None = None  # stages of fp8, where they are
 
     @property
     def block(self) -> int:
@@ -75,7 +78,9 @@ class Lanes(NamedTuple):
         """Byte of the fp8 tile that a lane loads from, in step (0, parity)."""
         row = lane // self.chunks
         in_row = self._column_block(row, parity) * self.block + lane % self.chunks * CHUNK
-        return row * self.columns + in_row
+        if self.swizzled is not None:
+            in_row = in_row ^ self.swizzled.turn(row) * CHUNK
+        return self.source_rows(row) + in_row
 
     def target(self, lane, parity: int, second: int):
         """Byte of the fp16 tile that a lane's store 0 or 1 goes to, in step (0, parity)."""
@@ -94,7 +99,13 @@ class Lanes(NamedTuple):
 
     def source_step(self, row: int, block: int) -> int:
         """Bytes from step (0, parity of block) to step (row, block)."""
-        return row * self.columns + block // 2 * 2 * self.block
+        if self.swizzled is not None:
+            return self.source_rows(row) + block // 2 * self.tile_n * self.swizzled.width
+        return self.source_rows(row) + block // 2 * 2 * self.block
+
+    def source_rows(self, row):
+        """Bytes of so many rows of fp8, of a block of columns where they are swizzled."""
+        return row * (self.columns if self.swizzled is None else self.swizzled.width)
 
     def target_step(self, row: int, block: int) -> int:
         return row * 2 * self.block + block // 2 * 2 * self.block_bytes
@@ -128,6 +139,7 @@ def convert_items(
     c = config
     parts = const_expr(c.converted_parts)
     part, begin, slot_phase = turn, Int32(0), Int32(0)
+    unconverted = Int32(0)  # tiles of items that consumers have from the stages of fp8
     item = work_loop.await_item(slot, slot_phase)
     while item.valid >= 0:
         slot_phase ^= 1
@@ -135,14 +147,24 @@ def convert_items(
             # Of its last tile, which comes first; rows beyond are of no token and may be NaN.
             first, seen = begin // const_expr(2 * parts), item.high - (item.end - 1) * c.tile_n
             begin += (item.end - item.first) * const_expr(2 * parts)
+            if const_expr(c.few_rows > 0):
+                if takes(c, item):
+                    unconverted += item.end - item.first
+                    while part < begin:
+                        tile, place = part // const_expr(2 * parts), part % const_expr(2 * parts)
+                        if place < parts:
+                            pass_part(c, k, tile)
+                        else:
+                            pass_part(c, v, tile)
+                        part += c.converting_warps
             while part < begin:
                 tile, place = part // const_expr(2 * parts), part % const_expr(2 * parts)
                 if place < parts:
-                    convert_part(c, c.k_columns, k, tile, place, None)
+                    convert_part(c, c.k_columns, k, tile, place, None, unconverted)
                 elif const_expr(not clears_v(c)) or tile > first or seen >= c.tile_n:
-                    convert_part(c, c.v_columns, v, tile, place - parts, None)
+                    convert_part(c, c.v_columns, v, tile, place - parts, None, unconverted)
                 else:
-                    convert_part(c, c.v_columns, v, tile, place - parts, seen)
+                    convert_part(c, c.v_columns, v, tile, place - parts, seen, unconverted)
                 part += c.converting_warps
         item = work_loop.await_item(slot, slot_phase)
 
@@ -155,15 +177,20 @@ def convert_part(
     tile: Int32,  # of all that there were of K or of V
     place: Int32,  # of the part in its tile
     seen: Int32 | None,  # rows of the tile that stay; zeros take the place of the others
+    unconverted: Int32,  # tiles before it that have no stage of fp16
 ):
     """Wait for a tile of fp8, convert a part of it, hand both stages on."""
     c = config
-    lanes = const_expr(Lanes(columns, c.tile_n))
+    swizzled = const_expr(Swizzled(columns, c.tile_n) if c.few_rows else None)
+    lanes = const_expr(Lanes(columns, c.tile_n, swizzled))
     lane = cute.arch.lane_idx()
     loaded = pipelines.state_at(tile, c.stages, False)
-    wide = pipelines.state_at(tile, side.stages, True)
+    converted = tile
+    if const_expr(c.few_rows > 0):
+        converted = tile - unconverted
+    wide = pipelines.state_at(converted, side.stages, True)
     row = place * c.converted_rows
-    source = side.narrow + loaded.index * (c.tile_n * columns) + row * columns
+    source = side.narrow + loaded.index * (c.tile_n * columns) + lanes.source_rows(row)
     target = side.wide + wide.index * (2 * c.tile_n * columns) + row * (2 * lanes.block)
     sources = [source + lanes.source(lane, parity) for parity in range(2)]
     targets = [[target + lanes.target(lane, parity, h) for h in range(2)] for parity in range(2)]
@@ -188,7 +215,21 @@ def convert_part(
                 cute.autovec_copy(values[None, h], vector(at, Float16))
         words = ahead
     side.converted.producer_commit(wide)
-    side.loaded.consumer_release(loaded)
+    if const_expr(c.few_rows > 0):
+        pipelines.release(side.loaded, loaded, c.arrivals_of_a_part)
+    else:
+        side.loaded.consumer_release(loaded)
+
+
+@cute.jit
+def pass_part(config: cutlass.Constexpr[PagedConfig], side: Side, tile: Int32):
+    """See a part of a tile come that the consumers read as it is.
+
+    A warp that did not wait for it would take the parity of its stage's barrier for another's.
+    """
+    loaded = pipelines.state_at(tile, config.stages, False)
+    side.loaded.consumer_wait(loaded)
+    pipelines.release(side.loaded, loaded)
 
 
 @cute.jit

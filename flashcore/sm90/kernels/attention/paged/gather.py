@@ -51,12 +51,18 @@ def loaders(config: PagedConfig) -> int:
     return config.loading_warps // 2
 
 
-def byte_layout(layout: cute.ComposedLayout) -> cute.ComposedLayout:
+def byte_layout(
+    layout: cute.ComposedLayout | cute.Layout, width: int = 16
+) -> cute.ComposedLayout | cute.Layout:
     """Bytes of `matmul.smem_layout`, whose swizzle is of byte addresses, not of elements.
 
     Offsets may be swizzled in place of addresses: stages start at multiples of its period.
+    width: bits of an element.
     """
-    return cute.make_composed_layout(layout.inner, 0, cute.recast_layout(8, 16, layout.outer))
+    if isinstance(layout, cute.Layout):
+        return layout
+    outer = layout.outer if width == 8 else cute.recast_layout(8, width, layout.outer)
+    return cute.make_composed_layout(layout.inner, 0, outer)
 
 
 @cute.jit

@@ -12,24 +12,23 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, const_expr
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu import cpasync
 
 from flashcore.contract.work import Work
 from flashcore.sm90.config.paged import PagedConfig, illegal_reason
 from flashcore.sm90.kernels.attention.paged import (
-    barriers,
     chunks,
     convert,
     gather,
-    nonfinite,
     pages,
+    tiles,
     work_loop,
 )
 from flashcore.sm90.kernels.attention.paged.epilogue import store_rows
+from flashcore.sm90.kernels.attention.paged.few_rows.item import Loads, attend_item
+from flashcore.sm90.kernels.attention.paged.few_rows.shape import shapes_of, takes
 from flashcore.sm90.kernels.attention.paged.intervals import (
     Bounds,
-    Rows,
-    mask_scores,
     measure_item,
     row_intervals,
 )
@@ -46,20 +45,16 @@ from flashcore.sm90.kernels.attention.parts import device_counts as device_plan
 from flashcore.sm90.kernels.attention.parts.consumer import (
     Fragments,
     fragments,
-    here,
     last_product,
 )
 from flashcore.sm90.kernels.attention.parts.softmax import (
     Scale,
-    online_softmax,
-    rescale,
     scale_of,
-    soft_cap,
 )
 from flashcore.sm90.kernels.dsl import SmemAllocator
 
 
-class PagedAttention(chunks.ChunkedConsumer):
+class PagedAttention(tiles.TileConsumer, chunks.ChunkedConsumer):
     """Partial or final results of every work item of a plan, for one `PagedConfig`."""
 
     def __init__(self, config: PagedConfig):
@@ -159,8 +154,14 @@ class PagedAttention(chunks.ChunkedConsumer):
         sV = storage.v.get_tensor(layouts.v.outer, swizzle=layouts.v.inner)
         loaded_k, loaded_v = sK, sV
         if const_expr(c.kv_dtype):
-            loaded_k = storage.narrow_k.get_tensor(layouts.narrow_k)
-            loaded_v = storage.narrow_v.get_tensor(layouts.narrow_v)
+            loaded_k, loaded_v = (
+                stages.get_tensor(layout.outer, swizzle=layout.inner)
+                if const_expr(c.few_rows > 0)
+                else stages.get_tensor(layout)
+                for stages, layout in zip(
+                    (storage.narrow_k, storage.narrow_v), layouts.loaded, strict=True
+                )
+            )
         slot_barriers = storage.slot_barriers.data_ptr()
         slot = Slot(
             storage.slot.get_tensor(cute.make_layout(SLOT_WORDS)), slot_barriers, slot_barriers + 1
@@ -194,7 +195,7 @@ class PagedAttention(chunks.ChunkedConsumer):
                 k_stages, v_stages = (
                     gather.Stages(
                         tile.iterator.toint(),
-                        layout if const_expr(c.kv_dtype) else gather.byte_layout(layout),
+                        gather.byte_layout(layout, 8 if const_expr(c.kv_dtype) else 16),
                     )
                     for tile, layout in zip((loaded_k, loaded_v), layouts.loaded, strict=True)
                 )
@@ -220,9 +221,15 @@ class PagedAttention(chunks.ChunkedConsumer):
                     window, mma_qk, mma_pv, tidx - 128,
                 )  # fmt: skip
             else:
+                few = None
+                if const_expr(c.few_rows > 0):
+                    few = Loads(
+                        *(x.iterator.toint() for x in (loaded_k, loaded_v)), rings.loaded_k,
+                        rings.loaded_v, storage.few_totals.data_ptr().toint(),
+                    )  # fmt: skip
                 self.consume(
                     m, sQ, sK, sV, rings.k, rings.v, slot, softmax_scale, softcap, window, mma_qk,
-                    mma_pv, tidx - 128,
+                    mma_pv, few, tidx - 128,
                 )  # fmt: skip
 
     @cute.jit
@@ -311,6 +318,7 @@ class PagedAttention(chunks.ChunkedConsumer):
         window: Bounds,
         mma_qk: cute.TiledMma,
         mma_pv: cute.TiledMma,
+        few: Loads | None,
         tid: Int32,
     ):
         """A consumer warpgroup: 64 packed rows of every item, from scores to stores."""
@@ -318,173 +326,80 @@ class PagedAttention(chunks.ChunkedConsumer):
         wg = cute.arch.make_warp_uniform(tid // 128)
         frag = fragments(c, self.dtype, mma_qk, mma_pv, sQ, sK, sV, wg)
         scale = scale_of(c, softmax_scale, softcap)
-        lane = tid % 32
-        thread_row = tid // 32 * 16 + lane // 4
-        column = 2 * (lane % 4)
         k_state, v_state = (pipelines.consumer_state(stages) for stages in c.product_stages)
         pipelines.first_turn(wg, self.warpgroups)
-        slot_phase = Int32(0)
+        slot_phase, num_tiles = Int32(0), Int32(0)
         item = work_loop.await_item(slot, slot_phase)
         while item.valid >= 0:
             slot_phase ^= 1
-            rows = row_intervals(c, m, item, window, thread_row)
-            of_item = scale
-            if const_expr(c.scaled):
-                of_item = convert.item_scale(c, scale, m, item.kv_head)
-            frag.accO.fill(0.0)
-            frag.row_max.fill(-Float32.inf)
-            frag.row_sum.fill(0.0)
-            if item.end > item.first:
-                self.load_queries(m, item, rows, sQ, frag, wg, tid)
-                last = item.end - 1
-                self.first_tile(
-                    frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
-                    column,
-                )  # fmt: skip
-                k_state.advance()
-                masked_end = min(last, max(item.first, item.full_high))
-                plain_end = min(masked_end, max(item.first, item.full_low))
-                for i in cutlass.range(last - masked_end, unroll=1):
-                    self.tile(
-                        frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
-                        column, last - 1 - i, True,
-                    )  # fmt: skip
-                    k_state.advance()
-                    v_state.advance()
-                for _ in cutlass.range(masked_end - plain_end, unroll=1):
-                    self.tile(
-                        frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
-                        column, 0, False,
-                    )  # fmt: skip
-                    k_state.advance()
-                    v_state.advance()
-                if const_expr(c.window):
-                    for i in cutlass.range(plain_end - item.first, unroll=1):
-                        self.tile(
-                            frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid,
-                            item, column, plain_end - 1 - i, True,
-                        )  # fmt: skip
-                        k_state.advance()
-                        v_state.advance()
-                last_product(frag, ring_v, v_state)
-                v_state.advance()
-            store_rows(c, self.out_dtype, frag, m, item, rows, thread_row, lane, of_item)
+            if const_expr(c.few_rows > 0):
+                if takes(c, item):
+                    of_item = convert.item_scale(c, scale, m, item.kv_head)
+                    attend_item(
+                        shapes_of(c), self.out_dtype, m, item, window, of_item, few, num_tiles, tid
+                    )
+                else:
+                    k_state, v_state = self.consume_item(
+                        m, item, frag, window, scale, sQ, sV, ring_k, ring_v, k_state, v_state, tid
+                    )
+                num_tiles += max(item.end - item.first, 0)
+            else:
+                k_state, v_state = self.consume_item(
+                    m, item, frag, window, scale, sQ, sV, ring_k, ring_v, k_state, v_state, tid
+                )
             item = work_loop.await_item(slot, slot_phase)
 
     @cute.jit
-    def load_queries(
-        self, m: Operands, item: Item, rows: Rows, sQ: cute.Tensor | None, frag: Fragments,
-        wg: Int32, tid: Int32,
+    def consume_item(
+        self, m: Operands, item: Item, frag: Fragments, window: Bounds, scale: Scale,
+        sQ: cute.Tensor | None, sV: cute.Tensor, ring_k, ring_v, k_state, v_state, tid: Int32,
     ):  # fmt: skip
-        """Gather this warpgroup's rows of Q; its last products have been waited for."""
-        if const_expr(self.config.q_registers):
-            lane = tid % 32
-            convert.load_queries(
-                self.config, m, item, rows, frag.tSrQ, tid // 32 * 16 + lane // 4, 2 * (lane % 4)
-            )
-        else:
-            barriers.sync_warpgroup(wg)
-            if const_expr(self.config.window and self.config.k_columns == 256):
-                tid = here(tid)  # no register is left to keep addresses in from item to item
-            if const_expr(self.out_dtype is not self.dtype):
-                convert.gather_queries(self.config, m, item, sQ, wg * 64, tid % 128)
-            else:
-                pages.gather_queries(
-                    self.config, m.q, m.q_tokens, sQ, item.kv_head, item.row_begin, item.num_rows,
-                    wg * 64, tid % 128,
+        """An item, from its queries to its results; the next states of the rings."""
+        c = self.config
+        wg = cute.arch.make_warp_uniform(tid // 128)
+        lane = tid % 32
+        thread_row = tid // 32 * 16 + lane // 4
+        column = 2 * (lane % 4)
+        rows = row_intervals(c, m, item, window, thread_row)
+        of_item = scale
+        if const_expr(c.scaled):
+            of_item = convert.item_scale(c, scale, m, item.kv_head)
+        frag.accO.fill(0.0)
+        frag.row_max.fill(-Float32.inf)
+        frag.row_sum.fill(0.0)
+        if item.end > item.first:
+            self.load_queries(m, item, rows, sQ, frag, wg, tid)
+            last = item.end - 1
+            self.first_tile(
+                frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
+                column,
+            )  # fmt: skip
+            k_state.advance()
+            masked_end = min(last, max(item.first, item.full_high))
+            plain_end = min(masked_end, max(item.first, item.full_low))
+            for i in cutlass.range(last - masked_end, unroll=1):
+                self.tile(
+                    frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
+                    column, last - 1 - i, True,
                 )  # fmt: skip
-                cute.arch.cp_async_commit_group()
-                cute.arch.cp_async_wait_group(0)
-            cute.arch.fence_proxy("async.shared", space="cta")
-            barriers.sync_warpgroup(wg)
-
-    @cute.jit
-    def first_tile(
-        self, frag: Fragments, rows: Rows, m: Operands, scale: Scale, sV: cute.Tensor, ring_k,
-        k_state, ring_v, v_state, wg: Int32, tid: Int32, item: Item, column: Int32,
-    ):  # fmt: skip
-        """Scores and softmax of the item's last tile: always masked, nothing to rescale."""
-        pipelines.await_stage(ring_k, k_state)
-        pipelines.take_turn(wg, self.warpgroups)
-        accS = cute.make_rmem_tensor(frag.layout_s, Float32)
-        tSrK = frag.tSrK[None, None, None, k_state.index]
-        matmul.issue(frag.mma_qk, accS, frag.tSrQ, tSrK, True, self.config.k_steps)
-        pipelines.pass_turn(wg, self.warpgroups)
-        warpgroup.wait_group(0)
-        ring_k.consumer_release(k_state)
-        n = item.end - 1
-        self.softmax(frag, rows, m, scale, accS, column + n * self.config.tile_n, True, True)
-        matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
-        self.clear_unseen(frag, rows, m, sV, ring_v, v_state, item, column, n, tid)
-
-    @cute.jit
-    def tile(
-        self, frag: Fragments, rows: Rows, m: Operands, scale: Scale, sV: cute.Tensor, ring_k,
-        k_state, ring_v, v_state, wg: Int32, tid: Int32, item: Item, column: Int32, n: Int32,
-        masked: cutlass.Constexpr[bool],
-    ):  # fmt: skip
-        """QK of tile n in flight with PV of the tile before it; then softmax of tile n."""
-        pipelines.await_stage(ring_k, k_state)
-        pipelines.take_turn(wg, self.warpgroups)
-        # A fresh accumulator for each tile: with a reused one ptxas serialises every product.
-        accS = cute.make_rmem_tensor(frag.layout_s, Float32)
-        tSrK = frag.tSrK[None, None, None, k_state.index]
-        matmul.issue(frag.mma_qk, accS, frag.tSrQ, tSrK, True, self.config.k_steps)
-        pipelines.await_stage(ring_v, v_state)
-        tOrV = frag.tOrV[None, None, None, v_state.index]
-        matmul.issue(frag.mma_pv, frag.accO, frag.rP, tOrV, False)
-        pipelines.pass_turn(wg, self.warpgroups)
-        warpgroup.wait_group(1)
-        ring_k.consumer_release(k_state)
-        key = column + n * self.config.tile_n
-        moved = self.softmax(frag, rows, m, scale, accS, key, masked, False)
-        warpgroup.wait_group(0)
-        ring_v.consumer_release(v_state)
-        matmul.round_to_operand(matmul.acc_as_operand(accS), frag.rP)
-        if moved:
-            rescale(matmul.acc_rows_cols(frag.accO), frag.alpha)
-        if const_expr(masked):
-            following = v_state.clone()
-            following.advance()
-            self.clear_unseen(frag, rows, m, sV, ring_v, following, item, column, n, tid)
-
-    @cute.jit
-    def clear_unseen(
-        self, frag: Fragments, rows: Rows, m: Operands, sV: cute.Tensor, ring_v, v_state,
-        item: Item, column: Int32, n: Int32, tid: Int32,
-    ):  # fmt: skip
-        """Zero what no row of the item sees of V tile n, and with a window what is not finite and
-        not every row sees; all consumers take part, with nothing in flight."""
-        c = self.config
-        begin, end = item.low - n * c.tile_n, item.high - n * c.tile_n
-        if const_expr(c.window):
-            all_low, all_high = item.all_low - n * c.tile_n, item.all_high - n * c.tile_n
-            seen = nonfinite.Seen(begin, end, all_low, all_high)
-            if all_low > 0 or all_high < c.tile_n:
-                pipelines.await_stage(ring_v, v_state)
-                stage = sV[None, None, v_state.index]
-                nonfinite.clear(
-                    c, frag.accO, rows, m.tree_mask, stage, seen, n * c.tile_n, column, tid
-                )
-        elif const_expr(not convert.clears_v(c)):
-            if begin > 0 or end < c.tile_n:
-                pipelines.await_stage(ring_v, v_state)
-                pages.clear_rows(c, sV[None, None, v_state.index], begin, end, tid)
-                cute.arch.fence_proxy("async.shared", space="cta")
-                barriers.sync_consumers(self.warpgroups)
-
-    @cute.jit
-    def softmax(
-        self, frag: Fragments, rows: Rows, m: Operands, scale: Scale, accS: cute.Tensor, key: Int32,
-        masked: cutlass.Constexpr[bool], first: cutlass.Constexpr[bool],
-    ):  # fmt: skip
-        """Cap, mask and exponentiate a tile of scores in place."""
-        c = self.config
-        scores = matmul.acc_rows_cols(accS)
-        if const_expr(c.softcap):
-            soft_cap(scores, scale.cap_factor)
-        if const_expr(masked):
-            mask_scores(c, scores, rows, m.tree_mask, key)
-        return online_softmax(
-            scores, frag.row_max, frag.row_sum, frag.alpha, scale.log2, first, c.rescale_log2
-        )
+                k_state.advance()
+                v_state.advance()
+            for _ in cutlass.range(masked_end - plain_end, unroll=1):
+                self.tile(
+                    frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid, item,
+                    column, 0, False,
+                )  # fmt: skip
+                k_state.advance()
+                v_state.advance()
+            if const_expr(c.window):
+                for i in cutlass.range(plain_end - item.first, unroll=1):
+                    self.tile(
+                        frag, rows, m, of_item, sV, ring_k, k_state, ring_v, v_state, wg, tid,
+                        item, column, plain_end - 1 - i, True,
+                    )  # fmt: skip
+                    k_state.advance()
+                    v_state.advance()
+            last_product(frag, ring_v, v_state)
+            v_state.advance()
+        store_rows(c, self.out_dtype, frag, m, item, rows, thread_row, lane, of_item)
+        return k_state, v_state

@@ -18,8 +18,8 @@ class Layouts(NamedTuple):
     q: cute.ComposedLayout | None
     k: cute.ComposedLayout  # (tile_n, columns, stage)
     v: cute.ComposedLayout
-    narrow_k: cute.Layout | None
-    narrow_v: cute.Layout | None
+    narrow_k: cute.Layout | cute.ComposedLayout | None
+    narrow_v: cute.Layout | cute.ComposedLayout | None
 
     @property
     def loaded(self) -> tuple[Any, Any]:
@@ -42,8 +42,10 @@ def layouts_of(config: PagedConfig, dtype) -> Layouts:
     )
 
 
-def narrow_layout(config: PagedConfig, columns: int) -> cute.Layout:
-    """Stages of fp8: rows one after the other, not swizzled."""
+def narrow_layout(config: PagedConfig, columns: int) -> cute.Layout | cute.ComposedLayout:
+    """Stages of fp8: rows one after the other, swizzled only where ldmatrix reads them."""
+    if config.few_rows:
+        return matmul.narrow_smem_layout(config.tile_n, columns, config.stages)
     tile = config.tile_n * columns
     return cute.make_layout((config.tile_n, columns, config.stages), stride=(columns, 1, tile))
 
@@ -66,6 +68,7 @@ def storage_of(config: PagedConfig, dtype, layouts: Layouts) -> Any:
         slot_barriers: cute.struct.MemRange[Int64, 2]
         slot: cute.struct.MemRange[Int32, SLOT_WORDS]
         row_totals: cute.struct.MemRange[Float32, config.total_rows]
+        few_totals: cute.struct.Align[cute.struct.MemRange[Float32, config.few_totals], 16]
         q: cute.struct.Align[cute.struct.MemRange[dtype, q_elements], 1024]
         k: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.k)], 1024]
         v: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.v)], 1024]
@@ -100,7 +103,7 @@ def rings_of(config: PagedConfig, dtype, storage: Any, layouts: Layouts) -> Ring
             (storage.k_barriers, storage.v_barriers), c.product_stages, strict=True
         )
     )
-    return Rings(*converted, *_load_rings(c, Uint8, narrow, layouts, c.converted_parts))
+    return Rings(*converted, *_load_rings(c, Uint8, narrow, layouts, c.readers))
 
 
 def _load_rings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Float32, Int32
+from cutlass import BFloat16, Float32, Int32, Uint8
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -17,6 +17,15 @@ def smem_layout(dtype, rows: int, cols: int, stages: int | None = None) -> cute.
     atom = warpgroup.make_smem_layout_atom(kind or warpgroup.SmemLayoutAtomKind.K_SW64, dtype)
     if stages is None:
         return cute.tile_to_shape(atom, (rows, cols), order=(0, 1))
+    return cute.tile_to_shape(atom, (rows, cols, stages), order=(0, 1, 2))
+
+
+def narrow_smem_layout(rows: int, cols: int, stages: int) -> cute.ComposedLayout:
+    """Row-major tiles of bytes, as `smem_layout` has those of 16 bits."""
+    kinds = warpgroup.SmemLayoutAtomKind
+    atom = warpgroup.make_smem_layout_atom(
+        kinds.K_SW128 if cols % 128 == 0 else kinds.K_SW64, Uint8
+    )
     return cute.tile_to_shape(atom, (rows, cols, stages), order=(0, 1, 2))
 
 

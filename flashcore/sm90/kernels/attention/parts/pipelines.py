@@ -165,6 +165,14 @@ def pass_turn(warpgroup: Int32, warpgroups: cutlass.Constexpr[int]):
 
 
 @cute.jit
+def release(ring, state, arrivals: cutlass.Constexpr[int] = 1):
+    """Free a stage for one warp, or for as many as it stands for, by whatever ring it is of."""
+    with cute.arch.elect_one():
+        barrier = ring.sync_object_empty.get_barrier(state.index)
+        cute.arch.mbarrier_arrive(barrier, arrive_count=arrivals)
+
+
+@cute.jit
 def await_stage(ring, state):
     """Wait for a stage's load; the waiting loop stays off the path of a load that has landed."""
     ring.consumer_wait(state, ring.consumer_try_wait(state))

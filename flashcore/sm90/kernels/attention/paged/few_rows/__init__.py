@@ -1,0 +1,1 @@
+"""Items of few packed rows on fp8 pages, by products of warps."""
