@@ -23,7 +23,7 @@ from flashcore.planner.device_plan import workspace_elements
 from flashcore.planner.folding import Costs
 from flashcore.problem import Problem
 from flashcore.reference import paged_attention_reference
-from flashcore.sm90.config import paged
+from flashcore.sm90.config import paged, paged_schedule
 from flashcore.sm90.config.merge import MergeConfig
 from flashcore.sm90.config.paged import PagedCall
 from flashcore.sm90.families import MERGE, PAGED
@@ -82,7 +82,7 @@ def test_every_pair_of_dims_has_a_kernel(page_tokens: int, tile_m: int) -> None:
             assert v_head_dim <= c.v_columns < v_head_dim + 64
             assert head_dim <= 16 * c.k_steps <= c.k_columns
             assert c.ctas_per_sm * (c.smem_bytes + 1024) <= SMEM_OF_SM
-            assert c.ctas_per_sm == paged.ctas_per_sm(head_dim, tile_m, v_head_dim)
+            assert c.ctas_per_sm == paged_schedule.ctas_per_sm(head_dim, tile_m, v_head_dim)
             # Columns past 32 x n, which a thread would store in vain, and vectors in whole passes.
             for columns, warpgroups, rows in (
                 (c.k_columns, 1, 64),

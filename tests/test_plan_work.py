@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import flashcore
 from flashcore.contract.work import FIELDS
 from flashcore.planner import split as splitting
-from flashcore.sm90.config.paged import ctas_per_sm
+from flashcore.sm90.config.paged_schedule import ctas_per_sm
 from tests.cases import Batch, batches, small_scale
 from tests.plans import assert_lists
 

@@ -10,7 +10,7 @@ import torch
 from flashcore.jit.folder import default_folder
 from flashcore.jit.packaged import open_packaged
 from flashcore.jit.target import INSTALL_HINT, MissingRuntimeError, detect_target
-from flashcore.sm90.config.paged import ctas_per_sm
+from flashcore.sm90.config.paged_schedule import ctas_per_sm
 
 _HOPPER_CAPABILITY = (9, 0)
 
