@@ -50,6 +50,13 @@ CASES = {
         "test_dims[dims5-1-64-window-40]",  # 80 columns: padding that is converted
         "test_scales[e4m3-heads-dtype0]",
     ),
+    "few_rows": (
+        "test_groups[heads1-6]",  # every shape of warps
+        "test_rules[1-64-window]",  # gathered
+        "test_shapes[64-256-8]",
+        "test_both_kinds_of_items_in_a_row[70-64-False]",
+        "test_what_is_not_finite_reaches_the_rows_that_see_it_alone[e5m2]",
+    ),
     "expand": (
         "test_rules[everything-64]",
         "test_dims[dims1-1]",  # gathered, 80 columns

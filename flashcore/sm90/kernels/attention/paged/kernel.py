@@ -326,6 +326,8 @@ class PagedAttention(tiles.TileConsumer, chunks.ChunkedConsumer):
         wg = cute.arch.make_warp_uniform(tid // 128)
         frag = fragments(c, self.dtype, mma_qk, mma_pv, sQ, sK, sV, wg)
         scale = scale_of(c, softmax_scale, softcap)
+        lane = tid % 32
+        thread = tiles.Thread(wg, tid, lane, tid // 32 * 16 + lane // 4, 2 * (lane % 4))
         k_state, v_state = (pipelines.consumer_state(stages) for stages in c.product_stages)
         pipelines.first_turn(wg, self.warpgroups)
         slot_phase, num_tiles = Int32(0), Int32(0)
@@ -340,26 +342,25 @@ class PagedAttention(tiles.TileConsumer, chunks.ChunkedConsumer):
                     )
                 else:
                     k_state, v_state = self.consume_item(
-                        m, item, frag, window, scale, sQ, sV, ring_k, ring_v, k_state, v_state, tid
-                    )
+                        m, item, frag, window, scale, sQ, sV, ring_k, ring_v, k_state, v_state,
+                        thread,
+                    )  # fmt: skip
                 num_tiles += max(item.end - item.first, 0)
             else:
                 k_state, v_state = self.consume_item(
-                    m, item, frag, window, scale, sQ, sV, ring_k, ring_v, k_state, v_state, tid
+                    m, item, frag, window, scale, sQ, sV, ring_k, ring_v, k_state, v_state, thread
                 )
             item = work_loop.await_item(slot, slot_phase)
 
     @cute.jit
     def consume_item(
         self, m: Operands, item: Item, frag: Fragments, window: Bounds, scale: Scale,
-        sQ: cute.Tensor | None, sV: cute.Tensor, ring_k, ring_v, k_state, v_state, tid: Int32,
+        sQ: cute.Tensor | None, sV: cute.Tensor, ring_k, ring_v, k_state, v_state,
+        thread: tiles.Thread,
     ):  # fmt: skip
         """An item, from its queries to its results; the next states of the rings."""
         c = self.config
-        wg = cute.arch.make_warp_uniform(tid // 128)
-        lane = tid % 32
-        thread_row = tid // 32 * 16 + lane // 4
-        column = 2 * (lane % 4)
+        wg, tid, lane, thread_row, column = thread
         rows = row_intervals(c, m, item, window, thread_row)
         of_item = scale
         if const_expr(c.scaled):

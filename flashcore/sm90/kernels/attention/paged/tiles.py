@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
@@ -20,6 +22,16 @@ from flashcore.sm90.kernels.attention.parts.softmax import (
     rescale,
     soft_cap,
 )
+
+
+class Thread(NamedTuple):
+    """A consumer thread."""
+
+    wg: Int32
+    tid: Int32  # among all consumers
+    lane: Int32
+    row: Int32  # its first in the tile
+    column: Int32  # its first
 
 
 class TileConsumer:
