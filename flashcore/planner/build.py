@@ -65,8 +65,9 @@ def plan(
             pages that divide 1024 tokens.
         expand: of fp8 pages (itemsize 1), whether calls with kernels widen each distinct page once
             into scratch of 16 bits, which is faster where many row blocks read it (long prefill);
-            results are the same bits. None: where it costs less, by `planner.expansion`, and takes
-            at most `planner.expansion.EXPANSION_BYTES`; `PlanStats.expansion` says what and why.
+            results are the same bits, but for work items of up to 32 packed rows, whose last bits
+            may differ. None: where it costs less, by `planner.expansion`, and takes at most
+            `planner.expansion.EXPANSION_BYTES`; `PlanStats.expansion` says what and why.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what it may be.

@@ -72,7 +72,8 @@ class DevicePlanner:
             updates follow one another may share one.
         expansion: an `expansion_scratch.ExpansionScratch`: room in which calls of long prefills
             widen each distinct fp8 page once, where the device finds that it costs less than
-            converting each for each row block; the same bits. None: never.
+            converting each for each row block; the same bits, but for last ones of work items of
+            up to 32 packed rows. None: never.
 
     Faults are also told to the host as they are found: see `faults_seen`. Its numbers are there in
     `seen` too (`counts.Seen`), to look at in every step for next to nothing.
