@@ -100,6 +100,7 @@ def captured(
 
 
 def _check_bits(name: str, graph: Graph, rules: Graph) -> None:
+    rules.replay()
     expected = rules.out.clone()
     for _ in range(REPEATS):
         graph.replay()

@@ -246,11 +246,10 @@ class Merge:
         columns = const_expr(self.columns)
         for u in cutlass.range_constexpr(UNROLL):
             w = cute.arch.shuffle_sync(weight, j + u)
-            if j + u >= count:
-                w = Float32(0.0)
-            acc[columns] = acc[columns] + w
-            for c in cutlass.range_constexpr(columns):
-                acc[c] = acc[c] + w * rows[u, c]
+            if j + u < count:  # past them an entry comes again, and 0 times infinity is NaN
+                acc[columns] = acc[columns] + w
+                for c in cutlass.range_constexpr(columns):
+                    acc[c] = acc[c] + w * rows[u, c]
 
     @cute.jit
     def load_rows(
