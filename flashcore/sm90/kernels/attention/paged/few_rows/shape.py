@@ -98,9 +98,9 @@ class Shape(NamedTuple):
 
 
 def shapes_of(config: PagedConfig) -> list[Shape]:
-    """For up to 8, 16 and 32 rows, as far as the configuration goes."""
-    shapes = [Shape(config, *of) for of in ((1, 1), (2, 1), (2, 2))]
-    return [shape for shape in shapes if shape.rows <= config.few_rows]
+    """For up to 8 rows, and for up to 16 or 32, as the configuration goes."""
+    wider = {8: (), 16: ((2, 1),), 32: ((2, 2),)}[config.few_rows]
+    return [Shape(config, *of) for of in ((1, 1), *wider)]
 
 
 class Warp(NamedTuple):
