@@ -183,10 +183,9 @@ class Consumer:
                 ring.coming.append(stage)
             ring.freed = 0
         loads = self.item.Loads(START, self.v.start, self.k, self.v, self.totals)
-        shapes = self.shape.shapes_of(c)
-        self.item.attend_item(
-            shapes, c.dtype, m, item, window, scale, loads, tiles, self.machine.lanes
-        )
+        rows = int(np.max(item.num_rows))
+        shape = next(s for s in self.shape.shapes_of(c) if rows <= s.rows)
+        self.item.attend(shape, c.dtype, m, item, window, scale, loads, tiles, self.machine.lanes)
         for ring in (self.k, self.v):
             assert ring.freed == item.end - item.first
             assert not ring.coming

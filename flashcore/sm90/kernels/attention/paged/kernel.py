@@ -25,7 +25,7 @@ from flashcore.sm90.kernels.attention.paged import (
     work_loop,
 )
 from flashcore.sm90.kernels.attention.paged.epilogue import store_rows
-from flashcore.sm90.kernels.attention.paged.few_rows.item import Loads, attend_item
+from flashcore.sm90.kernels.attention.paged.few_rows.item import Loads, attend
 from flashcore.sm90.kernels.attention.paged.few_rows.shape import shapes_of, takes
 from flashcore.sm90.kernels.attention.paged.intervals import (
     Bounds,
@@ -335,16 +335,24 @@ class PagedAttention(tiles.TileConsumer, chunks.ChunkedConsumer):
         while item.valid >= 0:
             slot_phase ^= 1
             if const_expr(c.few_rows > 0):
-                if takes(c, item):
+                shapes = const_expr(shapes_of(c))
+                few_rows = takes(c, item)
+                fewest = few_rows and item.num_rows <= shapes[0].rows
+                if fewest:
                     of_item = convert.item_scale(c, scale, m, item.kv_head)
-                    attend_item(
-                        shapes_of(c), self.out_dtype, m, item, window, of_item, few, num_tiles, tid
-                    )
-                else:
+                    attend(shapes[0], self.out_dtype, m, item, window, of_item, few, num_tiles, tid)
+                elif not few_rows:
                     k_state, v_state = self.consume_item(
                         m, item, frag, window, scale, sQ, sV, ring_k, ring_v, k_state, v_state,
                         thread,
                     )  # fmt: skip
+                else:  # last, so that the ways of most items lie together in the cache of code
+                    for shape in cutlass.range_constexpr(1, len(shapes)):
+                        of_item = convert.item_scale(c, scale, m, item.kv_head)
+                        attend(
+                            shapes[shape], self.out_dtype, m, item, window, of_item, few,
+                            num_tiles, tid,
+                        )  # fmt: skip
                 num_tiles += max(item.end - item.first, 0)
             else:
                 k_state, v_state = self.consume_item(

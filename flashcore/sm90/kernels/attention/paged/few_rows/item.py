@@ -51,29 +51,15 @@ class Loads(NamedTuple):
 
 
 @cute.jit
-def attend_item(
-    shapes: cutlass.Constexpr[list[Shape]], dtype: cutlass.Constexpr, m: Operands, item: Item,
-    window: Bounds, scale: Scale, loads: Loads, tiles: Int32, tid: Int32,
-):  # fmt: skip
-    """An item, from its queries to its results, in the first shape that holds its rows.
-
-    tiles: of K, and of V, that the CTA has had before.
-    """
-    if const_expr(len(shapes) > 1):
-        if item.num_rows <= shapes[0].rows:
-            attend(shapes[0], dtype, m, item, window, scale, loads, tiles, tid)
-        else:
-            attend_item(shapes[1:], dtype, m, item, window, scale, loads, tiles, tid)
-    else:
-        attend(shapes[0], dtype, m, item, window, scale, loads, tiles, tid)
-
-
-@cute.jit
 def attend(
     shape: cutlass.Constexpr[Shape], dtype: cutlass.Constexpr, m: Operands, item: Item,
     window: Bounds, scale: Scale, loads: Loads, tiles: Int32, tid: Int32,
 ):  # fmt: skip
-    """Tiles from the last to the first, as they come; the last stages are kept for the end."""
+    """An item, from its queries to its results: tiles from the last to the first, as they come; the
+    last stages are kept for the end.
+
+    tiles: of K, and of V, that the CTA has had before.
+    """
     c = const_expr(shape.config)
     tid = here(tid)  # or what comes of it takes registers of the other items, too
     lane, number = tid % 32, cute.arch.make_warp_uniform(tid // 32)
