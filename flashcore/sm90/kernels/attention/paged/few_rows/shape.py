@@ -99,8 +99,8 @@ class Shape(NamedTuple):
 
 def shapes_of(config: PagedConfig) -> list[Shape]:
     """For up to 8 rows, and for up to 16 or 32, as the configuration goes."""
-    wider = {8: (), 16: ((2, 1),), 32: ((2, 2),)}[config.few_rows]
-    return [Shape(config, *of) for of in ((1, 1), *wider)]
+    shapes = {0: [], 8: [(1, 1)], 16: [(1, 1), (2, 1)], 32: [(1, 1), (2, 2)]}
+    return [Shape(config, *of) for of in shapes[config.few_rows]]
 
 
 class Warp(NamedTuple):
