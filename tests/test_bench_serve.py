@@ -357,6 +357,29 @@ def test_together_takes_turns_and_nobody_is_always_first() -> None:
     ]
 
 
+@pytest.mark.parametrize(("ranks", "beside"), [((1, 1, 1), True), ((2, 1, 1), False)])
+def test_engines_of_several_gpus_start_one_after_the_other(
+    ranks: tuple[int, int, int], beside: bool
+) -> None:
+    calls: list[str] = []
+
+    class Reporting(FakeWorker):
+        def ready(self) -> dict[str, Any]:
+            told = super().ready()
+            calls.append(f"ready {self.backend}")
+            return told
+
+    options = [replace(OPTIONS, backend=backend, ranks=ranks) for backend in ("flashcore", "fa3")]
+    run_serve(
+        [parse_workload("4x16+8:40")],
+        options,
+        Turns(2, together=True),
+        start=lambda options, log: Reporting(options, calls),  # type: ignore[arg-type,return-value]
+    )
+    begun = calls.index("start tiny fa3 (4,)")
+    assert (begun < calls.index("ready flashcore")) == beside
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_no_engine_finds_triton_kernels_that_another_compiled(together: bool) -> None:
     caches = []

@@ -31,7 +31,6 @@ from tests.gpu.launched_calls import (
     paged,
 )
 from tests.gpu.launched_fp8 import FP8_LAUNCHES
-from tests.gpu.schedules import scheduled
 
 FIXED = host(batch_invariant=True)
 TALL = host(128, batch_invariant=True)
@@ -203,9 +202,6 @@ LAUNCHES: dict[str, dict[str, Launches]] = {
             "causal", page_tokens, host(), 256, (8, 8)
         ),
         "test_same_bits_every_time": lambda page_tokens: paged("causal", page_tokens, host()),
-    },
-    "test_gather_gpu": {
-        "test_schedules": lambda head_dim, tile_m, changes: scheduled(head_dim, tile_m, changes),
     },
     "test_device_attention_gpu": {
         "test_rules": lambda rule, warps, heads: both(rule, 16, warps, heads),

@@ -225,8 +225,11 @@ def run_serve(
     def take_turns(those: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
         with contextlib.ExitStack() as stack:
             launched = [(one, launch(one, stack)) for one in those]
-            for _, worker in launched:  # they start side by side
-                worker.begin()
+            for one, worker in launched:
+                # Side by side, but for those whose ranks compare their GPUs' free memory as they
+                # start, as SGLang's do: another's start would unbalance it.
+                if one.gpus == 1:
+                    worker.begin()
             workers = {one: worker for one, worker in launched if started(one, worker)}
             for turn, workload in enumerate(group):
                 order = list(workers)

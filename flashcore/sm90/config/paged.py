@@ -32,7 +32,6 @@ KV_LOADS = ("tma", "gather")
 KV_DTYPES = ("e4m3", "e5m2")
 NARROW_DIM_STEP = 16  # columns of a 16-byte copy of fp8
 CONVERTED_ROWS = 16  # that a warp converts at a time are whole, in each swizzle
-GATHERED_ROWS = 16  # that a warp asks for at a time, where `rows_in_flight` binds
 LONGEST_GATHERED_PAGE = 8
 """Page tokens up to which rows are gathered. With a TMA box each, pages of 1 took ten times the
 bound; pages of 16 took 1.029 where gathered rows took 1.032."""
@@ -78,9 +77,6 @@ class PagedConfig:
     # themselves, without stages of fp16
     expanded: bool = False  # pages are fp16, widened from fp8 before: all is as of these but that
     # nothing is converted
-    rows_in_flight: int = 0  # gathered rows that a loading warp has asked for and not yet got, at
-    # most; 0: as many as its stages hold
-    fetch_whole_rows: bool = True  # L2 may fetch 256 bytes of a gathered row at the first touch
 
     @property
     def tile_m(self) -> int:
@@ -212,13 +208,6 @@ def illegal_reason(config: PagedConfig) -> str | None:
             f"tile_n {c.tile_n}: the consumers clear rows of V in whole passes",
         ),
         (c.stages >= 2, "at least two K/V stages"),
-        (
-            c.rows_in_flight >= 0
-            and c.rows_in_flight % GATHERED_ROWS == 0
-            and (not c.rows_in_flight or (c.kv_load == "gather" and not c.kv_dtype)),
-            f"rows_in_flight {c.rows_in_flight}: a multiple of {GATHERED_ROWS}, and 0 but for "
-            "gathered rows of 16 bits",
-        ),
         *_conversion_rules(c),
         (c.group_size >= 1, "at least one query head for each KV head"),
         (not (c.causal and c.tree), "a tree mask takes the place of causal"),

@@ -18,7 +18,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
 from flashcore.contract.work import Work
-from flashcore.sm90.config.paged import GATHERED_ROWS, PagedConfig
+from flashcore.sm90.config.paged import PagedConfig
 from flashcore.sm90.kernels.attention.paged import work_loop
 from flashcore.sm90.kernels.attention.paged.intervals import Bounds, measure_item
 from flashcore.sm90.kernels.attention.paged.operands import Operands
@@ -119,17 +119,18 @@ def find_rows(
 
 
 @dsl_user_op
-def copy_vector(dst: Int32, src: Int64, evict_first: bool, whole_lines: bool, *, loc=None, ip=None):
+def copy_vector(dst: Int32, src: Int64, evict_first: bool, *, loc=None, ip=None):
     """Start a copy of 16 bytes from global to shared memory, past L1.
 
-    whole_lines: rows are whole 256 bytes, which L2 may fetch at the first touch.
+    Without a hint that L2 fetch 256 bytes at a time: on an H200 it took 5 % more time, on an H100
+    up to 1 % less.
     """
-    hints = ".L2::cache_hint" * evict_first + ".L2::256B" * whole_lines
+    hint = ".L2::cache_hint" * evict_first
     policy = [Int64(EVICT_FIRST)] * evict_first
     llvm.inline_asm(
         None,
         [x.ir_value(loc=loc, ip=ip) for x in (dst, src, *policy)],
-        f"cp.async.cg.shared.global{hints} [$0], [$1], 16{', $2' * evict_first};",
+        f"cp.async.cg.shared.global{hint} [$0], [$1], 16{', $2' * evict_first};",
         "r,l" + ",l" * evict_first,
         has_side_effects=True,
         is_align_stack=False,
@@ -145,48 +146,24 @@ def copy_tile(
     stages: Stages,
     stage: Int32,
 ):
-    """Start the copies of one tile, where `rows_in_flight` binds a few rows at a time."""
-    c = config
-    for b in cutlass.range_constexpr(len(addresses)):
-        if const_expr(c.rows_in_flight):
-            rows, later = const_expr(GATHERED_ROWS), const_expr(c.rows_in_flight // GATHERED_ROWS)
-            for g in cutlass.range(block_rows(c) // rows, unroll=1):
-                cute.arch.cp_async_wait_group(later - 1)
-                copy_rows(c, row_bytes, addresses[b], b, g * rows, rows, stages, stage)
-                cute.arch.cp_async_commit_group()
-        else:
-            copy_rows(c, row_bytes, addresses[b], b, Int32(0), block_rows(c), stages, stage)
-
-
-@cute.jit
-def copy_rows(
-    config: cutlass.Constexpr[PagedConfig],
-    row_bytes: cutlass.Constexpr[int],
-    address: Int64,  # of this lane's row of the block
-    block: cutlass.Constexpr[int],
-    first: Int32,  # row of the block
-    rows: cutlass.Constexpr[int],
-    stages: Stages,
-    stage: Int32,
-):
-    """Start the copies of some rows of one block of a tile."""
+    """Start the copies of one tile."""
     c = config
     lane = cute.arch.lane_idx()
     vector = lane % LANES_PER_ROW
     vectors = const_expr(row_bytes // 16)
-    whole = const_expr(c.fetch_whole_rows and row_bytes % 256 == 0)
-    for i in cutlass.range(rows // ROWS_PER_COPY, unroll=2):
-        row = first + i * ROWS_PER_COPY + lane // LANES_PER_ROW
-        src = cute.arch.shuffle_sync(address, row) + Int64(16 * vector)
-        for j in cutlass.range_constexpr((vectors + LANES_PER_ROW - 1) // LANES_PER_ROW):
-            column = 16 * (vector + LANES_PER_ROW * j)
-            at = cute.crd2idx((block * block_rows(c) + row, column, stage), stages.bytes)
-            to, start = stages.start + at, src + 16 * LANES_PER_ROW * j
-            if const_expr(LANES_PER_ROW * (j + 1) > vectors):
-                if vector < vectors - LANES_PER_ROW * j:
-                    copy_vector(to, start, c.evict_first, whole)
-            else:
-                copy_vector(to, start, c.evict_first, whole)
+    for b in cutlass.range_constexpr(len(addresses)):
+        for i in cutlass.range(block_rows(c) // ROWS_PER_COPY, unroll=2):
+            row = i * ROWS_PER_COPY + lane // LANES_PER_ROW
+            src = cute.arch.shuffle_sync(addresses[b], row) + Int64(16 * vector)
+            for j in cutlass.range_constexpr((vectors + LANES_PER_ROW - 1) // LANES_PER_ROW):
+                column = 16 * (vector + LANES_PER_ROW * j)
+                at = cute.crd2idx((b * block_rows(c) + row, column, stage), stages.bytes)
+                to, start = stages.start + at, src + 16 * LANES_PER_ROW * j
+                if const_expr(LANES_PER_ROW * (j + 1) > vectors):
+                    if vector < vectors - LANES_PER_ROW * j:
+                        copy_vector(to, start, c.evict_first)
+                else:
+                    copy_vector(to, start, c.evict_first)
 
 
 @cute.jit
