@@ -347,12 +347,11 @@ class PagedAttention(tiles.TileConsumer, chunks.ChunkedConsumer):
                         thread,
                     )  # fmt: skip
                 else:  # last, so that the ways of most items lie together in the cache of code
-                    for shape in cutlass.range_constexpr(1, len(shapes)):
+                    if const_expr(len(shapes) > 1):
                         of_item = convert.item_scale(c, scale, m, item.kv_head)
                         attend(
-                            shapes[shape], self.out_dtype, m, item, window, of_item, few,
-                            num_tiles, tid,
-                        )  # fmt: skip
+                            shapes[1], self.out_dtype, m, item, window, of_item, few, num_tiles, tid
+                        )
                 num_tiles += max(item.end - item.first, 0)
             else:
                 k_state, v_state = self.consume_item(

@@ -98,7 +98,7 @@ class Shape(NamedTuple):
 
 
 def shapes_of(config: PagedConfig) -> list[Shape]:
-    """For up to 8 rows, and for up to 16 or 32, as the configuration goes."""
+    """For up to 8 rows, and one for up to 16 or 32, as the configuration goes."""
     shapes = {0: [], 8: [(1, 1)], 16: [(1, 1), (2, 1)], 32: [(1, 1), (2, 2)]}
     return [Shape(config, *of) for of in shapes[config.few_rows]]
 
