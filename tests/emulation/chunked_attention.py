@@ -246,7 +246,10 @@ def merge_partials(plan: Plan, m: Any, config: MergeConfig, shape: tuple[int, in
         threads, first = (256, 0) if together else (32, index % 8 * 32)
         machine = _merger(threads, first)
         machine.block = index if together else index // 8
-        kernel = machine.load("fold_merge").FoldMerge(config)
+        if config.fixed_order:
+            kernel = machine.load("fold_merge").FoldMerge(config)
+        else:
+            kernel = machine.load("merge").Merge(config)
         kernel.dtype = config.dtype
         kernel.kernel(
             m.out, m.lse, m.partial_out, m.partial_lse, Memory.of(plan.merge_offsets.numpy()),
