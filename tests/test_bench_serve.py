@@ -179,10 +179,22 @@ def test_decode_is_timed_without_prefill() -> None:
     assert set(engine.temperatures) == {0.0}
 
 
+def test_the_first_batch_of_a_kind_is_timed_apart() -> None:
+    class Compiling(FakeEngine):
+        def run(self, prompts: Any, output: int, *, temperature: float = 0.0) -> list[Timeline]:
+            first_batch = len(self.temperatures) == 1  # after the prefix
+            self.prefill = 0.1 if first_batch else 1e-3
+            return super().run(prompts, output, temperature=temperature)
+
+    samples = measure(Compiling(), parse_workload("4x16+8:40"), vocab=VOCAB, page=4, repeats=1)
+    assert samples[0]["ttft_ms"] == pytest.approx(8 * (1 + 2 + 3 + 4) / 4)
+    assert samples[0]["first_request_ttft_ms"] == pytest.approx(100 * samples[0]["ttft_ms"])
+
+
 def test_samples_of_a_prompt_are_drawn_at_random() -> None:
     engine = FakeEngine()
     measure(engine, parse_workload("4x16+0:40"), vocab=VOCAB, page=4, repeats=1)
-    assert engine.temperatures == [0.0, 0.0, 1.0, 1.0, 1.0]
+    assert engine.temperatures == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
 
 
 def test_time_to_first_token_is_measured_on_new_text_each_time() -> None:
