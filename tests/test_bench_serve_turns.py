@@ -19,7 +19,7 @@ from flashcore.bench.serve.spread import median_interval, paired_ratio, quartile
 from flashcore.bench.serve.suite import WorkerError
 from flashcore.bench.serve.turns import Plan, format_ratios, run_turns
 from flashcore.bench.serve.workloads import parse_workload
-from tests.serve_fakes import OPTIONS, starting
+from tests.serve_fakes import OPTIONS, AskedWorker, starting
 from tests.test_bench_serve import VOCAB, FakeEngine
 
 # Arithmetic
@@ -231,6 +231,32 @@ def test_turns_take_pairs_in_shuffled_order_on_fresh_engines() -> None:
     assert len(result["engines"]) == 4
     assert result["engines"][0]["arguments"] == {"batches": (4, 5), "clock": True}
     assert kept == [2, 4, 4, 4]
+
+
+@pytest.mark.parametrize(("ranks", "beside"), [((1, 1, 1), True), ((2, 1, 1), False)])
+def test_engines_of_several_gpus_start_one_after_the_other(
+    ranks: tuple[int, int, int], beside: bool
+) -> None:
+    begun: list[str] = []
+
+    class Reporting(AskedWorker):
+        def begin(self) -> None:
+            begun.append(self.backend)
+
+    seen: dict[str, list[str]] = {}
+
+    def answer(options: EngineOptions, command: dict[str, Any]) -> dict[str, Any]:
+        if command["do"] == "start":
+            seen[options.backend] = list(begun)
+        return Table()(options, command)
+
+    run_turns(
+        [parse_workload("4x16+8:1")],
+        [replace(OPTIONS, backend=backend, ranks=ranks) for backend in ("flashcore", "fa3")],
+        Plan(repeats=1, starts=1),
+        start=lambda options, log: Reporting(options, log, answer),  # type: ignore[arg-type,return-value]
+    )
+    assert ("fa3" in seen["flashcore"]) == beside
 
 
 def test_rows_have_medians_spread_and_first_requests() -> None:

@@ -82,7 +82,7 @@ def _decode(
     later = first_token_sample(engine.run(batch, 1))
     engine.run(batch, min(WARM_TOKENS, workload.output), temperature=temperature)
     samples = []
-    for number in range(repeats):
+    for _ in range(repeats):
         alone = wall_seconds(engine.run(batch, 1, temperature=temperature))
         timelines = engine.run(batch, workload.output, temperature=temperature)
         whole = wall_seconds(timelines)
@@ -95,8 +95,8 @@ def _decode(
                 "retractions": sum(timeline.retractions for timeline in timelines),
             }
         )
-        if number == 0:  # the prompts were new only once
-            samples[0].update(later, first_request_ttft_ms=first["ttft_ms"])
+    # The prompts were new only once.
+    samples[0].update(later, first_request_ttft_ms=first["ttft_ms"])
     return samples
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -225,11 +225,7 @@ def run_serve(
     def take_turns(those: Sequence[EngineOptions], group: Sequence[Workload]) -> None:
         with contextlib.ExitStack() as stack:
             launched = [(one, launch(one, stack)) for one in those]
-            for one, worker in launched:
-                # Side by side, but for those whose ranks compare their GPUs' free memory as they
-                # start, as SGLang's do: another's start would unbalance it.
-                if one.gpus == 1:
-                    worker.begin()
+            begin_beside(launched)
             workers = {one: worker for one, worker in launched if started(one, worker)}
             for turn, workload in enumerate(group):
                 order = list(workers)
@@ -271,6 +267,14 @@ def run_serve(
             else:
                 one_after_the_other(those * turns.rounds, group)
     return result()
+
+
+def begin_beside(launched: Iterable[tuple[EngineOptions, Worker]]) -> None:
+    """Start engines side by side, but for those of several GPUs, which start when they are waited
+    for: SGLang's ranks compare their GPUs' free memory, which another's start would unbalance."""
+    for one, worker in launched:
+        if one.gpus == 1:
+            worker.begin()
 
 
 def with_caches(options: Sequence[EngineOptions], folder: str) -> list[EngineOptions]:

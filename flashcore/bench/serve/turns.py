@@ -29,6 +29,7 @@ from flashcore.bench.serve.suite import (
     START_TIMEOUT_S,
     Worker,
     WorkerError,
+    begin_beside,
     by_model,
     fitted,
     log_file,
@@ -124,8 +125,7 @@ class _Run:
             for one in those:
                 log = stack.enter_context(log_file(self._log_dir, one))
                 workers[one.name] = stack.enter_context(self._start(one, log))
-            for worker in workers.values():  # they start side by side
-                worker.begin()
+            begin_beside(zip(those, workers.values(), strict=True))
             for backend, worker in list(workers.items()):
                 try:
                     ready = worker.ready(self._plan.deadline.within(START_TIMEOUT_S))

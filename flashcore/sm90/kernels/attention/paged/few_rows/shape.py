@@ -8,10 +8,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
-from flashcore.sm90.config.paged import PagedConfig
+from flashcore.sm90.config.paged import CONSUMER_WARPS, PagedConfig
 from flashcore.sm90.kernels.attention.paged.work_loop import Item
 
-WARPS = 4
 CHUNK = 16  # columns of V, and rows of O^T, of a product; columns of K likewise
 LANE_BYTES = 16  # of a row that one lane of ldmatrix has the address of
 
@@ -68,7 +67,7 @@ class Shape(NamedTuple):
     @property
     def key_warps(self) -> int:
         """Warps that have the same rows, with other keys."""
-        return WARPS // self.row_warps
+        return CONSUMER_WARPS // self.row_warps
 
     @property
     def key_blocks(self) -> int:
